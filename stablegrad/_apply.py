@@ -1,0 +1,54 @@
+"""One optimizer step, parameters included."""
+
+from typing import Any
+
+import optax
+
+from . import _checks
+from ._guard import GuardedTransformation
+
+
+def apply(
+    tx: optax.GradientTransformation, grads, state, params, **extra
+) -> tuple[Any, Any]:
+    """Takes one optimizer step and returns the new parameters: exact and cheapest.
+
+        updates, state' = tx.update(grads, state, params, **extra)
+        params' = params + updates
+
+    For a `guard` both lines run under one condition, so a rejected step returns
+    parameters and inner state bit for bit as they were, and a healthy one need not
+    write the updates to memory. Any other optax transformation takes the two lines as
+    they stand.
+
+    Args:
+        tx: A transformation, guarded or not.
+        grads: Gradients, a pytree like `params`.
+        state: The optimizer state, from `tx.init(params)` or the last step.
+        params: The parameters, a pytree of arrays.
+        **extra: Passed on to the transformation, such as `value=loss`.
+
+    Returns:
+        The new parameters and the new state. Parameters keep their dtypes.
+
+    Raises:
+        ValueError: If `params` is None, and whatever `tx.update` raises.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> import stablegrad as sg
+        >>> tx = sg.stabilize(optax.sgd(0.1))
+        >>> params = jnp.array([1.0, 2.0])
+        >>> state = tx.init(params)
+        >>> loss, grads = jax.value_and_grad(lambda p: jnp.sum(p**2))(params)
+        >>> params, state = sg.apply(tx, grads, state, params, value=loss)
+        >>> params.tolist()
+        [0.800000011920929, 1.600000023841858]
+    """
+    if params is None:
+        raise _checks.missing_params("`apply`")
+    if isinstance(tx, GuardedTransformation):
+        return tx.fused_step(grads, state, params, **extra)
+    tx = optax.with_extra_args_support(tx)
+    updates, state = tx.update(grads, state, params, **extra)
+    return optax.apply_updates(params, updates), state

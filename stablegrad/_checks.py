@@ -1,0 +1,80 @@
+"""Argument checks, done once: when a piece is built, or when a step is traced."""
+
+from collections.abc import Callable
+
+import jax
+
+
+def require(name: str, value, expected: str, holds: Callable[..., bool]) -> None:
+    """Raises ValueError unless `holds(value)`; traced values cannot be checked.
+
+    State the condition that must hold, not the one that must not: nan fails both.
+    """
+    if isinstance(value, jax.core.Tracer):
+        return
+    try:
+        fine = bool(holds(value))
+    except (TypeError, ValueError):
+        fine = False
+    if not fine:
+        raise ValueError(f"`{name}` must be {expected}, got {value!r}.")
+
+
+def require_count(name: str, value, least: int = 1) -> None:
+    """Raises ValueError unless `value` is a Python integer of at least `least`."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not (whole and value >= least):
+        raise ValueError(f"`{name}` must be an integer >= {least}, got {value!r}.")
+
+
+def missing_value(asker: str) -> ValueError:
+    """The error for a step without `value=`, with the cure for each way to train."""
+    return ValueError(
+        f"{asker} judges the loss, but the step got no `value=`. Pass it:\n"
+        "  optax: updates, state = tx.update(grads, state, params, value=loss)\n"
+        "  apply: params, state = sg.apply(tx, grads, state, params, value=loss)\n"
+        "  NNX:   optimizer.update(model, grads, value=loss)\n"
+        "  Linen: updates, opt_state = state.tx.update(\n"
+        "             grads, state.opt_state, state.params, value=loss)\n"
+        "         (`TrainState.apply_gradients` does not forward `value=`)"
+    )
+
+
+def missing_params(asker: str) -> ValueError:
+    """The error for a step without `params`, with the cure for each way to train."""
+    return ValueError(
+        f"{asker} needs the parameters, but the step got `params=None`. Pass them:\n"
+        "  optax: updates, state = tx.update(grads, state, params)\n"
+        "  NNX:   optimizer.update(model, grads)\n"
+        "  Linen: state.apply_gradients(grads=grads)"
+    )
+
+
+def same_leaves(at_init: tuple[str, ...], now: tuple[str, ...]) -> None:
+    """Raises ValueError, naming the leaves, if a step's pytree is not `init`'s."""
+    if at_init == now:
+        return
+    absent = [name for name in at_init if name not in set(now)]
+    extra = [name for name in now if name not in set(at_init)]
+    differs = "; ".join(
+        f"{what}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+        for what, names in (("missing", absent), ("unexpected", extra))
+        if names
+    )
+    raise ValueError(
+        "the pytree of this step differs in structure from the one given to `init` "
+        f"({len(now)} array leaves now, {len(at_init)} at init"
+        f"{'; ' + differs if differs else '; same leaves, other order'}). "
+        "Call `init` again with the parameters that are trained."
+    )
+
+
+def same_state(before, after) -> None:
+    """Raises ValueError if an inner state changed its structure from one step on."""
+    old, new = jax.tree.structure(before), jax.tree.structure(after)
+    if old != new:
+        raise ValueError(
+            "the inner transformation changed the structure of its state, so the step "
+            "cannot be undone and cannot run under `lax.scan`:\n"
+            f"  before: {old}\n  after:  {new}"
+        )

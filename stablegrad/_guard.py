@@ -1,0 +1,216 @@
+"""The guard: measures a step once, asks every response, multiplies and selects once.
+
+    gradient -> measure -> judge -> propose -> [hold | inner optimizer -> measure
+             -> judge -> propose -> hold or commit] -> learn -> settle -> record
+
+Everything in brackets runs under one `lax.cond`: a step that is rejected for its
+gradient or loss never reaches the inner optimizer.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from . import _checks, _judging, _record, _trees
+from ._measure import Measurement, measure, newly_nonfinite, unmeasured
+from ._reasons import Reason, first_reason
+from ._signals import groups_of
+from .responses._core import Response, Verdict
+
+
+class GuardState(NamedTuple):
+    """State of `guard`."""
+
+    guarded_inner: Any  # State of the inner transformation.
+    threshold_states: tuple  # For each response, one state a threshold.
+    response_states: tuple  # For each response, its own state.
+    record: _record.Record  # What `metrics` and `events` read.
+    layout: dict[str, None]  # Names of the leaves given to `init`; no arrays.
+
+
+class GuardedTransformation(optax.GradientTransformationExtraArgs):
+    """A guard's `init` and `update`, and the fused step that `apply` takes."""
+
+    fused_step: Callable[..., tuple[Any, GuardState]]
+
+
+class _Taken(NamedTuple):
+    """What the bracketed part of a step gave."""
+
+    result: Any  # Updates or parameters, whichever the caller asked for.
+    inner_state: Any
+    update: Measurement  # Of the inner transformation's own update.
+    verdict: Verdict  # A reason of 0 if the step was taken.
+
+
+def guard(
+    inner: optax.GradientTransformation, *responses: Response
+) -> GuardedTransformation:
+    """Runs an optimizer so that no single step can harm it, and says what it did.
+
+    With g the gradient, S the inner state, and s, s', k the factors that `clip` (of the
+    gradient, of the update) and `back_off` ask for:
+
+        u_t, S_t = inner(s_t g_t, S_{t-1});    step_t = k_t s'_t u_t
+        if any response rejects the step:      step_t = 0, S_t = S_{t-1}
+
+    Whatever the responses, a step is rejected if its update is not finite, or if
+    anything in the inner state that was finite before no longer is. Thresholds judge by
+    the past alone, see the raw signals, and learn from every finite one, also on
+    rejected steps.
+
+    Args:
+        inner: The optimizer, any optax transformation; extra arguments reach it.
+        *responses: What to do about which steps: `clip`, `skip`, `back_off`, `halt`.
+
+    Returns:
+        A transformation for `update`, or for `stablegrad.apply`. It keeps structure,
+        shapes and dtypes, passes over leaves that are not floating point, and holds its
+        own numbers in float32 and int32. A rejected step's updates are zeros.
+
+    Raises:
+        TypeError: If an argument is not a response.
+        ValueError: When a step is traced, if `value=` or `params` is needed and missing,
+            or if the pytree has other leaves than the one given to `init`.
+
+    Example:
+        >>> import jax.numpy as jnp, optax
+        >>> import stablegrad as sg
+        >>> tx = sg.guard(optax.sgd(0.1), sg.clip(sg.fixed(1.0)), sg.skip())
+        >>> params = {"w": jnp.array([3.0, 4.0])}
+        >>> state = tx.init(params)
+        >>> updates, state = tx.update({"w": jnp.array([jnp.nan, 1.0])}, state, params)
+        >>> updates["w"].tolist(), int(sg.metrics(state)["skipped_steps"])
+        ([0.0, 0.0], 1)
+    """
+    for response in responses:
+        if not isinstance(response, Response):
+            raise TypeError(
+                "`guard` takes responses, such as `clip(zscore(2.5))` or `skip()`, got "
+                f"{response!r}."
+            )
+    transformation = optax.with_extra_args_support(inner)
+    limit_names = _judging.limit_names(responses)
+
+    def init_fn(params) -> GuardState:
+        names = _trees.leaf_names(params)
+        return GuardState(
+            guarded_inner=_trees.strongly_typed(transformation.init(params)),
+            threshold_states=tuple(
+                tuple(t.init(groups_of(t.per, len(names))) for t in r.thresholds)
+                for r in responses
+            ),
+            response_states=tuple(response.init() for response in responses),
+            record=_record.init_record(limit_names),
+            layout=_trees.layout(names),
+        )
+
+    def run(updates, state: GuardState, params, extra, commit, held):
+        """One step: `commit(update, params)` if taken, `held(params)` if not."""
+        _checks.same_leaves(
+            _trees.names_in(state.layout), _trees.leaf_names(updates)
+        )
+        gradient = measure(updates)
+        incoming = _judging.judge_incoming(
+            responses, state.threshold_states, gradient, updates, params, extra
+        )
+        before = _judging.verdict_on(responses, state.response_states, incoming)
+
+        def completed(update: Measurement) -> _judging.Words:
+            return _judging.judge_outgoing(
+                responses, state.threshold_states, incoming, update
+            )
+
+        def take(updates, inner_state, params) -> _Taken:
+            clipped = _trees.scale_leaves(updates, before.gradient_scale)
+            update, new_inner = transformation.update(
+                clipped, inner_state, params, **extra
+            )
+            _checks.same_state(inner_state, new_inner)
+            measured = measure(update)
+            after = _judging.verdict_on(
+                responses, state.response_states, completed(measured)
+            )
+            broken = newly_nonfinite(new_inner, inner_state)
+            reason = first_reason(
+                (
+                    after.reason,
+                    jnp.where(measured.finite, 0, int(Reason.NONFINITE_UPDATE)),
+                    jnp.where(broken, int(Reason.NONFINITE_STATE), 0),
+                )
+            )
+            step = _trees.scale_leaves(update, after.update_scale * after.lr_scale)
+            fine = reason == 0
+            return _Taken(
+                _trees.select(fine, commit(step, params), held(params)),
+                _trees.select(fine, new_inner, inner_state),
+                measured,
+                after._replace(reason=reason),
+            )
+
+        def hold(updates, inner_state, params) -> _Taken:
+            del updates
+            nothing = unmeasured(gradient.leaf_norms.shape[0])
+            return _Taken(held(params), inner_state, nothing, before)
+
+        reached = before.reason == 0
+        taken = lax.cond(
+            reached, take, hold, updates, state.guarded_inner, params
+        )
+        words = _trees.select(reached, completed(taken.update), incoming)
+        reason = taken.verdict.reason
+        settled = tuple(
+            response.settle(response_state, own, reason)
+            for response, response_state, own in zip(
+                responses, state.response_states, words, strict=True
+            )
+        )
+        halted = [r.halts(s) for r, s in zip(responses, settled, strict=True)]
+        limits = (judgement.limit for own in words for judgement in own)
+        record = _record.update_record(
+            state.record,
+            gradient,
+            taken.update,
+            taken.verdict,
+            limits=dict(zip(limit_names, limits, strict=True)),
+            loss=extra.get("value"),
+            halted=jnp.any(jnp.stack(halted)) if halted else jnp.zeros((), bool),
+        )
+        learned = _judging.learned(responses, state.threshold_states, words)
+        return taken.result, GuardState(
+            taken.inner_state, learned, settled, record, state.layout
+        )
+
+    def update_fn(updates, state, params=None, **extra):
+        structs, _ = jax.eval_shape(
+            lambda *args: transformation.update(*args, **extra),
+            updates,
+            state.guarded_inner,
+            params,
+        )
+        return run(
+            updates,
+            state,
+            params,
+            extra,
+            commit=lambda step, params: step,
+            held=lambda params: _trees.zeros(structs),
+        )
+
+    def fused_step(updates, state, params, **extra):
+        return run(
+            updates,
+            state,
+            params,
+            extra,
+            commit=lambda step, params: optax.apply_updates(params, step),
+            held=lambda params: params,
+        )
+
+    guarded = GuardedTransformation(init_fn, update_fn)
+    guarded.fused_step = fused_step
+    return guarded

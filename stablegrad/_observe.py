@@ -1,0 +1,227 @@
+"""Reading a guard: metrics for a logger, events for a person, health for a loop."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from . import _trees
+from ._guard import GuardState
+from ._reasons import Reason
+from ._record import ENCODED, Event, EventKind, Record, decode, init_record
+
+
+class TrainingHalted(RuntimeError):
+    """Raised by `raise_if_halted`: a run is stuck on steps that are not finite."""
+
+
+def metrics(state: Any) -> dict[str, jax.Array]:
+    """Reads what every guard in an optimizer state measured and did, as flat scalars.
+
+    Args:
+        state: A state that holds a guard's anywhere: in a chain, in a wrapper, in a
+            Flax train state, in an NNX optimizer.
+
+    Returns:
+        Rank-0 arrays, usable inside jit and ready for any logger. Of the last step:
+
+        - `grad_norm`, `clipped_grad_norm`: of the incoming gradient; after clipping.
+        - `clip_scale`: smallest factor that gradient or update was clipped by, 1: none.
+        - `raw_update_norm`, `update_norm`: of the optimizer's update; as applied.
+        - `loss_value`: what was passed as `value=`, 0 if nothing was.
+        - `lr_scale`: factor on the learning rate, in (0, 1].
+        - `skipped`, `skip_reason`: whether, and why as a `Reason` (0: taken).
+        - `first_bad_leaf`: index of the first leaf with a nan or inf, -1 if none;
+          `largest_leaf`: of the leaf with the largest gradient norm. `events` names them.
+        - `halted`: whether the run is stuck.
+        - `<response>_<threshold>_<signal>_limit`: each limit in force, inf: none yet;
+          of the strictest leaf under per="leaf".
+
+        Since `init`: `guarded_steps`, `clipped_steps`, `skipped_steps`,
+        `backed_off_steps`, `halted_steps`; and `consecutive_skips` up to now.
+
+        Of several guards the names are prefixed `guard_0_`, `guard_1_`, and so on.
+
+    Raises:
+        ValueError: If there is no guard in the state.
+
+    Example:
+        >>> import jax.numpy as jnp, optax
+        >>> import stablegrad as sg
+        >>> tx = optax.chain(sg.guard(optax.sgd(0.1), sg.clip(sg.fixed(1.0))))
+        >>> params = {"w": jnp.zeros(2)}
+        >>> grads = {"w": jnp.array([3.0, 4.0])}
+        >>> _, state = tx.update(grads, tx.init(params), params)
+        >>> now = sg.metrics(state)
+        >>> now["grad_norm"].item(), round(now["clipped_grad_norm"].item(), 6)
+        (5.0, 1.0)
+    """
+    found = _guards(state)
+    if len(found) == 1:
+        return _flat(found[0])
+    return {
+        f"guard_{i}_{name}": number
+        for i, guard_state in enumerate(found)
+        for name, number in _flat(guard_state).items()
+    }
+
+
+def events(state: Any, params: Any = None) -> list[Event]:
+    """Lists the last interventions, oldest first, with the leaf to look at by name.
+
+    Host only: it reads the numbers. A guard remembers its last 64 interventions, of any
+    kind; a run of halted steps counts as one.
+
+    Args:
+        state: A state that holds a guard's anywhere, as for `metrics`.
+        params: Not needed: a guard knows the names. If given, they are read from it.
+
+    Returns:
+        `Event`s: step (from 0), kind, reason, leaf, gradient norm, loss and learning-rate
+        scale. `str(event)` is a sentence.
+
+    Raises:
+        ValueError: If there is no guard in the state.
+
+    Example:
+        >>> import jax.numpy as jnp, optax
+        >>> import stablegrad as sg
+        >>> tx = sg.guard(optax.sgd(0.1), sg.skip(sg.nonfinite()))
+        >>> params = {"dense": {"bias": jnp.zeros(2), "kernel": jnp.zeros((2, 2))}}
+        >>> bad = {"dense": {"bias": jnp.ones(2), "kernel": jnp.full((2, 2), jnp.inf)}}
+        >>> _, state = tx.update(bad, tx.init(params), params)
+        >>> print(sg.events(state)[0])  # doctest: +ELLIPSIS
+        step 0: skip (nonfinite gradient), leaf dense.kernel, gradient norm nan, ...
+    """
+    listed = []
+    for guard_state in _guards(state):
+        names = _trees.leaf_names(params) if params is not None else ()
+        names = names or _trees.names_in(guard_state.layout)
+        log = jax.tree.map(np.asarray, guard_state.record.event_log)
+        norms, losses = (
+            np.asarray(decode(column)) for column in (log.event_grad_norm, log.event_loss)
+        )
+        for row in np.argsort(log.event_step, kind="stable"):
+            if log.event_step[row] < 0:
+                continue
+            leaf, reason = int(log.event_leaf[row]), int(log.event_reason[row])
+            listed.append(
+                Event(
+                    step=int(log.event_step[row]),
+                    kind=EventKind(int(log.event_kind[row])).name.lower(),
+                    reason=Reason(reason).name.lower() if reason else "",
+                    leaf=names[leaf] if 0 <= leaf < len(names) else "",
+                    grad_norm=float(norms[row]),
+                    loss=float(losses[row]),
+                    lr_scale=float(log.event_lr_scale[row]),
+                )
+            )
+    return sorted(listed, key=lambda event: event.step)
+
+
+def is_healthy(state: Any, params: Any = None) -> jax.Array:
+    """Tells whether a run can go on: everything finite, no guard halted.
+
+    Args:
+        state: A state that holds a guard's anywhere, as for `metrics`.
+        params: The parameters, checked as well if given.
+
+    Returns:
+        A rank-0 bool, usable inside jit. A single skipped step is healthy.
+
+    Raises:
+        ValueError: If there is no guard in the state.
+
+    Example:
+        >>> import jax.numpy as jnp, optax
+        >>> import stablegrad as sg
+        >>> params = {"w": jnp.ones(2)}
+        >>> bool(sg.is_healthy(sg.stabilize(optax.sgd(0.1)).init(params), params))
+        True
+    """
+    halted = [guard_state.record.last_step.halted for guard_state in _guards(state)]
+    finite = [
+        jnp.all(jnp.isfinite(leaf)) for leaf in _trees.inexact_leaves((state, params))
+    ]
+    return jnp.all(jnp.stack(finite)) & ~jnp.any(jnp.stack(halted))
+
+
+def raise_if_halted(state: Any) -> None:
+    """Raises on the host if a guard has halted; call it as often as you log.
+
+    Args:
+        state: A state that holds a guard's anywhere, as for `metrics`; also one that
+            is stacked over an ensemble.
+
+    Raises:
+        TrainingHalted: If `halt` has raised its flag. The message lists the last events.
+        ValueError: If there is no guard in the state.
+
+    Example:
+        >>> import jax.numpy as jnp, optax
+        >>> import stablegrad as sg
+        >>> tx = sg.guard(optax.sgd(0.1), sg.skip(), sg.halt(after=1))
+        >>> params = {"w": jnp.zeros(2)}
+        >>> _, state = tx.update({"w": jnp.full(2, jnp.nan)}, tx.init(params), params)
+        >>> sg.raise_if_halted(state)
+        Traceback (most recent call last):
+        ...
+        stablegrad._observe.TrainingHalted: training halted at step 0: ...
+    """
+    for guard_state in _guards(state):
+        record = guard_state.record
+        flags = np.asarray(record.last_step.halted)
+        if not flags.any():
+            continue
+        if flags.ndim:
+            members = np.flatnonzero(flags).tolist()
+            raise TrainingHalted(f"training halted for ensemble members {members}.")
+        step = int(record.totals.guarded_steps) - 1
+        recent = "\n".join(f"  {event}" for event in events(guard_state)[-5:])
+        raise TrainingHalted(
+            f"training halted at step {step}: "
+            f"{int(record.totals.consecutive_skips)} steps in a row were rejected, the "
+            "parameters are as they were before. Look at the data and at the leaves "
+            f"named here, or restore an earlier checkpoint.\n{recent}"
+        )
+
+
+def _guards(state: Any) -> list[GuardState]:
+    """Every guard's state inside `state`, an outer guard before an inner one."""
+    found = _search(state)
+    if not found:
+        raise ValueError(
+            "there is no guard in this optimizer state. Build the optimizer with "
+            "`stabilize(...)` or `guard(...)`, and pass its state: the one from "
+            "`tx.init`, Linen's `train_state.opt_state`, or NNX's `optimizer.opt_state`."
+        )
+    return found
+
+
+def _search(state: Any) -> list[GuardState]:
+    found: list[GuardState] = []
+    for leaf in jax.tree.leaves(state, is_leaf=_is_guard):
+        if _is_guard(leaf):
+            found.append(leaf._replace(record=_plain(leaf.record)))
+            found += _search(leaf.guarded_inner)
+    return found
+
+
+def _is_guard(node: Any) -> bool:
+    return isinstance(node, GuardState)
+
+
+def _plain(record: Record) -> Record:
+    """The record with bare arrays, where NNX has wrapped each in a variable."""
+    structure = jax.tree.structure(init_record(record.limits))
+    return jax.tree.unflatten(structure, jax.tree.leaves(record))
+
+
+def _flat(guard_state: GuardState) -> dict[str, jax.Array]:
+    record = guard_state.record
+    last = record.last_step._asdict()
+    for name in ENCODED:
+        last[name] = decode(last[name])
+    limits = {name: decode(limit) for name, limit in record.limits.items()}
+    return {**last, **limits, **record.totals._asdict()}

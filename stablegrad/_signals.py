@@ -1,0 +1,68 @@
+"""Signals: what a threshold can watch, and when in a step it is known."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from . import _checks
+from ._measure import Measurement
+
+# "grad_norm", "value", "update_norm", or a function (updates, params, extra) -> scalar.
+Signal = str | Callable[[Any, Any, dict[str, Any]], jax.Array]
+
+NAMES = ("grad_norm", "value", "update_norm")
+GRANULARITIES = ("global", "leaf")
+
+
+def check_signal(of: Signal, per: str) -> None:
+    """Raises ValueError unless `of` can be measured at the granularity `per`."""
+    _checks.require(
+        "of",
+        of,
+        f"one of {NAMES} or a function (updates, params, extra) -> scalar",
+        lambda x: callable(x) or x in NAMES,
+    )
+    _checks.require("per", per, f"one of {GRANULARITIES}", lambda x: x in GRANULARITIES)
+    if per != "global" and not is_norm(of):
+        raise ValueError(
+            f"`per` must be 'global' for of={signal_name(of)!r}, which is one number a "
+            f"step; got {per!r}. Only norms are measured leaf by leaf."
+        )
+
+
+def is_norm(of: Signal) -> bool:
+    """Whether a signal is a norm: never negative, and close to lognormal."""
+    return of in ("grad_norm", "update_norm")
+
+
+def is_outgoing(of: Signal) -> bool:
+    """Whether a signal is known only after the inner optimizer has run."""
+    return of == "update_norm"
+
+
+def signal_name(of: Signal) -> str:
+    """A word for the signal, for the names of metrics and for messages."""
+    return of if isinstance(of, str) else getattr(of, "__name__", "signal")
+
+
+def groups_of(per: str, leaves: int) -> int:
+    """How many numbers a step has at a granularity."""
+    return leaves if per == "leaf" else 1
+
+
+def norm_signal(per: str, measured: Measurement) -> jax.Array:
+    """A norm at a granularity, shape (groups,)."""
+    return measured.leaf_norms if per == "leaf" else measured.norm[None]
+
+
+def scalar_signal(name: str, value) -> jax.Array:
+    """A scalar as a float32 signal of one group; an error names what has a shape."""
+    value = jnp.asarray(value)
+    if value.ndim != 0 or jnp.iscomplexobj(value):
+        raise ValueError(
+            f"`{name}` must be a real scalar, got shape {value.shape} and dtype "
+            f"{value.dtype}. Reduce it first, for example with `.mean()`."
+        )
+    return value.astype(jnp.float32)[None]

@@ -1,0 +1,1 @@
+"""What to do about a step that is not normal: the responses of a guard."""

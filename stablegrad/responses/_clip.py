@@ -1,0 +1,65 @@
+"""Clip: shrink a step to the largest size that is still normal."""
+
+import jax.numpy as jnp
+
+from .._signals import is_outgoing
+from ..thresholds._core import Threshold
+from ._core import Response, check_thresholds, proceed
+
+
+def clip(threshold: Threshold) -> Response:
+    """Shrinks what exceeds a threshold to the threshold, and never grows anything.
+
+        s_t = limit_t / x_t  if limit_t < x_t < inf,  else 1
+
+    The gradient is multiplied by s_t for of="grad_norm" and for a function (whose value
+    must be proportional to the gradient, such as its largest element); the optimizer's
+    update for of="update_norm". With per="leaf" every leaf has its own factor, and a
+    leaf that explodes does not shrink the others. Several clips apply the smallest of
+    their factors: each limit is a limit on the raw norm.
+
+    Args:
+        threshold: What is normal. Not of="value": a large loss says nothing of a size.
+
+    Returns:
+        A response for `guard`. A nan or inf is not shrunk (0 * nan is nan), so clipping
+        cannot spread it; the guard rejects the step if it reaches the update.
+
+    Raises:
+        TypeError: If `threshold` is not a threshold.
+        ValueError: If the threshold watches the loss.
+
+    Example:
+        >>> import optax
+        >>> import stablegrad as sg
+        >>> tx = sg.guard(optax.sgd(0.1), sg.clip(sg.zscore(2.5, per="leaf")))
+
+    Reference:
+        Pascanu et al. (2013), https://arxiv.org/abs/1211.5063, for a fixed limit.
+    """
+    check_thresholds("clip", (threshold,))
+    if threshold.of == "value":
+        raise ValueError(
+            "`clip` must watch a norm, got a threshold with of='value': a large loss "
+            "does not say how far to shrink a gradient. Use `skip` or `back_off`."
+        )
+
+    def propose(state, judgements):
+        del state
+        (judgement,) = judgements
+        shrink = judgement.exceeded & (judgement.signal > 0)
+        signal = jnp.where(shrink, judgement.signal, 1.0)
+        limit = jnp.where(shrink, jnp.maximum(judgement.limit, 0.0), 1.0)
+        scale = limit / signal
+        scale = scale if threshold.per == "leaf" else scale[0]
+        if is_outgoing(threshold.of):
+            return proceed(update_scale=scale)
+        return proceed(gradient_scale=scale)
+
+    return Response(
+        "clip",
+        (threshold,),
+        init=lambda: (),
+        propose=propose,
+        settle=lambda state, judgements, reason: state,
+    )

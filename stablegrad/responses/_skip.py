@@ -1,0 +1,84 @@
+"""Skip: reject a step, and leave parameters and optimizer state as they were."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from .._checks import require
+from .._reasons import first_reason, is_nonfinite, reason_code
+from ..thresholds import _limits
+from ..thresholds._core import Threshold
+from ._core import Response, any_true, check_thresholds, proceed
+
+
+class SkipState(NamedTuple):
+    """State of `skip`."""
+
+    outlier_run: jax.Array  # int32, in [0, max_consecutive]: finite outliers in a row.
+
+
+def skip(*thresholds: Threshold, max_consecutive: int | jax.Array = 20) -> Response:
+    """Rejects steps that any threshold does not call normal.
+
+        reject_t = nonfinite_t or (exceeded_t and c_{t-1} < max_consecutive)
+        c_t = min(c_{t-1} + 1, max_consecutive) if exceeded_t, 0 once a step is normal
+
+    A rejected step leaves the parameters and the inner optimizer's state bit for bit as
+    they were. A nan or inf is rejected however often it comes. Finite outliers are
+    rejected at most `max_consecutive` times in a row: after that they are what the run
+    looks like now, and are taken until a normal step comes, so that no threshold, not
+    even a fixed one, can stop a run for ever.
+
+    Args:
+        *thresholds: What is normal. None given means `nonfinite()`.
+        max_consecutive: Finite outliers rejected in a row at most, >= 0 steps.
+
+    Returns:
+        A response for `guard`.
+
+    Raises:
+        TypeError: If an argument is not a threshold.
+        ValueError: If a concrete `max_consecutive` is negative.
+
+    Example:
+        >>> import optax
+        >>> import stablegrad as sg
+        >>> tx = sg.guard(optax.sgd(0.1), sg.skip(sg.nonfinite(), sg.zscore(6.0)))
+
+    Reference:
+        OLMo et al., 2 OLMo 2 Furious (2024), https://arxiv.org/abs/2501.00656 (skip-step);
+        `optax.apply_if_finite`, which gives in to nan after some steps.
+    """
+    check_thresholds("skip", thresholds)
+    thresholds = thresholds or (_limits.nonfinite(),)
+    require(
+        "max_consecutive",
+        max_consecutive,
+        "an integer >= 0",
+        lambda x: x >= 0 and x == int(x),
+    )
+
+    def init() -> SkipState:
+        return SkipState(outlier_run=jnp.zeros((), jnp.int32))
+
+    def propose(state: SkipState, judgements):
+        patient = state.outlier_run < max_consecutive
+        codes = [
+            reason_code(
+                threshold.of,
+                jnp.any(judgement.nonfinite),
+                jnp.any(judgement.exceeded) & patient,
+            )
+            for threshold, judgement in zip(thresholds, judgements, strict=True)
+        ]
+        return proceed(reason=first_reason(codes))
+
+    def settle(state: SkipState, judgements, reason) -> SkipState:
+        outlier = any_true(judgements, "exceeded")
+        longer = jnp.minimum(state.outlier_run + 1, max_consecutive).astype(jnp.int32)
+        # A nan in between neither ends nor lengthens a run of finite outliers.
+        ended = jnp.where(is_nonfinite(reason), state.outlier_run, 0)
+        return SkipState(outlier_run=jnp.where(outlier, longer, ended))
+
+    return Response("skip", thresholds, init, propose, settle)

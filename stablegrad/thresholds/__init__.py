@@ -1,0 +1,1 @@
+"""What is normal: the thresholds, each a rule over one signal."""

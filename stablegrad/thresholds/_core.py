@@ -1,0 +1,65 @@
+"""A threshold: what is normal, learned from the past steps alone.
+
+It watches one signal (`of=`), for the whole tree or leaf by leaf (`per=`), and states
+the largest value that it still calls normal. Statistics learn in one place, `learn`:
+from the raw signal, finite values only.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from .._signals import Signal
+from ._statistics import where_groups
+
+
+class Threshold(NamedTuple):
+    """One rule for what is normal; build it with a factory of this module."""
+
+    name: str
+    of: Signal
+    per: str
+    init: Callable[[int], Any]  # groups -> state, every array with that leading axis.
+    limit: Callable[[Any, int], jax.Array]  # float32 (groups,); inf while unarmed.
+    update: Callable[[Any, jax.Array, jax.Array], Any]  # state, signal, exceeded.
+    required: bool = True  # Whether a step without the signal is an error.
+
+
+class Judgement(NamedTuple):
+    """A threshold's word on one step; every array has shape (groups,)."""
+
+    signal: jax.Array  # float32, the raw value.
+    limit: jax.Array  # float32, the largest normal value; inf while unarmed.
+    exceeded: jax.Array  # bool: finite and above the limit.
+    nonfinite: jax.Array  # bool: nan or inf, which no threshold calls normal.
+
+
+def judge(threshold: Threshold, state, signal, groups: int) -> Judgement:
+    """Holds a step's signal, shape (groups,), against the past."""
+    limit = jnp.broadcast_to(threshold.limit(state, groups), (groups,))
+    limit = limit.astype(jnp.float32)
+    finite = jnp.isfinite(signal)
+    return Judgement(signal, limit, finite & ~(signal <= limit), ~finite)
+
+
+def unobserved(threshold: Threshold, state, groups: int) -> Judgement:
+    """The word on a step that the signal was not measured on: nothing to say."""
+    quiet = judge(threshold, state, jnp.zeros((groups,), jnp.float32), groups)
+    no = jnp.zeros((groups,), bool)
+    return quiet._replace(signal=jnp.full((groups,), jnp.nan), exceeded=no, nonfinite=no)
+
+
+def learn(threshold: Threshold, state, judgement: Judgement):
+    """Takes one step into the statistics; a group that was not finite stays as it was.
+    """
+    finite = jnp.isfinite(judgement.signal)
+    signal = jnp.where(finite, judgement.signal, 1.0)
+    new = threshold.update(state, signal, judgement.exceeded)
+    return where_groups(finite, new, state)
+
+
+def optional(threshold: Threshold) -> Threshold:
+    """The same threshold, silent on steps that lack its signal instead of an error."""
+    return threshold._replace(required=False)
