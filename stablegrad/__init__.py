@@ -3,7 +3,7 @@
 from importlib.metadata import version as _version
 
 from ._apply import apply as apply
-from ._guard import guard as guard
+from ._guard import GuardedTransformation as GuardedTransformation, guard as guard
 from ._observe import (
     TrainingHalted as TrainingHalted,
     events as events,

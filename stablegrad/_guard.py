@@ -98,14 +98,15 @@ def guard(
 
     def init_fn(params) -> GuardState:
         names = _trees.leaf_names(params)
+        watched = tuple(
+            tuple(t.init(groups_of(t.per, len(names))) for t in r.thresholds)
+            for r in responses
+        )
+        answers = tuple(response.init() for response in responses)
+        record = _record.init_record(limit_names)
         return GuardState(
-            guarded_inner=_trees.strongly_typed(transformation.init(params)),
-            threshold_states=tuple(
-                tuple(t.init(groups_of(t.per, len(names))) for t in r.thresholds)
-                for r in responses
-            ),
-            response_states=tuple(response.init() for response in responses),
-            record=_record.init_record(limit_names),
+            _trees.strongly_typed(transformation.init(params)),
+            *_trees.distinct((watched, answers, record)),
             layout=_trees.layout(names),
         )
 

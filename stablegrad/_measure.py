@@ -17,7 +17,7 @@ SMALLEST_SAFE_SUM = 1e-30
 class Measurement(NamedTuple):
     """What one pass over a pytree tells; `leaves` counts its inexact leaves."""
 
-    leaf_norms: jax.Array  # float32 (leaves,), >= 0: L2 norms; nan or inf if bad.
+    leaf_norms: jax.Array  # float32 (leaves,), >= 0: L2 norms; not finite if bad.
     norm: jax.Array  # float32, >= 0: L2 norm over all leaves; nan if any is bad.
     first_bad_leaf: jax.Array  # int32: first leaf with a nan or inf, -1 if none.
 
@@ -94,14 +94,9 @@ def _from_squares(squares, leaves) -> Measurement:
 
 def _rescaled(squares, leaves) -> Measurement:
     del squares
-    peaks = jnp.stack([_peak(leaf) for leaf in leaves])
-    bad = ~jnp.isfinite(peaks)
-    norms = jnp.stack(
-        [
-            _norm_given_peak(leaf, peak)
-            for leaf, peak in zip(leaves, peaks, strict=True)
-        ]
-    )
+    bad = jnp.stack([~jnp.all(jnp.isfinite(leaf)) for leaf in leaves])
+    norms = jnp.stack([_safe_norm(leaf) for leaf in leaves])
+    norms = jnp.where(bad, jnp.nan, norms)
     first = jnp.where(jnp.any(bad), jnp.argmax(bad), -1).astype(jnp.int32)
     norm = jnp.where(jnp.any(bad), jnp.nan, _norm_of_norms(norms))
     return Measurement(norms, norm, first)
@@ -113,28 +108,24 @@ def _norm_of_norms(norms) -> jax.Array:
     return _saturate(unit * jnp.sqrt(jnp.sum(jnp.square(norms / unit))))
 
 
-def _norm_given_peak(leaf, peak) -> jax.Array:
-    unit = jnp.where(jnp.isfinite(peak) & (peak > 0), peak, 1.0)
-    wide = jnp.promote_types(leaf.dtype, jnp.float32)
-    scaled = leaf.astype(wide) / unit.astype(jnp.finfo(wide).dtype)
-    norm = _saturate(unit * jnp.sqrt(_sum_of_squares(scaled)))
-    return jnp.where(jnp.isfinite(peak), norm, peak)
-
-
-def _peak(leaf) -> jax.Array:
-    """Largest magnitude of a real or imaginary part, float32; nan or inf if bad."""
+def _safe_norm(leaf) -> jax.Array:
+    """The norm of a finite leaf, at the price of a second reduction."""
     parts = [leaf.real, leaf.imag] if jnp.iscomplexobj(leaf) else [leaf]
-    peaks = [jnp.max(jnp.abs(part), initial=0.0) for part in parts]
+    # Not max(|x|) alone: XLA's CPU maximum of a large array can lose a nan, and the
+    # caller has asked for finiteness already.
+    peaks = [
+        jnp.max(jnp.where(jnp.isfinite(part), jnp.abs(part), 0), initial=0)
+        for part in parts
+    ]
     peak = peaks[0] if len(peaks) == 1 else jnp.maximum(*peaks)
-    # A float64 beyond float32 is finite all the same.
-    return jnp.where(
-        jnp.isfinite(peak), jnp.minimum(peak, LARGEST), peak
-    ).astype(jnp.float32)
+    unit = jnp.where(peak > 0, peak, 1).astype(jnp.promote_types(peak.dtype, "float32"))
+    total = sum(_sum_of_squares(part.astype(unit.dtype) / unit) for part in parts)
+    return _saturate(unit * jnp.sqrt(total).astype(unit.dtype))
 
 
 def _saturate(norm) -> jax.Array:
     """A finite leaf has a finite norm: the largest float32 where that overflows."""
-    return jnp.minimum(norm, LARGEST).astype(jnp.float32)
+    return jnp.minimum(norm.astype(jnp.float32), LARGEST)
 
 
 def _sum_of_squares(leaf) -> jax.Array:

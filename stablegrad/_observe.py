@@ -70,16 +70,17 @@ def metrics(state: Any) -> dict[str, jax.Array]:
 def events(state: Any, params: Any = None) -> list[Event]:
     """Lists the last interventions, oldest first, with the leaf to look at by name.
 
-    Host only: it reads the numbers. A guard remembers its last 64 interventions, of any
-    kind; a run of halted steps counts as one.
+    Host only: it reads the numbers. A guard remembers the last 64 times that it skipped,
+    backed off or halted; steps in a row of one kind and reason are one event. Clipping is
+    in `metrics`: it would push out what is rare.
 
     Args:
         state: A state that holds a guard's anywhere, as for `metrics`.
         params: Not needed: a guard knows the names. If given, they are read from it.
 
     Returns:
-        `Event`s: step (from 0), kind, reason, leaf, gradient norm, loss and learning-rate
-        scale. `str(event)` is a sentence.
+        `Event`s: first and last step (from 0), kind, reason, leaf, gradient norm, loss
+        and learning-rate scale. `str(event)` is a sentence.
 
     Raises:
         ValueError: If there is no guard in the state.
@@ -109,6 +110,7 @@ def events(state: Any, params: Any = None) -> list[Event]:
             listed.append(
                 Event(
                     step=int(log.event_step[row]),
+                    until=int(log.event_until[row]),
                     kind=EventKind(int(log.event_kind[row])).name.lower(),
                     reason=Reason(reason).name.lower() if reason else "",
                     leaf=names[leaf] if 0 <= leaf < len(names) else "",

@@ -44,18 +44,18 @@ class Totals(NamedTuple):
 
 
 class EventKind(IntEnum):
-    """What a guard did, for the records of `events`."""
+    """What a guard did in a step; of several, the one with the largest code is told."""
 
-    CLIP = 1
-    SKIP = 2
-    BACK_OFF = 3
-    HALT = 4
+    SKIP = 1
+    BACK_OFF = 2
+    HALT = 3
 
 
 class EventLog(NamedTuple):
     """A ring of the last interventions; every array has shape (EVENTS_KEPT,)."""
 
-    event_step: jax.Array  # int32: the step, counted from 0; -1 where empty.
+    event_step: jax.Array  # int32: the first step, counted from 0; -1 where empty.
+    event_until: jax.Array  # int32: the last of the steps in a row that it covers.
     event_kind: jax.Array  # int32: an `EventKind`.
     event_reason: jax.Array  # int32: a `Reason`, 0 unless skipped.
     event_leaf: jax.Array  # int32: the leaf to look at first, -1 if none.
@@ -97,7 +97,7 @@ def init_record(limit_names) -> Record:
         last,
         {name: zero for name in limit_names},
         Totals(*[jnp.zeros((), jnp.int32) for _ in Totals._fields]),
-        EventLog(empty, codes, codes, empty, numbers, numbers, numbers),
+        EventLog(empty, empty, codes, codes, empty, numbers, numbers, numbers),
     )
 
 
@@ -144,7 +144,7 @@ def update_record(
         },
         count(record.totals, last, clipped, backed_off),
         log_event(
-            record.event_log, step, last, before.halted, clipped, backed_off
+            record.event_log, step, last, backed_off
         ),
     )
 
@@ -179,42 +179,46 @@ def count(totals: Totals, last: LastStep, clipped, backed_off) -> Totals:
     return Totals(**added, consecutive_skips=run)
 
 
-def log_event(log: EventLog, step, last: LastStep, was_halted, clipped, backed_off):
-    """Writes the gravest thing that happened in a step.
+def log_event(log: EventLog, step, last: LastStep, backed_off) -> EventLog:
+    """Writes the gravest thing that happened in a step, if anything did.
 
-    A run of halted steps is one event, so that it does not push out its own cause.
+    Steps in a row of one kind and reason are one event, and clipping is counted, not
+    logged: neither may push out what is rare.
     """
-    began = last.halted & ~was_halted
-    kind = jnp.where(clipped, int(EventKind.CLIP), 0)
-    kind = jnp.where(backed_off, int(EventKind.BACK_OFF), kind)
+    kind = jnp.where(backed_off, int(EventKind.BACK_OFF), 0)
     kind = jnp.where(last.skipped, int(EventKind.SKIP), kind)
-    kind = jnp.where(last.halted, jnp.where(began, int(EventKind.HALT), 0), kind)
+    kind = jnp.where(last.halted, int(EventKind.HALT), kind).astype(jnp.int32)
     latest = jnp.argmax(log.event_step)
-    slot = jnp.where(log.event_step[latest] < 0, 0, (latest + 1) % EVENTS_KEPT)
-    here = (jnp.arange(EVENTS_KEPT) == slot) & (kind > 0)
+    goes_on = (
+        (log.event_kind[latest] == kind)
+        & (log.event_reason[latest] == last.skip_reason)
+        & (log.event_until[latest] == step - 1)
+    )
+    after = jnp.where(log.event_step[latest] < 0, 0, (latest + 1) % EVENTS_KEPT)
+    slot = jnp.arange(EVENTS_KEPT) == jnp.where(goes_on, latest, after)
     leaf = jnp.where(last.first_bad_leaf >= 0, last.first_bad_leaf, last.largest_leaf)
     row = EventLog(
-        step,
-        kind,
-        last.skip_reason,
-        leaf,
-        last.grad_norm,
-        last.loss_value,
-        last.lr_scale,
+        event_step=step,
+        event_until=step,
+        event_kind=kind,
+        event_reason=last.skip_reason,
+        event_leaf=leaf,
+        event_grad_norm=last.grad_norm,
+        event_loss=last.loss_value,
+        event_lr_scale=last.lr_scale,
     )
-    return EventLog(
-        *[
-            jnp.where(here, new.astype(old.dtype), old)
-            for new, old in zip(row, log, strict=True)
-        ]
-    )
+    begun = slot & (kind > 0) & ~goes_on
+    written = jax.tree.map(lambda new, old: jnp.where(begun, new, old), row, log)
+    until = jnp.where(slot & (kind > 0), step, written.event_until)
+    return written._replace(event_until=until)
 
 
 class Event(NamedTuple):
     """One intervention, readable: what `events` returns."""
 
-    step: int  # Counted from 0.
-    kind: str  # "clip", "skip", "back_off" or "halt".
+    step: int  # The first step, counted from 0; the numbers below are its own.
+    until: int  # The last of the steps in a row with the same kind and reason.
+    kind: str  # "skip", "back_off" or "halt".
     reason: str  # The name of a `Reason`, in lower case; "" unless skipped.
     leaf: str  # The first bad leaf; if all are finite, the one with the largest norm.
     grad_norm: float
@@ -223,8 +227,11 @@ class Event(NamedTuple):
 
     def __str__(self) -> str:
         why = f" ({self.reason.replace('_', ' ')})" if self.reason else ""
+        when = f"step {self.step}"
+        if self.until > self.step:
+            when = f"steps {self.step} to {self.until}"
         return (
-            f"step {self.step}: {self.kind}{why}, leaf {self.leaf or '?'}, "
+            f"{when}: {self.kind.replace('_', ' ')}{why}, leaf {self.leaf or '?'}, "
             f"gradient norm {self.grad_norm:.3g}, loss {self.loss:.3g}, "
             f"lr_scale {self.lr_scale:.3g}"
         )

@@ -77,6 +77,11 @@ def strongly_typed(tree):
     return jax.tree.map(fix, tree)
 
 
+def distinct(tree):
+    """The same numbers, each in a buffer of its own, so that a step can donate them."""
+    return jax.tree.map(jnp.array, tree)
+
+
 def zeros(structs):
     """Zeros of the given shapes and dtypes."""
     return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), structs)

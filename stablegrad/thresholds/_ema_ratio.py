@@ -40,14 +40,15 @@ def ema_ratio(
     The first `warmup_steps` finite values set m to their median; before, nothing is
     flagged. A value counts at no more than twice the mean (or `ratio` times, if that is
     more), so one outlier moves it by a few per cent, while a lasting rise lifts it by at
-    least the factor 1 + (1 - d) a step. After `patience` exceedances in a row the mean
-    moves to the smallest of them. A mean of zero flags nothing: it would never recover.
+    least the factor 1 + (1 - d) a step. From the `patience`-th exceedance in a row on,
+    each moves the mean half of the way to the smallest of them. A mean of zero flags
+    nothing: it would never recover.
 
     Args:
         ratio: Tolerated multiple of the mean. Dimensionless, > 1.
         decay: Weight d of the past, in [0, 1). Half-life 34 steps at 0.98.
         warmup_steps: Finite steps before anything is flagged, >= 1.
-        patience: Exceedances in a row after which the mean is moved, >= 1 step.
+        patience: Exceedances in a row after which the mean follows, >= 1 step.
         of: What is measured, as for `fixed`.
         per: "global" or "leaf", as for `fixed`.
 
@@ -100,11 +101,11 @@ def ema_ratio(
         mean = state.running_mean
         reach = jnp.maximum(ratio - 1, 1.0) * jnp.abs(mean)
         bounded = jnp.where(mean == 0, value, jnp.clip(value, mean - reach, mean + reach))
-        run, rebased = stats.extend_run(state.exceedances, value, exceeded, patience)
+        run = stats.extend_run(state.exceedances, value, exceeded, patience)
         return state._replace(
             finite_seen=increment(state.finite_seen),
-            running_mean=jnp.where(
-                rebased, run.lowest, mean + (1 - decay) * (bounded - mean)
+            running_mean=stats.rebased(
+                mean + (1 - decay) * (bounded - mean), run, patience
             ),
             exceedances=run,
         )

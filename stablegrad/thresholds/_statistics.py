@@ -22,20 +22,31 @@ BOUND = 1e37
 class Run(NamedTuple):
     """Consecutive exceedances, per group: what ends lock-in."""
 
-    length: jax.Array  # int32 (groups,), in [0, patience).
-    lowest: jax.Array  # float32 (groups,): smallest value of the current run.
+    run_length: jax.Array  # int32 (groups,), in [0, patience].
+    run_lowest: jax.Array  # float32 (groups,): smallest value of the current run.
 
 
 def init_run(groups: int) -> Run:
+    """No exceedance yet."""
     return Run(jnp.zeros((groups,), jnp.int32), jnp.zeros((groups,), jnp.float32))
 
 
-def extend_run(run: Run, value, exceeded, patience) -> tuple[Run, jax.Array]:
-    """Counts one more step; returns the run, and which groups ran out of patience."""
-    lowest = jnp.where(run.length > 0, jnp.minimum(run.lowest, value), value)
-    length = jnp.where(exceeded, run.length + 1, 0)
-    rebased = length >= patience
-    return Run(jnp.where(rebased, 0, length), lowest), rebased
+def extend_run(run: Run, value, exceeded, patience) -> Run:
+    """Counts one more step."""
+    lowest = jnp.minimum(value, jnp.where(run.run_length > 0, run.run_lowest, value))
+    length = jnp.minimum(run.run_length + 1, patience).astype(jnp.int32)
+    return Run(jnp.where(exceeded, length, 0), lowest)
+
+
+def rebased(center, run: Run, patience) -> jax.Array:
+    """The level, moved half of the way to a run that has lasted `patience` steps.
+
+    Half at every further exceedance, not all at once: what the limit held back is let
+    go by degrees. To its smallest value, because the rest may be outliers of it.
+    """
+    return jnp.where(
+        run.run_length >= patience, center + (run.run_lowest - center) / 2, center
+    )
 
 
 def median(values, seen) -> jax.Array:

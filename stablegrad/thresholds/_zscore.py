@@ -45,9 +45,9 @@ def zscore(
     their median absolute deviation: up to half of them may be outliers. Before, nothing
     is flagged. A clipped residual means that one outlier, however huge, widens s by
     less than 3 %, so it cannot hide the next; yet s grows at every outlier (d (1 +
-    6.25 (1 - d)) > 1), so no level is refused for ever. After `patience` exceedances in
-    a row m moves to the smallest of them, and the run starts anew: a lasting shift
-    by any factor is normal after that many steps at the latest.
+    6.25 (1 - d)) > 1), so no level is refused for ever. From the `patience`-th
+    exceedance in a row on, each moves m half of the way to the smallest of them: a
+    lasting shift by any factor is normal after at most 12 steps more.
 
     Args:
         z: Tolerated standard deviations above the level, > 0. One-sided: 2.5 flags
@@ -56,7 +56,7 @@ def zscore(
         warmup_steps: Finite steps before anything is flagged, >= 3.
         spread_floor: Smallest s*: in log units for norms (0.05 is 5 %), relative to
             |m| for other signals. > 0: a constant signal must not flag its last digit.
-        patience: Exceedances in a row after which the level is moved, >= 1 step.
+        patience: Exceedances in a row after which the level follows, >= 1 step.
         of: What is measured, as for `fixed`.
         per: "global" or "leaf", as for `fixed`.
 
@@ -114,11 +114,11 @@ def zscore(
         residual = jnp.clip(value - state.center, -reach, reach)
         # Relative to the spread, so that no square overflows.
         widening = decay * (1 + (1 - decay) * jnp.square(residual / spread))
-        run, rebased = stats.extend_run(state.exceedances, value, exceeded, patience)
+        run = stats.extend_run(state.exceedances, value, exceeded, patience)
         center = state.center + (1 - decay) * residual
         return state._replace(
             finite_seen=increment(state.finite_seen),
-            center=jnp.where(rebased, run.lowest, center),
+            center=stats.rebased(center, run, patience),
             spread=spread * jnp.sqrt(widening),
             exceedances=run,
         )
