@@ -64,6 +64,6 @@ def _read_idx(folder: Path, name: str, rank: int) -> np.ndarray:
         raise ValueError(
             f"{path} holds {len(raw) - header} bytes of data, its header says {shape}."
         )
-    return np.frombuffer(raw, np.uint8, offset=header).reshape(shape[0], *(
-        [-1] if rank > 1 else []
-    ))
+    return np.frombuffer(raw, np.uint8, offset=header).reshape(
+        shape[0], *([-1] if rank > 1 else [])
+    )

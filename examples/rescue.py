@@ -3,20 +3,20 @@
     command:   pip install -e ".[examples]" && python examples/rescue.py
     hardware:  two CPU cores; the same script runs unchanged on a GPU or TPU
     time:      under one minute, compilation included
-    expected:  the plain run ends at chance (about 10 % accuracy), the guarded run within
-               one percentage point of the reference, which saw no fault
+    expected:  the plain run ends at chance (about 10 % accuracy), the guarded run
+               within one percentage point of the reference, which saw no fault
 
 A ReLU network (784 or 64 inputs - 128 - 64 - 10) learns handwritten digits four times,
 from the same weights and the same batches:
 
     plain      optax.adamw
-    usual      clip_by_global_norm(1.0) and adamw under apply_if_finite, the usual remedy
+    usual      clip_by_global_norm(1.0) and adamw under apply_if_finite
     guarded    optax.adamw under stablegrad.stabilize
     reference  optax.adamw, without any of the faults
 
 The faults, in order: a batch whose inputs are 1e20 too large (finite gradients whose
-squares overflow float32); a batch of nan pixels; a stretch of mislabelled batches; three
-nan batches in a row; and a learning rate far above the stable one, until the end.
+squares overflow float32); a batch of nan pixels; a stretch of mislabelled batches;
+three nan batches in a row; and a learning rate far above the stable one, until the end.
 """
 
 import argparse
@@ -28,12 +28,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import digits
+import faults
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from matplotlib.figure import Figure
+from options import Parser, above, whole
 from rich import box
 from rich.console import Console
 from rich.progress import Progress
@@ -41,6 +42,15 @@ from rich.table import Table
 
 import stablegrad as sg
 
+COLUMNS = ("run", "loss", "accuracy", "skipped", "clipped", "lr_scale", "bad leaf")
+    "run",
+    "loss",
+    "accuracy",
+    "skipped",
+    "clipped",
+    "lr_scale",
+    "first bad leaf",
+]
 CHUNK = 50  # Steps between two reads of the device, for the progress bar.
 
 
@@ -48,6 +58,7 @@ class Classifier(nnx.Module):
     """Inputs - 128 - 64 - 10, ReLU."""
 
     def __init__(self, inputs: int, rngs: nnx.Rngs):
+        """He initialisation from `rngs`."""
         he = nnx.initializers.he_normal()
         self.layers = nnx.List(
             [
@@ -57,31 +68,10 @@ class Classifier(nnx.Module):
         )
 
     def __call__(self, x):
+        """Logits, shape (batch, 10), of images as rows, shape (batch, inputs)."""
         for layer in self.layers[:-1]:
             x = nnx.relu(layer(x))
         return self.layers[-1](x)
-
-
-class Plan(NamedTuple):
-    """Which step sees which fault; all in steps, counted from 0."""
-
-    huge_batch: int
-    nan_batch: int
-    wrong_labels: range
-    nan_burst: range
-    high_rate: int
-
-    @classmethod
-    def over(cls, steps: int) -> "Plan":
-        """Spreads the faults over a run of `steps` steps."""
-        at = lambda share: int(share * steps)
-        return cls(
-            huge_batch=at(0.05),
-            nan_batch=at(0.2),
-            wrong_labels=range(at(0.35), at(0.35) + max(1, min(15, steps // 40))),
-            nan_burst=range(at(0.5), at(0.5) + 3),
-            high_rate=at(0.65),
-        )
 
 
 class Run(NamedTuple):
@@ -92,7 +82,7 @@ class Run(NamedTuple):
     faulty: bool
 
 
-def runs(options, plan: Plan) -> list[Run]:
+def runs(options, plan: faults.Plan) -> list[Run]:
     """The four runs. The rate is the same for all; the reference has no jump in it."""
     jump = optax.piecewise_constant_schedule(
         options.learning_rate, {plan.high_rate: options.jump}
@@ -106,23 +96,6 @@ def runs(options, plan: Plan) -> list[Run]:
         Run("guarded", sg.stabilize(optax.adamw(jump)), faulty=True),
         Run("reference", optax.adamw(options.learning_rate), faulty=False),
     ]
-
-
-def batches(train: digits.Split, options, plan: Plan | None):
-    """The same batches for every run, with the plan's faults if there is one."""
-    order = np.random.default_rng(options.seed)
-    mistakes = np.random.default_rng(options.seed + 1)
-    for step in range(options.steps):
-        rows = order.integers(0, len(train.labels), options.batch_size)
-        images, labels = train.images[rows], train.labels[rows]
-        if plan is not None:
-            if step == plan.nan_batch or step in plan.nan_burst:
-                images = np.full_like(images, np.nan)
-            if step == plan.huge_batch:
-                images = images * np.float32(1e20)
-            if step in plan.wrong_labels:
-                labels = mistakes.integers(0, 10, labels.shape).astype(np.int32)
-        yield images, labels
 
 
 def make_step(graphdef, tx):
@@ -149,14 +122,21 @@ def make_step(graphdef, tx):
 
 
 def train_one(run: Run, train, options, plan, progress, log):
-    """Trains from the shared initial weights; returns the model, state and telemetry."""
+    """Trains from the shared weights; returns the model, state and telemetry."""
     model = Classifier(train.images.shape[1], nnx.Rngs(options.seed))
     graphdef, params = nnx.split(model)
     opt_state = run.tx.init(params)
     step = make_step(graphdef, run.tx)
     bar = progress.add_task(run.name, total=options.steps)
     history, waiting = [], []
-    for images, labels in batches(train, options, plan if run.faulty else None):
+    feed = faults.batches(
+        train,
+        options.steps,
+        options.batch_size,
+        options.seed,
+        plan if run.faulty else None,
+    )
+    for images, labels in feed:
         params, opt_state, seen = step(params, opt_state, images, labels)
         waiting.append(seen)
         if len(waiting) == CHUNK or len(history) + len(waiting) == options.steps:
@@ -201,82 +181,11 @@ def row_of(run: Run, model, opt_state, history, test) -> list[str]:
     ]
 
 
-def draw(histories: dict[str, list[dict]], plan: Plan, path: Path) -> None:
-    """Loss, gradient norm and learning-rate scale over the steps, skips marked."""
-    figure = Figure(figsize=(10, 8), layout="constrained")
-    axes = figure.subplots(3, 1, sharex=True, height_ratios=(3, 3, 2))
-    colors = dict(zip(histories, ("C3", "C1", "C0", "0.6"), strict=True))
-    for name, history in histories.items():
-        style = {"color": colors[name], "label": name, "linewidth": 1}
-        for axis, key in ((axes[0], "loss"), (axes[1], "grad_norm")):
-            values = np.array([seen[key] for seen in history], np.float64)
-            values = np.clip(np.where(np.isfinite(values), values, np.nan), 1e-4, 1e4)
-            axis.plot(values, **style)
-            dead = np.flatnonzero(np.isfinite(values))
-            if len(dead) and dead[-1] + 1 < len(values):
-                axis.plot(dead[-1], values[dead[-1]], "x", color=colors[name])
-        scale = [seen.get("lr_scale", 1.0) for seen in history]
-        axes[2].plot(scale, **style)
-        skips = [step for step, seen in enumerate(history) if seen.get("skipped")]
-        if skips and "lr_scale" in history[0]:
-            axes[2].plot(skips, np.full(len(skips), 1.15), "|", color=colors[name])
-    for axis, label in zip(
-        axes, ("training loss", "gradient norm", "lr_scale, skips |"), strict=True
-    ):
-        axis.set_yscale("log")
-        axis.set_ylabel(label)
-        for start, width in faults(plan).values():
-            axis.axvspan(start, start + max(width, 2), color="0.9", zorder=0)
-    for name, (start, _) in faults(plan).items():
-        axes[0].annotate(name, (start, 1.02), xycoords=("data", "axes fraction"))
-    axes[1].legend(loc="upper left", ncols=4)
-    axes[2].set_xlabel("step (values beyond 1e-4 to 1e4 are drawn at the edge)")
-    figure.savefig(path, dpi=110)
-
-
-def faults(plan: Plan) -> dict[str, tuple[int, int]]:
-    """First step and length of each fault, by the name the figure shows."""
-    return {
-        "inputs x 1e20": (plan.huge_batch, 1),
-        "nan": (plan.nan_batch, 1),
-        "wrong labels": (plan.wrong_labels.start, len(plan.wrong_labels)),
-        "3 nan": (plan.nan_burst.start, len(plan.nan_burst)),
-        "high learning rate from here": (plan.high_rate, 0),
-    }
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports a bad option in one line."""
-
-    def error(self, message):
-        """Exits with status 2."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def number(kind, holds, expected: str):
-    """An option's type: a number for which `holds`, or a message that says so."""
-
-    def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not holds(value):
-            raise argparse.ArgumentTypeError(f"must be {expected}, got {text!r}")
-        return value
-
-    return parse
-
-
 def parse_args(argv) -> argparse.Namespace:
     """The command line."""
     parser = Parser(
         description="Trains a small network four times under the same faults.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    whole = lambda least: number(int, lambda x: x >= least, f"an integer >= {least}")
-    above = lambda low: number(
-        float, lambda x: low < x < math.inf, f"a finite number > {low}"
     )
     parser.add_argument("--steps", type=whole(40), default=1200, help="steps a run")
     parser.add_argument("--batch-size", type=whole(1), default=64, help="images a step")
@@ -312,24 +221,33 @@ def parse_args(argv) -> argparse.Namespace:
     return options
 
 
+def report(console, options, rows, events, seconds: float) -> None:
+    """The table, what the guard did, and where the rest is."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0))
+    for column in COLUMNS:
+        left = column in ("run", "bad leaf")
+        table.add_column(column, justify="left" if left else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    console.print("what the guard did, apart from clipping:")
+    for event in events:
+        console.print(f"  {event}", highlight=False, soft_wrap=True)
+    console.print(
+        f"{options.steps} steps a run on {jax.default_backend()}, {seconds:.0f} s in "
+        f"all; loss and accuracy on {len(options.test.labels)} test digits.\n"
+        f"figure and telemetry in {options.out}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
 def main(argv=None) -> int:
     """Runs all four, then prints the table and writes the figure."""
     options = parse_args(argv)
-    plan = Plan.over(options.steps)
+    plan = faults.Plan.over(options.steps)
     console, started = Console(), time.perf_counter()
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
-    for column in (
-        "run",
-        "loss",
-        "accuracy",
-        "skipped",
-        "clipped",
-        "lr_scale",
-        "first bad leaf",
-    ):
-        left = column == "run"
-        table.add_column(column, justify="left" if left else "right", no_wrap=True)
-    histories = {}
+    histories, rows, events = {}, [], []
     telemetry = options.out / "telemetry.jsonl"
     try:
         with telemetry.open("w") as log, Progress(console=console) as progress:
@@ -338,25 +256,14 @@ def main(argv=None) -> int:
                     run, options.train, options, plan, progress, log
                 )
                 histories[run.name] = history
-                table.add_row(*row_of(run, model, opt_state, history, options.test))
+                rows.append(row_of(run, model, opt_state, history, options.test))
                 if isinstance(run.tx, sg.GuardedTransformation):
-                    recent = sg.events(opt_state)
+                    events = sg.events(opt_state)
     except KeyboardInterrupt:
         console.print(f"interrupted; what was measured so far is in {telemetry}")
         return 130
-    draw(histories, plan, options.out / "rescue.png")
-    console.print(table)
-    console.print("what the guard did, apart from clipping:")
-    for event in recent:
-        console.print(f"  {event}", highlight=False, soft_wrap=True)
-    seconds = time.perf_counter() - started
-    console.print(
-        f"{options.steps} steps a run on {jax.default_backend()}, {seconds:.0f} s in all; "
-        f"loss and accuracy on {len(options.test.labels)} test digits.\n"
-        f"figure and telemetry in {options.out}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    faults.draw(histories, plan, options.out / "rescue.png")
+    report(console, options, rows, events, time.perf_counter() - started)
     return 0
 
 

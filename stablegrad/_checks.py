@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import jax
+from jax.core import Tracer
 
 
 def require(name: str, value, expected: str, holds: Callable[..., bool]) -> None:
@@ -10,7 +11,7 @@ def require(name: str, value, expected: str, holds: Callable[..., bool]) -> None
 
     State the condition that must hold, not the one that must not: nan fails both.
     """
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         return
     try:
         fine = bool(holds(value))

@@ -74,8 +74,8 @@ def guard(
 
     Raises:
         TypeError: If an argument is not a response.
-        ValueError: When a step is traced, if `value=` or `params` is needed and missing,
-            or if the pytree has other leaves than the one given to `init`.
+        ValueError: When a step is traced, if `value=` or `params` is needed and
+            missing, or if the pytree has other leaves than the one given to `init`.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -96,7 +96,7 @@ def guard(
     transformation = optax.with_extra_args_support(inner)
     limit_names = _judging.limit_names(responses)
 
-    def init_fn(params) -> GuardState:
+    def init_fn(params) -> Any:
         names = _trees.leaf_names(params)
         watched = tuple(
             tuple(t.init(groups_of(t.per, len(names))) for t in r.thresholds)
@@ -110,11 +110,9 @@ def guard(
             layout=_trees.layout(names),
         )
 
-    def run(updates, state: GuardState, params, extra, commit, held):
+    def run(updates, state: GuardState, params, extra, commit, held) -> Any:
         """One step: `commit(update, params)` if taken, `held(params)` if not."""
-        _checks.same_leaves(
-            _trees.names_in(state.layout), _trees.leaf_names(updates)
-        )
+        _checks.same_leaves(_trees.names_in(state.layout), _trees.leaf_names(updates))
         gradient = measure(updates)
         incoming = _judging.judge_incoming(
             responses, state.threshold_states, gradient, updates, params, extra
@@ -159,9 +157,7 @@ def guard(
             return _Taken(held(params), inner_state, nothing, before)
 
         reached = before.reason == 0
-        taken = lax.cond(
-            reached, take, hold, updates, state.guarded_inner, params
-        )
+        taken = lax.cond(reached, take, hold, updates, state.guarded_inner, params)
         words = _trees.select(reached, completed(taken.update), incoming)
         reason = taken.verdict.reason
         settled = tuple(

@@ -72,9 +72,7 @@ def verdict_on(responses, response_states, words: Words) -> Verdict:
     """The strictest verdict of all responses."""
     return combine(
         response.propose(state, own)
-        for response, state, own in zip(
-            responses, response_states, words, strict=True
-        )
+        for response, state, own in zip(responses, response_states, words, strict=True)
     )
 
 
@@ -117,8 +115,8 @@ def _each(function, responses, items) -> list:
 
 def _scalar(threshold: Threshold, updates, params, extra) -> jax.Array | None:
     """The signal of a threshold that watches the loss or a function; None if absent."""
-    if threshold.of != "value":
-        value = threshold.of(updates, params, extra)  # type: ignore[operator]
+    if callable(threshold.of):
+        value = threshold.of(updates, params, extra)
         return scalar_signal(signal_name(threshold.of), value)
     if extra.get("value") is not None:
         return scalar_signal("value", jnp.asarray(extra["value"]))

@@ -27,13 +27,13 @@ def metrics(state: Any) -> dict[str, jax.Array]:
         Rank-0 arrays, usable inside jit and ready for any logger. Of the last step:
 
         - `grad_norm`, `clipped_grad_norm`: of the incoming gradient; after clipping.
-        - `clip_scale`: smallest factor that gradient or update was clipped by, 1: none.
+        - `clip_scale`: smallest factor on a leaf of gradient or update, 1: no clip.
         - `raw_update_norm`, `update_norm`: of the optimizer's update; as applied.
         - `loss_value`: what was passed as `value=`, 0 if nothing was.
         - `lr_scale`: factor on the learning rate, in (0, 1].
         - `skipped`, `skip_reason`: whether, and why as a `Reason` (0: taken).
         - `first_bad_leaf`: index of the first leaf with a nan or inf, -1 if none;
-          `largest_leaf`: of the leaf with the largest gradient norm. `events` names them.
+          `largest_leaf`: of the leaf with the largest gradient norm; `events` names it.
         - `halted`: whether the run is stuck.
         - `<response>_<threshold>_<signal>_limit`: each limit in force, inf: none yet;
           of the strictest leaf under per="leaf".
@@ -70,9 +70,9 @@ def metrics(state: Any) -> dict[str, jax.Array]:
 def events(state: Any, params: Any = None) -> list[Event]:
     """Lists the last interventions, oldest first, with the leaf to look at by name.
 
-    Host only: it reads the numbers. A guard remembers the last 64 times that it skipped,
-    backed off or halted; steps in a row of one kind and reason are one event. Clipping is
-    in `metrics`: it would push out what is rare.
+    Host only: it reads the numbers. A guard remembers the last 64 times that it
+    skipped, backed off or halted; steps in a row of one kind and reason are one event.
+    Clipping is in `metrics`: it would push out what is rare.
 
     Args:
         state: A state that holds a guard's anywhere, as for `metrics`.
@@ -101,7 +101,8 @@ def events(state: Any, params: Any = None) -> list[Event]:
         names = names or _trees.names_in(guard_state.layout)
         log = jax.tree.map(np.asarray, guard_state.record.event_log)
         norms, losses = (
-            np.asarray(decode(column)) for column in (log.event_grad_norm, log.event_loss)
+            np.asarray(decode(column))
+            for column in (log.event_grad_norm, log.event_loss)
         )
         for row in np.argsort(log.event_step, kind="stable"):
             if log.event_step[row] < 0:
@@ -157,7 +158,8 @@ def raise_if_halted(state: Any) -> None:
             is stacked over an ensemble.
 
     Raises:
-        TrainingHalted: If `halt` has raised its flag. The message lists the last events.
+        TrainingHalted: If `halt` has raised its flag; the message lists the last
+            events.
         ValueError: If there is no guard in the state.
 
     Example:
@@ -196,7 +198,7 @@ def _guards(state: Any) -> list[GuardState]:
         raise ValueError(
             "there is no guard in this optimizer state. Build the optimizer with "
             "`stabilize(...)` or `guard(...)`, and pass its state: the one from "
-            "`tx.init`, Linen's `train_state.opt_state`, or NNX's `optimizer.opt_state`."
+            "`tx.init`, Linen's `train_state.opt_state`, NNX's `optimizer.opt_state`."
         )
     return found
 

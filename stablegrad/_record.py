@@ -28,7 +28,9 @@ class LastStep(NamedTuple):
     skipped: jax.Array  # bool: whether the step was rejected.
     skip_reason: jax.Array  # int32: a `Reason`, 0 if the step was taken.
     first_bad_leaf: jax.Array  # int32: first leaf with a nan or inf, -1 if none.
-    largest_leaf: jax.Array  # int32: the leaf with the largest gradient norm, -1 if none.
+    largest_leaf: (
+        jax.Array
+    )  # int32: the leaf with the largest gradient norm, -1 if none.
     halted: jax.Array  # bool: too many non-finite steps with none taken.
 
 
@@ -143,21 +145,19 @@ def update_record(
             for name, limit in limits.items()
         },
         count(record.totals, last, clipped, backed_off),
-        log_event(
-            record.event_log, step, last, backed_off
-        ),
+        log_event(record.event_log, step, last, backed_off),
     )
 
 
 def encode(number) -> jax.Array:
-    """A finite float32 that stands for any: the largest for inf, its negative for nan."""
+    """A finite float32 for any number: the largest for inf, its negative for nan."""
     number = jnp.asarray(number).astype(jnp.float32)
     finite = jnp.where(number > 0, LARGEST, -LARGEST)
     return jnp.where(jnp.isfinite(number), number, finite)
 
 
 def decode(number):
-    """Undoes `encode` (up to -inf, which comes back as nan), for arrays of any shape."""
+    """Undoes `encode`, up to -inf, which comes back as nan; of any shape."""
     number = jnp.where(number >= LARGEST, jnp.inf, number)
     return jnp.where(number <= -LARGEST, jnp.nan, number)
 

@@ -7,7 +7,7 @@ import numpy as np
 
 def is_inexact(leaf) -> bool:
     """Whether a leaf is real or complex floating point; others pass untouched."""
-    return jax.dtypes.issubdtype(jax.dtypes.result_type(leaf), jnp.inexact)
+    return jnp.issubdtype(jax.dtypes.result_type(leaf), jnp.inexact)
 
 
 def inexact_leaves(tree) -> list[jax.Array]:
@@ -60,7 +60,9 @@ def select(pred, on_true, on_false):
 
     def choose(new, old):
         new, old = jnp.asarray(new), jnp.asarray(old)
-        return jnp.where(pred, new if new.dtype == old.dtype else new.astype(old.dtype), old)
+        return jnp.where(
+            pred, new if new.dtype == old.dtype else new.astype(old.dtype), old
+        )
 
     return jax.tree.map(choose, on_true, on_false)
 
@@ -70,7 +72,7 @@ def strongly_typed(tree):
 
     def fix(leaf):
         leaf = jnp.asarray(leaf)
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
             return leaf
         return jax.lax.convert_element_type(leaf, leaf.dtype)
 

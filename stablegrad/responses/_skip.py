@@ -47,8 +47,8 @@ def skip(*thresholds: Threshold, max_consecutive: int | jax.Array = 20) -> Respo
         >>> tx = sg.guard(optax.sgd(0.1), sg.skip(sg.nonfinite(), sg.zscore(6.0)))
 
     Reference:
-        OLMo et al., 2 OLMo 2 Furious (2024), https://arxiv.org/abs/2501.00656 (skip-step);
-        `optax.apply_if_finite`, which gives in to nan after some steps.
+        OLMo et al., 2 OLMo 2 Furious (2024), https://arxiv.org/abs/2501.00656, whose
+        skip-step this is; `optax.apply_if_finite`, which gives in to nan after a while.
     """
     check_thresholds("skip", thresholds)
     thresholds = thresholds or (_limits.nonfinite(),)

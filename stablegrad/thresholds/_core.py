@@ -48,12 +48,13 @@ def unobserved(threshold: Threshold, state, groups: int) -> Judgement:
     """The word on a step that the signal was not measured on: nothing to say."""
     quiet = judge(threshold, state, jnp.zeros((groups,), jnp.float32), groups)
     no = jnp.zeros((groups,), bool)
-    return quiet._replace(signal=jnp.full((groups,), jnp.nan), exceeded=no, nonfinite=no)
+    return quiet._replace(
+        signal=jnp.full((groups,), jnp.nan), exceeded=no, nonfinite=no
+    )
 
 
 def learn(threshold: Threshold, state, judgement: Judgement):
-    """Takes one step into the statistics; a group that was not finite stays as it was.
-    """
+    """Takes one step into the statistics; a group that was not finite stays put."""
     finite = jnp.isfinite(judgement.signal)
     signal = jnp.where(finite, judgement.signal, 1.0)
     new = threshold.update(state, signal, judgement.exceeded)

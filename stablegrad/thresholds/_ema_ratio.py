@@ -39,10 +39,10 @@ def ema_ratio(
 
     The first `warmup_steps` finite values set m to their median; before, nothing is
     flagged. A value counts at no more than twice the mean (or `ratio` times, if that is
-    more), so one outlier moves it by a few per cent, while a lasting rise lifts it by at
-    least the factor 1 + (1 - d) a step. From the `patience`-th exceedance in a row on,
-    each moves the mean half of the way to the smallest of them. A mean of zero flags
-    nothing: it would never recover.
+    more), so one outlier moves it by a few per cent, while a lasting rise lifts it by
+    the factor 1 + (1 - d) a step or more. From the `patience`-th exceedance in a row
+    on, each moves the mean half of the way to the smallest of them. A mean of zero
+    flags nothing: it would never recover.
 
     Args:
         ratio: Tolerated multiple of the mean. Dimensionless, > 1.
@@ -100,7 +100,9 @@ def ema_ratio(
     def track(state: EmaRatioState, value, exceeded) -> EmaRatioState:
         mean = state.running_mean
         reach = jnp.maximum(ratio - 1, 1.0) * jnp.abs(mean)
-        bounded = jnp.where(mean == 0, value, jnp.clip(value, mean - reach, mean + reach))
+        bounded = jnp.where(
+            mean == 0, value, jnp.clip(value, mean - reach, mean + reach)
+        )
         run = stats.extend_run(state.exceedances, value, exceeded, patience)
         return state._replace(
             finite_seen=increment(state.finite_seen),
