@@ -43,14 +43,6 @@ from rich.table import Table
 import stablegrad as sg
 
 COLUMNS = ("run", "loss", "accuracy", "skipped", "clipped", "lr_scale", "bad leaf")
-    "run",
-    "loss",
-    "accuracy",
-    "skipped",
-    "clipped",
-    "lr_scale",
-    "first bad leaf",
-]
 CHUNK = 50  # Steps between two reads of the device, for the progress bar.
 
 
