@@ -118,7 +118,7 @@ def _safe_norm(leaf) -> jax.Array:
         for part in parts
     ]
     peak = peaks[0] if len(peaks) == 1 else jnp.maximum(*peaks)
-    unit = jnp.where(peak > 0, peak, 1).astype(jnp.promote_types(peak.dtype, "float32"))
+    unit = jnp.where(peak > 0, peak, 1).astype(np.promote_types(peak.dtype, np.float32))
     total = sum(_sum_of_squares(part.astype(unit.dtype) / unit) for part in parts)
     return _saturate(unit * jnp.sqrt(total).astype(unit.dtype))
 
@@ -132,7 +132,7 @@ def _sum_of_squares(leaf) -> jax.Array:
     """Sum of |x|^2 in float32. A dot product is XLA's fastest full reduction."""
     if jnp.iscomplexobj(leaf):
         return _sum_of_squares(leaf.real) + _sum_of_squares(leaf.imag)
-    leaf = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+    leaf = leaf.astype(np.promote_types(leaf.dtype, np.float32))
     axes = tuple(range(leaf.ndim))
     square = lax.dot_general(
         leaf, leaf, ((axes, axes), ((), ())), precision=lax.Precision.HIGHEST

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 
 from .._checks import require, require_count
 from .._signals import Signal, check_signal
-from .._trees import increment
 from . import _statistics as stats
 from ._core import Threshold
 
@@ -15,10 +14,8 @@ from ._core import Threshold
 class EmaRatioState(NamedTuple):
     """State of `ema_ratio`."""
 
-    first_values: jax.Array  # float32 (groups, warmup_steps): fills during warm-up.
-    finite_seen: jax.Array  # int32 (groups,): finite steps so far, saturating.
+    recent: stats.Recent
     running_mean: jax.Array  # float32 (groups,), in the signal's unit.
-    exceedances: stats.Run
 
 
 def ema_ratio(
@@ -40,15 +37,18 @@ def ema_ratio(
     The first `warmup_steps` finite values set m to their median; before, nothing is
     flagged. A value counts at no more than twice the mean (or `ratio` times, if that is
     more), so one outlier moves it by a few per cent, while a lasting rise lifts it by
-    the factor 1 + (1 - d) a step or more. From the `patience`-th exceedance in a row
-    on, each moves the mean half of the way to the smallest of them. A mean of zero
-    flags nothing: it would never recover.
+    the factor 1 + (1 - d) a step or more. From the `patience`-th value in a row on that
+    is above the limit, or below m - (1 - 1 / ratio) |m|, m follows the median M of the
+    last `warmup_steps` values instead: half of the way each step, all of it once
+    |M - m| <= 2 (ratio - 1) |M|. A mean of zero flags nothing: it would never recover.
 
     Args:
         ratio: Tolerated multiple of the mean. Dimensionless, > 1.
         decay: Weight d of the past, in [0, 1). Half-life 34 steps at 0.98.
-        warmup_steps: Finite steps before anything is flagged, >= 1.
-        patience: Exceedances in a row after which the mean follows, >= 1 step.
+        warmup_steps: Finite steps before anything is flagged, and values remembered,
+            >= 1.
+        patience: Values in a row on one side, outside the limits, after which the mean
+            starts again, >= warmup_steps.
         of: What is measured, as for `fixed`.
         per: "global" or "leaf", as for `fixed`.
 
@@ -72,49 +72,38 @@ def ema_ratio(
     require("ratio", ratio, "> 1", lambda x: 1 < x < float("inf"))
     require("decay", decay, "in [0, 1)", lambda x: 0 <= x < 1)
     require_count("warmup_steps", warmup_steps)
-    require_count("patience", patience)
+    require_count("patience", patience, warmup_steps)
 
     def init(groups: int) -> EmaRatioState:
         return EmaRatioState(
-            first_values=jnp.zeros((groups, warmup_steps), jnp.float32),
-            finite_seen=jnp.zeros((groups,), jnp.int32),
-            running_mean=jnp.zeros((groups,), jnp.float32),
-            exceedances=stats.init_run(groups),
+            stats.init_recent(groups, warmup_steps), jnp.zeros((groups,), jnp.float32)
         )
 
     def limit(state: EmaRatioState, groups: int) -> jax.Array:
         mean = state.running_mean
-        armed = (state.finite_seen >= warmup_steps) & (mean != 0)
-        return jnp.where(armed, mean + (ratio - 1) * jnp.abs(mean), jnp.inf)
-
-    def warm_up(state: EmaRatioState, value, exceeded) -> EmaRatioState:
-        del exceeded
-        first_values = stats.write(state.first_values, state.finite_seen, value)
-        seen = increment(state.finite_seen)
-        return state._replace(
-            first_values=first_values,
-            finite_seen=seen,
-            running_mean=stats.median(first_values, seen),
-        )
-
-    def track(state: EmaRatioState, value, exceeded) -> EmaRatioState:
-        mean = state.running_mean
-        reach = jnp.maximum(ratio - 1, 1.0) * jnp.abs(mean)
-        bounded = jnp.where(
-            mean == 0, value, jnp.clip(value, mean - reach, mean + reach)
-        )
-        run = stats.extend_run(state.exceedances, value, exceeded, patience)
-        return state._replace(
-            finite_seen=increment(state.finite_seen),
-            running_mean=stats.rebased(
-                mean + (1 - decay) * (bounded - mean), run, patience
-            ),
-            exceedances=run,
-        )
+        unarmed = stats.warming(state.recent) | (mean == 0)
+        return jnp.where(unarmed, jnp.inf, mean + (ratio - 1) * jnp.abs(mean))
 
     def update(state: EmaRatioState, signal, exceeded) -> EmaRatioState:
         value = stats.to_scale(signal, in_log=False)
-        warming = state.finite_seen < warmup_steps
-        return stats.per_group(warming, warm_up, track, state, value, exceeded)
+        mean = state.running_mean
+        warming = stats.warming(state.recent)
+        below = ~warming & (value < mean - (1 - 1 / ratio) * jnp.abs(mean))
+        recent = stats.remember(state.recent, value, exceeded, below, patience)
+        moved = jnp.abs(recent.outside_run) >= patience
+        level, _ = stats.where_needed(
+            warming | moved,
+            lambda: stats.median_of_recent(recent),
+            like=(mean, mean),
+        )
+        reach = jnp.maximum(ratio - 1, 1.0) * jnp.abs(mean)
+        bounded = jnp.clip(value, mean - reach, mean + reach)
+        bounded = jnp.where(mean == 0, value, bounded)
+        tracked = mean + (1 - decay) * (bounded - mean)
+        followed = stats.follow(mean, level, (ratio - 1) * jnp.abs(level))
+        return EmaRatioState(
+            recent,
+            jnp.where(warming, level, jnp.where(moved, followed, tracked)),
+        )
 
     return Threshold("ema_ratio", of, per, init, limit, update)

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .._trees import increment
+
 # Turns a median absolute deviation into the standard deviation of a normal law.
 MAD_TO_STD = 1.4826
 # Residuals enter at no more than this many spreads: far enough out to leave a normal
@@ -19,34 +21,54 @@ WINSOR = 2.5
 BOUND = 1e37
 
 
-class Run(NamedTuple):
-    """Consecutive exceedances, per group: what ends lock-in."""
+class Recent(NamedTuple):
+    """The last values of each group, and how long they have all been on one side.
 
-    run_length: jax.Array  # int32 (groups,), in [0, patience].
-    run_lowest: jax.Array  # float32 (groups,): smallest value of the current run.
-
-
-def init_run(groups: int) -> Run:
-    """No exceedance yet."""
-    return Run(jnp.zeros((groups,), jnp.int32), jnp.zeros((groups,), jnp.float32))
-
-
-def extend_run(run: Run, value, exceeded, patience) -> Run:
-    """Counts one more step."""
-    lowest = jnp.minimum(value, jnp.where(run.run_length > 0, run.run_lowest, value))
-    length = jnp.minimum(run.run_length + 1, patience).astype(jnp.int32)
-    return Run(jnp.where(exceeded, length, 0), lowest)
-
-
-def rebased(center, run: Run, patience) -> jax.Array:
-    """The level, moved half of the way to a run that has lasted `patience` steps.
-
-    Half at every further exceedance, not all at once: what the limit held back is let
-    go by degrees. To its smallest value, because the rest may be outliers of it.
+    What a statistic starts from, and what it starts again from where the signal has
+    moved for good: this is what ends lock-in.
     """
-    return jnp.where(
-        run.run_length >= patience, center + (run.run_lowest - center) / 2, center
+
+    recent_values: jax.Array  # float32 (groups, width): a ring, on the own scale.
+    finite_seen: jax.Array  # int32 (groups,): finite steps so far, saturating.
+    outside_run: jax.Array  # int32 (groups,): steps in a row above, or -below, normal.
+
+
+def init_recent(groups: int, width: int) -> Recent:
+    """Nothing seen yet."""
+    none = jnp.zeros((groups,), jnp.int32)
+    return Recent(jnp.zeros((groups, width), jnp.float32), none, none)
+
+
+def remember(recent: Recent, value, above, below, patience: int) -> Recent:
+    """Takes one more value, which lay above what is normal, or below, or neither."""
+    run = recent.outside_run
+    longer = jnp.where(above, jnp.maximum(run, 0) + 1, jnp.minimum(run, 0) - 1)
+    longer = jnp.clip(longer, -patience, patience)
+    width = recent.recent_values.shape[-1]
+    return Recent(
+        write(recent.recent_values, recent.finite_seen % width, value),
+        increment(recent.finite_seen),
+        jnp.where(above | below, longer, 0),
     )
+
+
+def warming(recent: Recent) -> jax.Array:
+    """Which groups have not yet filled their ring."""
+    return recent.finite_seen < recent.recent_values.shape[-1]
+
+
+def median_of_recent(recent: Recent) -> tuple[jax.Array, jax.Array]:
+    """Median and spread of the remembered values."""
+    return median_and_spread(recent.recent_values, recent.finite_seen)
+
+
+def follow(center, level, reach) -> jax.Array:
+    """Half of the way to a level, or all of it once that is within twice the reach.
+
+    By degrees, so that what a limit held back is not let go all at once.
+    """
+    near = jnp.abs(level - center) <= 2 * reach
+    return jnp.where(near, level, center + (level - center) / 2)
 
 
 def median(values, seen) -> jax.Array:
@@ -97,13 +119,6 @@ def where_groups(mask, on_true, on_false):
     return jax.tree.map(choose, on_true, on_false)
 
 
-def per_group(warming, warm_up, track, *operands):
-    """`warm_up` for the groups that are warming, `track` for the others.
-
-    Warming sorts, so it runs only while a group needs it.
-    """
-
-    def mixed(*operands):
-        return where_groups(warming, warm_up(*operands), track(*operands))
-
-    return lax.cond(jnp.any(warming), mixed, track, *operands)
+def where_needed(mask, compute, like):
+    """`compute()` if any group is in `mask`, else `like`: sorting is not for free."""
+    return lax.cond(jnp.any(mask), compute, lambda: like)

@@ -7,19 +7,16 @@ import jax.numpy as jnp
 
 from .._checks import require, require_count
 from .._signals import Signal, check_signal, is_norm
-from .._trees import increment
 from . import _statistics as stats
 from ._core import Threshold
 
 
 class ZScoreState(NamedTuple):
-    """State of `zscore`; float32 fields are on the scale of the statistics."""
+    """State of `zscore`, on the scale of its statistics: logarithms for norms."""
 
-    first_values: jax.Array  # float32 (groups, warmup_steps): fills during warm-up.
-    finite_seen: jax.Array  # int32 (groups,): finite steps so far, saturating.
+    recent: stats.Recent
     center: jax.Array  # float32 (groups,): running level m.
     spread: jax.Array  # float32 (groups,), >= 0: running standard deviation s.
-    exceedances: stats.Run
 
 
 def zscore(
@@ -41,22 +38,26 @@ def zscore(
         m_t = m_{t-1} + (1 - d) r_t
         s_t^2 = d (s*^2 + (1 - d) r_t^2)
 
-    The first `warmup_steps` finite values set m to their median and s to 1.4826 times
-    their median absolute deviation: up to half of them may be outliers. Before, nothing
-    is flagged. A clipped residual means that one outlier, however huge, widens s by
-    less than 3 %, so it cannot hide the next; yet s grows at every outlier (d (1 +
-    6.25 (1 - d)) > 1), so no level is refused for ever. From the `patience`-th
-    exceedance in a row on, each moves m half of the way to the smallest of them: a
-    lasting shift by any factor is normal after at most 12 steps more.
+    The first `warmup_steps` finite values set m to their median M and s to 1.4826 times
+    their median absolute deviation D: up to half of them may be outliers. Before,
+    nothing is flagged. A clipped residual means that one outlier, however huge, widens
+    s by less than 3 %, so it cannot hide the next; yet s grows at every outlier
+    (d (1 + 6.25 (1 - d)) > 1), so no level is refused for ever. From the `patience`-th
+    value in a row on that is more than z s* above m, or below, m and s follow M and D
+    of the last `warmup_steps` values instead: s = D, and m goes half of the way to M
+    each step, all of it once |M - m| <= 2 z D. A lasting shift by any factor is normal
+    after `patience` and at most 12 steps.
 
     Args:
         z: Tolerated standard deviations above the level, > 0. One-sided: 2.5 flags
             about 0.6 % of healthy lognormal steps.
         decay: Weight d of the past, in (0.5, 1). Half-life 69 steps at 0.99.
-        warmup_steps: Finite steps before anything is flagged, >= 3.
+        warmup_steps: Finite steps before anything is flagged, and values remembered,
+            >= 3.
         spread_floor: Smallest s*: in log units for norms (0.05 is 5 %), relative to
             |m| for other signals. > 0: a constant signal must not flag its last digit.
-        patience: Exceedances in a row after which the level follows, >= 1 step.
+        patience: Values in a row on one side, outside z s*, after which the statistics
+            start again, >= warmup_steps.
         of: What is measured, as for `fixed`.
         per: "global" or "leaf", as for `fixed`.
 
@@ -81,51 +82,44 @@ def zscore(
     require("decay", decay, "in (0.5, 1)", lambda x: 0.5 < x < 1)
     require_count("warmup_steps", warmup_steps, 3)
     require("spread_floor", spread_floor, "> 0", lambda x: 0 < x < float("inf"))
-    require_count("patience", patience)
+    require_count("patience", patience, warmup_steps)
     in_log = is_norm(of)
 
     def init(groups: int) -> ZScoreState:
         zeros = jnp.zeros((groups,), jnp.float32)
-        return ZScoreState(
-            first_values=jnp.zeros((groups, warmup_steps), jnp.float32),
-            finite_seen=jnp.zeros((groups,), jnp.int32),
-            center=zeros,
-            spread=zeros,
-            exceedances=stats.init_run(groups),
-        )
+        return ZScoreState(stats.init_recent(groups, warmup_steps), zeros, zeros)
+
+    def floored(state: ZScoreState) -> jax.Array:
+        return stats.floored(state.spread, state.center, spread_floor, in_log)
 
     def limit(state: ZScoreState, groups: int) -> jax.Array:
-        spread = stats.floored(state.spread, state.center, spread_floor, in_log)
-        normal = stats.from_scale(state.center + z * spread, in_log)
-        return jnp.where(state.finite_seen >= warmup_steps, normal, jnp.inf)
-
-    def warm_up(state: ZScoreState, value, exceeded) -> ZScoreState:
-        del exceeded
-        first_values = stats.write(state.first_values, state.finite_seen, value)
-        seen = increment(state.finite_seen)
-        center, spread = stats.median_and_spread(first_values, seen)
-        return state._replace(
-            first_values=first_values, finite_seen=seen, center=center, spread=spread
-        )
-
-    def track(state: ZScoreState, value, exceeded) -> ZScoreState:
-        spread = stats.floored(state.spread, state.center, spread_floor, in_log)
-        reach = stats.WINSOR * spread
-        residual = jnp.clip(value - state.center, -reach, reach)
-        # Relative to the spread, so that no square overflows.
-        widening = decay * (1 + (1 - decay) * jnp.square(residual / spread))
-        run = stats.extend_run(state.exceedances, value, exceeded, patience)
-        center = state.center + (1 - decay) * residual
-        return state._replace(
-            finite_seen=increment(state.finite_seen),
-            center=stats.rebased(center, run, patience),
-            spread=spread * jnp.sqrt(widening),
-            exceedances=run,
-        )
+        normal = stats.from_scale(state.center + z * floored(state), in_log)
+        return jnp.where(stats.warming(state.recent), jnp.inf, normal)
 
     def update(state: ZScoreState, signal, exceeded) -> ZScoreState:
         value = stats.to_scale(signal, in_log)
-        warming = state.finite_seen < warmup_steps
-        return stats.per_group(warming, warm_up, track, state, value, exceeded)
+        center, spread = state.center, floored(state)
+        warming = stats.warming(state.recent)
+        below = ~warming & (value < center - z * spread)
+        recent = stats.remember(state.recent, value, exceeded, below, patience)
+        moved = jnp.abs(recent.outside_run) >= patience
+        level, deviation = stats.where_needed(
+            warming | moved,
+            lambda: stats.median_of_recent(recent),
+            like=(center, spread),
+        )
+        reach = z * stats.floored(deviation, level, spread_floor, in_log)
+        residual = jnp.clip(
+            value - center, -stats.WINSOR * spread, stats.WINSOR * spread
+        )
+        # Relative to the spread, so that no square overflows.
+        widening = decay * (1 + (1 - decay) * jnp.square(residual / spread))
+        tracked = center + (1 - decay) * residual
+        followed = jnp.where(moved, stats.follow(center, level, reach), tracked)
+        return ZScoreState(
+            recent,
+            center=jnp.where(warming, level, followed),
+            spread=jnp.where(warming | moved, deviation, spread * jnp.sqrt(widening)),
+        )
 
     return Threshold("zscore", of, per, init, limit, update)

@@ -1,0 +1,32 @@
+"""Runs a threshold alone over a sequence of signals, in one scan."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from stablegrad.thresholds._core import judge, learn
+
+
+def limits(threshold, signals):
+    """The limits that each step meets, and whether it exceeds them.
+
+    `signals` has shape (steps,) or (steps, groups); so have the results. Also returns
+    the final state.
+    """
+    signals = jnp.asarray(signals, jnp.float32)
+    table = signals if signals.ndim == 2 else signals[:, None]
+    groups = table.shape[1]
+
+    def step(state, signal):
+        word = judge(threshold, state, signal, groups)
+        return learn(threshold, state, word), (word.limit, word.exceeded)
+
+    run = jax.jit(lambda state, xs: jax.lax.scan(step, state, xs))
+    state, (limit, exceeded) = run(threshold.init(groups), table)
+    shape = signals.shape
+    return np.reshape(limit, shape), np.reshape(exceeded, shape), state
+
+
+def lognormal(steps, sigma=0.2, level=1.0, seed=0):
+    """Norms as training has them: healthy, stationary, all positive."""
+    return level * np.random.default_rng(seed).lognormal(0.0, sigma, size=steps)

@@ -1,0 +1,90 @@
+"""Tests for `stablegrad.fixed` and `stablegrad.nonfinite`, and for all arguments."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from stepping import limits
+
+import stablegrad as sg
+from stablegrad.thresholds._core import judge
+
+
+def test_fixed_flags_what_is_above_its_limit_and_not_what_is_at_it():
+    _, exceeded, state = limits(sg.fixed(2.0), [1.0, 2.0, 2.0001, 0.0])
+    np.testing.assert_array_equal(exceeded, [False, False, True, False])
+    assert state == ()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(
+    "threshold",
+    [sg.fixed(2.0), sg.nonfinite(), sg.zscore(3.0), sg.ema_ratio(2.0)],
+    ids=lambda threshold: threshold.name,
+)
+def test_no_threshold_calls_a_nonfinite_signal_normal(threshold, bad):
+    signal = jnp.array([bad], jnp.float32)
+    assert judge(threshold, threshold.init(1), signal, 1).nonfinite.item()
+
+
+def test_nonfinite_calls_every_finite_signal_normal():
+    _, exceeded, _ = limits(sg.nonfinite(), [0.0, 3e38, -3e38])
+    assert not exceeded.any()
+
+
+ARGUMENTS = {
+    "fixed": (sg.fixed, {"limit": 1.0}, {"limit": [-1.0, np.nan, np.inf, "a", None]}),
+    "zscore": (
+        sg.zscore,
+        {"z": 2.5},
+        {
+            "z": [0.0, -1.0, np.nan],
+            "decay": [0.5, 1.0, np.nan],
+            "warmup_steps": [2, 10.0, True],
+            "spread_floor": [0.0, np.nan],
+            "patience": [24, 50.0],
+        },
+    ),
+    "ema_ratio": (
+        sg.ema_ratio,
+        {"ratio": 2.0},
+        {
+            "ratio": [1.0, np.nan],
+            "decay": [1.0, -0.1],
+            "warmup_steps": [0],
+            "patience": [24],
+        },
+    ),
+    "window_zscore": (
+        sg.window_zscore,
+        {"sigma": 6.0},
+        {"sigma": [0.0, np.nan], "window": [3, 8.0], "spread_floor": [0.0]},
+    ),
+}
+WRONG = [
+    (name, argument, value)
+    for name, (_, _, wrong) in ARGUMENTS.items()
+    for argument, values in wrong.items()
+    for value in values
+]
+
+
+@pytest.mark.parametrize("name, argument, value", WRONG)
+def test_arguments_out_of_range_are_named_with_what_must_hold(name, argument, value):
+    factory, good, _ = ARGUMENTS[name]
+    with pytest.raises(ValueError, match=f"`{argument}` must be .*, got"):
+        factory(**{**good, argument: value})
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_unknown_signals_and_granularities_are_named(name):
+    factory, good, _ = ARGUMENTS[name]
+    with pytest.raises(ValueError, match="`of` must be one of .*, got 'gradnorm'"):
+        factory(**good, of="gradnorm")
+    with pytest.raises(ValueError, match="`per` must be one of .*, got 'layer'"):
+        factory(**good, per="layer")
+    with pytest.raises(ValueError, match="`per` must be 'global' for of='value'"):
+        factory(**good, of="value", per="leaf")
+
+
+def test_a_negative_limit_is_allowed_where_the_signal_can_be_negative():
+    assert sg.fixed(-1.0, of="value").of == "value"

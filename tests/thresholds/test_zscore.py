@@ -1,0 +1,177 @@
+"""Tests for `stablegrad.zscore`."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from stepping import limits, lognormal
+
+import stablegrad as sg
+
+RTOL = 2e-4  # float32 logarithms and exponentials against float64, 400 recurrent steps.
+
+
+def oracle(signals, z, decay, warmup, floor, patience, log):
+    """The docstring's recurrence in float64: the limit each step meets."""
+    past, m, s, run = [], 0.0, 0.0, 0
+    seen_limits = []
+
+    def floored(spread, center):
+        return max(spread, floor * (1.0 if log else abs(center)))
+
+    for x in signals:
+        s_star = floored(s, m)
+        warming = len(past) < warmup
+        limit = np.exp(m + z * s_star) if log else m + z * s_star
+        seen_limits.append(np.inf if warming else limit)
+        if not np.isfinite(x):
+            continue
+        y = np.log(x) if log else x
+        side = 0 if warming else int(y > m + z * s_star) - int(y < m - z * s_star)
+        run = run + side if side * run > 0 else side
+        past.append(y)
+        last = np.array(past[-warmup:])
+        median = np.median(last)
+        deviation = 1.4826 * np.median(np.abs(last - median))
+        if warming:
+            m, s = median, deviation
+        elif abs(run) >= patience:
+            near = abs(median - m) <= 2 * z * floored(deviation, median)
+            m, s = (median if near else (m + median) / 2), deviation
+        else:
+            r = min(max(y - m, -2.5 * s_star), 2.5 * s_star)
+            m = m + (1 - decay) * r
+            s = np.sqrt(decay * (s_star**2 + (1 - decay) * r**2))
+    return np.array(seen_limits)
+
+
+@pytest.mark.parametrize("warmup, patience", [(25, 50), (4, 7), (3, 3)])
+def test_norm_limits_match_the_float64_oracle(warmup, patience):
+    norms = lognormal(400)
+    norms[60] = 1e6  # One outlier,
+    norms[61] = np.nan  # one that was not finite,
+    norms[200:280] *= 30  # a lasting shift, and back.
+    tx = sg.zscore(2.5, decay=0.95, warmup_steps=warmup, patience=patience)
+    seen, _, _ = limits(tx, norms)
+    expected = oracle(norms, 2.5, 0.95, warmup, 0.05, patience, log=True)
+    np.testing.assert_allclose(seen, expected, rtol=RTOL)
+
+
+def test_loss_limits_match_the_float64_oracle_for_negative_losses():
+    losses = -3.0 + np.random.default_rng(1).normal(size=300)
+    losses[100] = 40.0
+    losses[150:] += 25.0
+    tx = sg.zscore(6.0, of="value", decay=0.97, spread_floor=0.01, patience=30)
+    seen, _, _ = limits(tx, losses)
+    expected = oracle(losses, 6.0, 0.97, 25, 0.01, 30, log=False)
+    np.testing.assert_allclose(seen, expected, rtol=RTOL, atol=1e-4)
+
+
+@pytest.mark.parametrize("sigma", [0.05, 0.2, 0.5])
+def test_flags_about_the_stated_share_of_healthy_steps(sigma):
+    _, exceeded, _ = limits(sg.zscore(2.5), lognormal(20_000, sigma))
+    assert 0.003 < exceeded.mean() < 0.01  # 0.6 % of a normal law is above 2.5.
+
+
+@pytest.mark.parametrize("factor", [2.0, 10.0, 1e6, 1e30])
+@pytest.mark.parametrize("sigma", [0.02, 0.2])
+def test_a_lasting_shift_is_normal_after_patience_and_twelve_steps(factor, sigma):
+    norms = lognormal(300, sigma)
+    norms[100:] *= factor
+    _, exceeded, _ = limits(sg.zscore(2.5, patience=50), norms)
+    assert exceeded[100]
+    assert exceeded[162:].mean() < 0.02
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.1, 1e-6])
+def test_a_fall_of_the_level_is_followed_and_never_flagged(factor):
+    norms = lognormal(400)
+    norms[100:] *= factor
+    limit, exceeded, _ = limits(sg.zscore(2.5, patience=50), norms)
+    assert exceeded[100:].mean() < 0.03
+    assert limit[162] < 4 * factor
+
+
+def test_alternating_outliers_are_not_refused_for_ever():
+    # They never come twice in a row, so only the growing spread can admit them.
+    norms = lognormal(600, 0.05)
+    norms[100::2] *= 20
+    _, exceeded, _ = limits(sg.zscore(2.5), norms)
+    assert exceeded[100:110].any()
+    assert exceeded[400:].mean() < 0.05
+
+
+@pytest.mark.parametrize("huge", [1e3, 1e20, 3e38])
+def test_one_huge_outlier_hides_no_other(huge):
+    norms = lognormal(200)
+    norms[100], norms[150] = huge, 3.0  # The second is 5.5 sigma out.
+    limit, exceeded, _ = limits(sg.zscore(2.5), norms)
+    assert exceeded[100] and exceeded[150]
+    assert limit[101] / limit[100] < 1.05
+
+
+@pytest.mark.parametrize("wrong", [1e30, 1e-30, 30.0])
+def test_an_outlier_in_the_very_first_step_leaves_the_limit_right(wrong):
+    norms = lognormal(100)
+    norms[0] = wrong
+    limit, _, _ = limits(sg.zscore(2.5), norms)
+    assert np.isinf(limit[:25]).all()
+    assert 1.2 < limit[25] < 3.0
+
+
+def test_a_constant_signal_does_not_flag_its_last_digit():
+    norms = 1 + 1e-6 * np.random.default_rng(0).normal(size=300)
+    assert not limits(sg.zscore(2.5), norms)[1].any()
+    assert not limits(sg.zscore(2.5, of="value"), norms)[1].any()
+    assert not limits(sg.zscore(2.5, of="value"), np.zeros(300))[1].any()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("at", [0, 10, 60])
+def test_a_nonfinite_value_changes_nothing_but_its_own_step(bad, at):
+    norms = lognormal(120)
+    clean, _, _ = limits(sg.zscore(2.5), norms)
+    faulty, exceeded, state = limits(sg.zscore(2.5), np.insert(norms, at, bad))
+    np.testing.assert_array_equal(np.delete(faulty, at), clean)
+    assert not exceeded[at]  # It is reported as non-finite, not as an outlier.
+    chex.assert_tree_all_finite(state)
+
+
+def test_zero_norms_neither_break_the_statistics_nor_absorb_them():
+    norms = np.concatenate([np.zeros(60), lognormal(200)])
+    _, exceeded, state = limits(sg.zscore(2.5), norms)
+    chex.assert_tree_all_finite(state)
+    assert exceeded[60]
+    assert exceeded[140:].mean() < 0.05
+
+
+def test_groups_learn_independently():
+    table = np.stack([lognormal(200), lognormal(200, level=1e4, seed=1)], axis=1)
+    table[150, 0] = 1e4
+    together, exceeded, _ = limits(sg.zscore(2.5, per="leaf"), table)
+    alone, _, _ = limits(sg.zscore(2.5), table[:, 1])
+    np.testing.assert_allclose(together[:, 1], alone, rtol=1e-6)
+    assert exceeded[150, 0] and not exceeded[150, 1]
+
+
+def test_the_level_and_decay_may_be_traced():
+    norms = lognormal(60)
+
+    def last_limit(z, decay):
+        return limits_of(sg.zscore(z, decay=decay), norms)[-1]
+
+    def limits_of(threshold, signals):
+        from stablegrad.thresholds._core import judge, learn
+
+        def step(state, x):
+            word = judge(threshold, state, x[None], 1)
+            return learn(threshold, state, word), word.limit[0]
+
+        xs = jnp.asarray(signals, jnp.float32)
+        return jax.lax.scan(step, threshold.init(1), xs)[1]
+
+    swept = jax.jit(jax.vmap(last_limit))(jnp.array([2.0, 3.0]), jnp.array([0.9, 0.99]))
+    for found, (z, decay) in zip(swept, [(2.0, 0.9), (3.0, 0.99)], strict=True):
+        expected = limits(sg.zscore(z, decay=decay), norms)[0][-1]
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
