@@ -44,8 +44,8 @@ def stabilize(
     Args:
         inner: The optimizer, any optax transformation.
         clip_z: Standard deviations of the log-norm above which gradient and update are
-            shrunk. 2.5 touches 0.6 % of healthy steps, and only their tails. The update
-            is clipped too because Adam undoes any clipping of the gradient: a
+            shrunk. 2.5 touches under 1 % of healthy steps, and only their tails. The
+            update is clipped too because Adam undoes any clipping of the gradient: a
             learning rate that jumps is then followed by degrees, not at once.
         skip_z: The same, above which a step is rejected, of the gradient's log-norm and
             of the loss. 6.0: practically never by chance, so what is rejected is bad

@@ -22,7 +22,7 @@ class ZScoreState(NamedTuple):
 def zscore(
     z: float | jax.Array,
     *,
-    decay: float | jax.Array = 0.99,
+    decay: float | jax.Array = 0.98,
     warmup_steps: int = 25,
     spread_floor: float | jax.Array = 0.05,
     patience: int = 50,
@@ -36,12 +36,12 @@ def zscore(
 
         limit_t = m_{t-1} + z s*                          (of norms: its exponential)
         m_t = m_{t-1} + (1 - d) r_t
-        s_t^2 = d (s*^2 + (1 - d) r_t^2)
+        s_t^2 = d (s*^2 + (1 - d) r_t^2);    s_t = s* if y_t < m_{t-1} - z s*
 
     The first `warmup_steps` finite values set m to their median M and s to 1.4826 times
     their median absolute deviation D: up to half of them may be outliers. Before,
     nothing is flagged. A clipped residual means that one outlier, however huge, widens
-    s by less than 3 %, so it cannot hide the next; yet s grows at every outlier
+    s by 5 %, so it cannot hide the next; yet s does grow at every outlier
     (d (1 + 6.25 (1 - d)) > 1), so no level is refused for ever. From the `patience`-th
     value in a row on that is more than z s* above m, or below, m and s follow M and D
     of the last `warmup_steps` values instead: s = D, and m goes half of the way to M
@@ -49,9 +49,9 @@ def zscore(
     after `patience` and at most 12 steps.
 
     Args:
-        z: Tolerated standard deviations above the level, > 0. One-sided: 2.5 flags
-            about 0.6 % of healthy lognormal steps.
-        decay: Weight d of the past, in (0.5, 1). Half-life 69 steps at 0.99.
+        z: Tolerated standard deviations above the level, > 0. One-sided: 2.5 flags 0.5
+            to 0.9 % of healthy lognormal steps, whatever their spread.
+        decay: Weight d of the past, in (0.5, 1). Half-life 34 steps at 0.98.
         warmup_steps: Finite steps before anything is flagged, and values remembered,
             >= 3.
         spread_floor: Smallest s*: in log units for norms (0.05 is 5 %), relative to
@@ -114,12 +114,14 @@ def zscore(
         )
         # Relative to the spread, so that no square overflows.
         widening = decay * (1 + (1 - decay) * jnp.square(residual / spread))
+        # Low values are no danger: they must not loosen the limit on high ones.
+        widened = spread * jnp.where(below, 1.0, jnp.sqrt(widening))
         tracked = center + (1 - decay) * residual
         followed = jnp.where(moved, stats.follow(center, level, reach), tracked)
         return ZScoreState(
             recent,
             center=jnp.where(warming, level, followed),
-            spread=jnp.where(warming | moved, deviation, spread * jnp.sqrt(widening)),
+            spread=jnp.where(warming | moved, deviation, widened),
         )
 
     return Threshold("zscore", of, per, init, limit, update)

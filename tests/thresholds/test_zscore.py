@@ -42,7 +42,9 @@ def oracle(signals, z, decay, warmup, floor, patience, log):
         else:
             r = min(max(y - m, -2.5 * s_star), 2.5 * s_star)
             m = m + (1 - decay) * r
-            s = np.sqrt(decay * (s_star**2 + (1 - decay) * r**2))
+            s = s_star
+            if side >= 0:
+                s = np.sqrt(decay * (s_star**2 + (1 - decay) * r**2))
     return np.array(seen_limits)
 
 
@@ -81,10 +83,10 @@ def test_a_lasting_shift_is_normal_after_patience_and_twelve_steps(factor, sigma
     norms[100:] *= factor
     _, exceeded, _ = limits(sg.zscore(2.5, patience=50), norms)
     assert exceeded[100]
-    assert exceeded[162:].mean() < 0.02
+    assert exceeded[162:].mean() < 0.03
 
 
-@pytest.mark.parametrize("factor", [0.5, 0.1, 1e-6])
+@pytest.mark.parametrize("factor", [0.5, 0.2, 0.1, 0.01, 1e-6])
 def test_a_fall_of_the_level_is_followed_and_never_flagged(factor):
     norms = lognormal(400)
     norms[100:] *= factor

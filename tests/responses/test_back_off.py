@@ -1,0 +1,152 @@
+"""Tests for `stablegrad.back_off`."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from training import of_norm, scan
+
+import stablegrad as sg
+
+RTOL = 1e-5  # float32 products over a few hundred steps.
+PARAMS = {"w": jnp.zeros(2)}
+
+
+def oracle(exploded, taken, factor, confirm, hold, regrow, floor):
+    """The docstring's recurrence in float64: the factor on each step's update."""
+    k, left, run, blame, seen = 1.0, 0, 0, False, []
+    for e, a in zip(exploded, taken, strict=True):
+        run = run + 1 if e else 0
+        if e and run >= confirm and blame:
+            k, blame = max(factor * k, floor), False
+        seen.append(k)
+        if e:
+            left = hold
+        elif a:
+            if left > 0:
+                left -= 1
+            else:
+                k = min(1.0, k * factor ** (-1 / regrow))
+        blame = blame or a
+    return np.array(seen)
+
+
+def run(norms, values, *skips, **options):
+    """The factor that each step was scaled by, and the final metrics."""
+    explosion = sg.back_off(sg.fixed(5.0, of="value"), **options)
+    tx = sg.guard(optax.sgd(1.0), explosion, *skips)
+    _, state, (params, seen, _) = scan(tx, of_norm(norms), PARAMS, values)
+    return seen, params, state
+
+
+@pytest.mark.parametrize("confirm", [1, 2, 3])
+@pytest.mark.parametrize("hold, regrow, floor", [(0, 7, 1e-4), (5, 20, 0.3)])
+def test_matches_the_float64_oracle(confirm, hold, regrow, floor):
+    rng = np.random.default_rng(0)
+    exploded = rng.random(300) < 0.15
+    exploded[200:220] = True
+    rejected = rng.random(300) < 0.3
+    seen, _, _ = run(
+        np.where(rejected, np.nan, 1.0),
+        np.where(exploded, 9.0, 1.0),
+        sg.skip(),
+        factor=0.5,
+        confirm_steps=confirm,
+        hold_steps=hold,
+        regrow_steps=regrow,
+        min_scale=floor,
+    )
+    expected = oracle(exploded, ~rejected, 0.5, confirm, hold, regrow, floor)
+    np.testing.assert_allclose(seen["lr_scale"], expected, rtol=RTOL)
+
+
+def test_the_cut_applies_to_the_step_that_exploded():
+    seen, params, _ = run(np.ones(3), [1.0, 9.0, 1.0], factor=0.25)
+    np.testing.assert_allclose(seen["lr_scale"], [1.0, 0.25, 0.25], rtol=RTOL)
+    steps = -np.diff(np.concatenate([[0.0], params["w"][:, 0]])) * np.sqrt(2)
+    np.testing.assert_allclose(steps, [1.0, 0.25, 0.25], rtol=RTOL)
+    np.testing.assert_allclose(seen["update_norm"], [1.0, 0.25, 0.25], rtol=RTOL)
+
+
+def test_regrowth_undoes_one_cut_in_regrow_steps_and_stops_at_one():
+    values = np.ones(60)
+    values[1] = 9.0
+    seen, _, _ = run(np.ones(60), values, factor=0.5, hold_steps=3, regrow_steps=20)
+    scale = np.asarray(seen["lr_scale"])
+    np.testing.assert_allclose(scale[2:6], 0.5, rtol=RTOL)  # Three calm steps held.
+    np.testing.assert_allclose(scale[6], 0.5 * 2 ** (1 / 20), rtol=RTOL)
+    assert scale[24] < 1 and scale[26] == 1
+    assert scale.max() == 1
+
+
+def test_a_run_of_rejected_steps_cuts_once():
+    values = np.array([1.0, 9.0, 9.0, 9.0, 9.0, 1.0])
+    seen, _, state = run(np.ones(6), values, sg.skip(sg.fixed(5.0, of="value")))
+    np.testing.assert_allclose(seen["lr_scale"][1:], 0.5, rtol=RTOL)
+    assert sg.metrics(state)["backed_off_steps"] == 1
+
+
+def test_every_explosion_that_was_taken_cuts_further_down_to_the_floor():
+    values = np.array([1.0] + [9.0] * 6)
+    seen, _, _ = run(np.ones(7), values, factor=0.5, min_scale=0.1)
+    expected = [1, 0.5, 0.25, 0.125, 0.1, 0.1, 0.1]
+    np.testing.assert_allclose(seen["lr_scale"], expected, rtol=RTOL)
+
+
+def test_the_first_step_of_all_is_never_the_learning_rates_fault():
+    seen, _, _ = run(np.ones(2), [9.0, 1.0])
+    np.testing.assert_array_equal(seen["lr_scale"], [1.0, 1.0])
+
+
+def test_a_single_bad_batch_costs_nothing_with_two_to_confirm():
+    values = np.ones(40)
+    values[[5, 15, 25]] = 9.0
+    seen, _, _ = run(np.ones(40), values, confirm_steps=2)
+    np.testing.assert_array_equal(seen["lr_scale"], 1.0)
+
+
+def test_a_loss_that_is_not_finite_is_an_explosion():
+    seen, _, _ = run(np.ones(3), [1.0, np.nan, 1.0])
+    np.testing.assert_allclose(seen["lr_scale"], [1.0, 0.5, 0.5], rtol=RTOL)
+
+
+def test_settings_may_be_swept_under_vmap():
+    def last_scale(factor, regrow_steps):
+        rule = sg.back_off(
+            sg.fixed(5.0, of="value"),
+            factor=factor,
+            hold_steps=0,
+            regrow_steps=regrow_steps,
+        )
+        tx = sg.guard(optax.sgd(1.0), rule)
+        values = jnp.array([1.0, 9.0, 1.0, 1.0])
+        _, _, (_, seen, _) = scan(tx, of_norm(np.ones(4)), PARAMS, values)
+        return seen["lr_scale"][-1]
+
+    swept = jax.vmap(last_scale)(jnp.array([0.5, 0.25]), jnp.array([4, 8]))
+    expected = [0.5 * 2 ** (1 / 4), 0.25 * 4 ** (1 / 8)]
+    np.testing.assert_allclose(swept, expected, rtol=RTOL)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("factor", 1.0),
+        ("factor", 0.0),
+        ("factor", np.nan),
+        ("confirm_steps", 0),
+        ("hold_steps", -1),
+        ("regrow_steps", 0),
+        ("min_scale", 0.0),
+        ("min_scale", 1.5),
+    ],
+)
+def test_rejects_arguments_out_of_range(name, value):
+    with pytest.raises(ValueError, match=f"`{name}` must be .*, got {value}"):
+        sg.back_off(sg.nonfinite(), **{name: value})
+
+
+def test_rejects_a_back_off_from_nothing():
+    with pytest.raises(ValueError, match="at least one threshold"):
+        sg.back_off()

@@ -1,0 +1,75 @@
+"""Tests for `stablegrad.halt` and `stablegrad.raise_if_halted`."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from training import of_norm, scan
+
+import stablegrad as sg
+
+PARAMS = {"w": jnp.array([1.0, 2.0])}
+
+
+def test_a_stuck_stream_halts_and_leaves_the_parameters_as_they_were():
+    # Rule 9. `optax.apply_if_finite` applies the nan after some steps.
+    tx = sg.guard(optax.adam(0.1), sg.skip(), sg.halt(after=3))
+    norms = [1.0] + [np.nan] * 30
+    params, state, (trail, seen, _) = scan(tx, of_norm(norms), PARAMS)
+    np.testing.assert_array_equal(params["w"], trail["w"][0])
+    np.testing.assert_array_equal(seen["halted"][:4], [False, False, False, True])
+    assert seen["halted"][3:].all()
+    assert sg.metrics(state)["halted_steps"] == 28
+    with pytest.raises(sg.TrainingHalted, match="halted at step 30: 30 steps in a row"):
+        sg.raise_if_halted(state)
+
+
+def test_one_good_step_clears_the_flag_and_trains_on():
+    norms = [1.0, np.nan, np.nan, np.nan, 1.0]
+    tx = sg.guard(optax.sgd(0.1), sg.skip(), sg.halt(after=2))
+    _, state, (trail, seen, _) = scan(tx, of_norm(norms), PARAMS)
+    np.testing.assert_array_equal(seen["halted"], [False, False, True, True, False])
+    assert (trail["w"][-1] != trail["w"][-2]).all()
+    sg.raise_if_halted(state)
+    assert sg.metrics(state)["halted_steps"] == 2
+
+
+def test_finite_outliers_never_halt():
+    tx = sg.guard(
+        optax.sgd(0.1), sg.skip(sg.fixed(2.0), max_consecutive=30), sg.halt(after=5)
+    )
+    _, _, (_, seen, _) = scan(tx, of_norm([1.0] + [9.0] * 25), PARAMS)
+    assert seen["skipped"][1:].all()
+    assert not seen["halted"].any()
+
+
+def test_nonfinite_steps_count_across_outliers_until_one_is_taken():
+    norms = [1.0, np.nan, 9.0, np.nan, 1.0, np.nan]
+    tx = sg.guard(optax.sgd(0.1), sg.skip(sg.fixed(2.0)), sg.halt(after=2))
+    _, _, (_, seen, _) = scan(tx, of_norm(norms), PARAMS)
+    np.testing.assert_array_equal(seen["halted"], [0, 0, 0, 1, 0, 0])
+
+
+def test_a_guard_without_halt_never_halts():
+    tx = sg.guard(optax.sgd(0.1), sg.skip())
+    _, state, _ = scan(tx, of_norm(np.full(50, np.nan)), PARAMS)
+    sg.raise_if_halted(state)
+
+
+def test_the_exception_names_the_members_of_an_ensemble():
+    tx = sg.guard(optax.sgd(0.1), sg.skip(), sg.halt(after=1))
+    params = {"w": jnp.zeros((3, 2))}
+    grads = {"w": jnp.ones((3, 2)).at[1, 0].set(jnp.nan)}
+    state = jax.vmap(tx.init)(params)
+    updates, state = jax.vmap(tx.update)(grads, state, params)
+    with pytest.raises(sg.TrainingHalted, match=r"ensemble members \[1\]"):
+        sg.raise_if_halted(state)
+    chex.assert_tree_all_finite(updates)
+    np.testing.assert_allclose(updates["w"][0], -0.1)
+
+
+def test_rejects_arguments_out_of_range():
+    with pytest.raises(ValueError, match="`after` must be .*, got 0"):
+        sg.halt(after=0)
