@@ -125,12 +125,12 @@ def guard(
             )
 
         def take(updates, inner_state, params) -> _Taken:
-            clipped = _trees.scale_leaves(updates, before.gradient_scale)
+            clipped = _trees.scale_leaves(updates, before.gradient_scale, updates)
             update, new_inner = transformation.update(
                 clipped, inner_state, params, **extra
             )
             _checks.same_state(inner_state, new_inner)
-            measured = measure(update)
+            measured = measure(update, like=updates)
             after = _judging.verdict_on(
                 responses, state.response_states, completed(measured)
             )
@@ -142,7 +142,8 @@ def guard(
                     jnp.where(broken, int(Reason.NONFINITE_STATE), 0),
                 )
             )
-            step = _trees.scale_leaves(update, after.update_scale * after.lr_scale)
+            scale = after.update_scale * after.lr_scale
+            step = _trees.scale_leaves(update, scale, updates)
             fine = reason == 0
             return _Taken(
                 _trees.select(fine, commit(step, params), held(params)),

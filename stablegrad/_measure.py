@@ -27,8 +27,10 @@ class Measurement(NamedTuple):
         return self.first_bad_leaf < 0
 
 
-def measure(tree) -> Measurement:
+def measure(tree, like=None) -> Measurement:
     """Measures the norms of a pytree in float32, whatever its dtypes.
+
+    Leaves that are not floating point (in `like`, if given) are passed over.
 
     n = sqrt(sum_i |x_i|^2). The usual case is one pass: a finite sum of squares also
     tells that every element is finite. Only where the sum overflows or vanishes does a
@@ -36,7 +38,7 @@ def measure(tree) -> Measurement:
     and of 1e-30 get the right norm. A finite tree has a finite norm (at most the
     largest float32); a nan or an inf anywhere makes the norm nan and names its leaf.
     """
-    leaves = _trees.inexact_leaves(tree)
+    leaves = _trees.inexact_leaves(tree, like)
     if not leaves:
         return unmeasured(0)
     squares = jnp.stack([_sum_of_squares(leaf) for leaf in leaves])

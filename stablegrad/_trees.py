@@ -10,9 +10,15 @@ def is_inexact(leaf) -> bool:
     return jnp.issubdtype(jax.dtypes.result_type(leaf), jnp.inexact)
 
 
-def inexact_leaves(tree) -> list[jax.Array]:
-    """The leaves that carry numbers, in the order of `jax.tree.leaves`."""
-    return [jnp.asarray(leaf) for leaf in jax.tree.leaves(tree) if is_inexact(leaf)]
+def inexact_leaves(tree, like=None) -> list[jax.Array]:
+    """The floating-point leaves, in the order of `jax.tree.leaves`.
+
+    With `like`, a tree of the same structure, its leaves say which count: an optimizer
+    may turn an integer leaf's zero gradient into a float.
+    """
+    judged = tree if like is None else like
+    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(judged), strict=True)
+    return [jnp.asarray(leaf) for leaf, judge in pairs if is_inexact(judge)]
 
 
 def leaf_names(tree) -> tuple[str, ...]:
@@ -31,16 +37,17 @@ def leaf_names(tree) -> tuple[str, ...]:
     return tuple(names)
 
 
-def scale_leaves(tree, scales):
+def scale_leaves(tree, scales, like):
     """Multiplies leaf i by `scales[i]`, or every leaf by a rank-0 `scales`.
 
-    The product is taken in the wider dtype and returned in the leaf's own: one scalar
-    factor a leaf is what XLA fuses into the optimizer's kernels.
+    Only leaves that are floating point in `like` count. The product is taken in the
+    wider dtype and returned in the leaf's own: one scalar factor a leaf is what XLA
+    fuses into the optimizer's kernels.
     """
     leaves, treedef = jax.tree.flatten(tree)
     scaled, index = [], 0
-    for leaf in leaves:
-        if is_inexact(leaf):
+    for leaf, judge in zip(leaves, jax.tree.leaves(like), strict=True):
+        if is_inexact(judge):
             leaf = jnp.asarray(leaf)
             scale = scales if scales.ndim == 0 else scales[index]
             wide = np.promote_types(np.float32, leaf.dtype)

@@ -49,7 +49,7 @@ def unobserved(threshold: Threshold, state, groups: int) -> Judgement:
     quiet = judge(threshold, state, jnp.zeros((groups,), jnp.float32), groups)
     no = jnp.zeros((groups,), bool)
     return quiet._replace(
-        signal=jnp.full((groups,), jnp.nan), exceeded=no, nonfinite=no
+        signal=jnp.full((groups,), jnp.nan, jnp.float32), exceeded=no, nonfinite=no
     )
 
 

@@ -1,0 +1,152 @@
+"""The contract that every public transformation keeps; a new one is one line here."""
+
+import inspect
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import stablegrad as sg
+
+# name -> a factory of the transformation around (or beside) plain SGD
+TRANSFORMATIONS = {
+    "guard": lambda: sg.guard(
+        optax.sgd(0.1),
+        sg.clip(sg.zscore(2.5)),
+        sg.clip(sg.ema_ratio(2.0, per="leaf", of="update_norm")),
+        sg.skip(sg.nonfinite(), sg.window_zscore(6.0), sg.fixed(1e4)),
+        sg.back_off(sg.zscore(6.0, of="value")),
+        sg.halt(after=5),
+    ),
+    "stabilize": lambda: sg.stabilize(optax.sgd(0.1)),
+}
+# Public names that are not transformations.
+PIECES = {"fixed", "nonfinite", "zscore", "ema_ratio", "window_zscore"}
+RESPONSES = {"clip", "skip", "back_off", "halt"}
+READERS = {"metrics", "events", "is_healthy", "raise_if_halted", "apply"}
+
+every = pytest.mark.parametrize("name", TRANSFORMATIONS)
+DTYPES = ["float16", "bfloat16", "float32", "complex64"]
+
+
+def specs(tree):
+    """Structure, shapes, dtypes and weak types."""
+    return jax.tree.map(lambda x: (jnp.shape(x), x.dtype, x.weak_type), tree)
+
+
+def params_like(dtype):
+    """A tree with everything that a user's may hold: scalars, None, empty, integers."""
+    return {
+        "matrix": jnp.ones((2, 3), dtype),
+        "scalar_and_none": (jnp.ones((), dtype), None),
+        "empty": jnp.ones((0, 3), dtype),
+        "integers": jnp.arange(3),
+    }
+
+
+def run(tx, params, grads, steps):
+    """Scans some steps; the carry must keep its structure for this to compile."""
+
+    def step(carry, _):
+        params, state = carry
+        updates, state = tx.update(grads, state, params, value=1.0)
+        return (optax.apply_updates(params, updates), state), None
+
+    carry = (params, tx.init(params))
+    return jax.jit(lambda c: jax.lax.scan(step, c, length=steps)[0])(carry)
+
+
+def test_every_public_function_is_in_a_registry():
+    functions = {name for name, _ in inspect.getmembers(sg, inspect.isfunction)}
+    functions = {name for name in functions if not name.startswith("_")}
+    assert functions == set(TRANSFORMATIONS) | PIECES | RESPONSES | READERS
+
+
+@every
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_update_keeps_structure_shapes_and_dtypes(name, dtype, strict):
+    tx, params = TRANSFORMATIONS[name](), params_like(dtype)
+    state = tx.init(params)
+    with jax.numpy_dtype_promotion("standard"):  # SGD scales integers too.
+        updates, after = jax.jit(tx.update)(params, state, params, value=1.0, unused=2)
+    floats = {k: v for k, v in updates.items() if k != "integers"}
+    chex.assert_trees_all_equal_shapes_and_dtypes(
+        floats, {k: v for k, v in params.items() if k != "integers"}
+    )
+    assert specs(after) == specs(state)  # Hence usable under lax.scan.
+
+
+@every
+def test_float64_parameters_keep_their_dtype_and_the_state_its_own(name):
+    with jax.enable_x64(True):
+        tx, params = TRANSFORMATIONS[name](), {"w": jnp.ones(3, jnp.float64)}
+        state = tx.init(params)
+        updates, after = jax.jit(tx.update)(params, state, params, value=1.0)
+        assert updates["w"].dtype == jnp.float64
+        assert specs(after) == specs(state)
+        wide = [x.dtype for x in jax.tree.leaves(after) if x.dtype.itemsize == 8]
+        assert not wide
+
+
+@every
+@pytest.mark.parametrize("params", [{}, {"none": None}, {"i": jnp.arange(2)}])
+def test_trees_without_numbers_work(name, params):
+    run(TRANSFORMATIONS[name](), params, params, steps=3)
+
+
+@every
+def test_init_needs_only_shapes_and_dtypes(name):
+    tx, params = TRANSFORMATIONS[name](), params_like("float32")
+    abstract = jax.eval_shape(tx.init, params)
+    assert specs(abstract) == specs(tx.init(params))
+
+
+@every
+@pytest.mark.parametrize("bad", [jnp.inf, -jnp.inf, jnp.nan])
+def test_nothing_nonfinite_reaches_the_state_or_the_parameters(name, bad):
+    params = {"w": jnp.ones((2, 3)), "b": jnp.ones(4)}
+    grads = {"w": params["w"].at[1, 1].set(bad), "b": params["b"]}
+    after, state = run(TRANSFORMATIONS[name](), params, grads, steps=40)
+    chex.assert_tree_all_finite((after, state))
+    chex.assert_trees_all_equal(after, params)
+
+
+@every
+def test_one_trace_serves_many_calls(name):
+    tx, params = TRANSFORMATIONS[name](), {"w": jnp.ones(3)}
+    update = jax.jit(chex.assert_max_traces(tx.update, n=1))
+    state = tx.init(params)
+    for value in (1.0, jnp.nan, 3.0):
+        _, state = update(params, state, params, value=jnp.asarray(value))
+
+
+@every
+def test_works_the_same_without_jit(name):
+    tx, params = TRANSFORMATIONS[name](), {"w": jnp.array([3.0, 4.0])}
+    compiled, _ = jax.jit(tx.update)(params, tx.init(params), params, value=1.0)
+    with jax.disable_jit():
+        plain, _ = tx.update(params, tx.init(params), params, value=1.0)
+    chex.assert_trees_all_close(plain, compiled, rtol=1e-6)
+
+
+@every
+def test_works_for_an_ensemble_under_vmap(name):
+    tx, params = TRANSFORMATIONS[name](), {"w": jnp.ones((4, 3))}
+    grads = {"w": jnp.arange(12.0).reshape(4, 3)}
+    state = jax.vmap(tx.init)(params)
+    updates, _ = jax.vmap(lambda g, s, p: tx.update(g, s, p, value=1.0))(
+        grads, state, params
+    )
+    alone, _ = tx.update(
+        {"w": grads["w"][2]}, tx.init({"w": params["w"][2]}), params, value=1.0
+    )
+    np.testing.assert_allclose(updates["w"][2], alone["w"], rtol=1e-6)
+
+
+@every
+def test_needs_no_parameters_unless_the_inner_optimizer_does(name):
+    tx, params = TRANSFORMATIONS[name](), {"w": jnp.ones(3)}
+    tx.update(params, tx.init(params), value=1.0)

@@ -1,0 +1,90 @@
+"""Random sequences of healthy, huge, tiny, zero, nan and inf steps."""
+
+import chex
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from hypothesis import HealthCheck, example, given, settings
+from training import scan
+
+import stablegrad as sg
+
+STEPS = 80
+AFTERWARDS = 100  # Healthy steps: longer than any patience in these guards.
+NORMS = {
+    "healthy": 1.0,
+    "huge": 1e20,
+    "extreme": 3e38,
+    "large": 30.0,
+    "tiny": 1e-30,
+    "zero": 0.0,
+    "nan": np.nan,
+    "inf": np.inf,
+}
+LOSSES = [1.0, 50.0, -1e30, 1e30, np.nan, np.inf, -np.inf]
+PARAMS = {"a": jnp.ones((2, 2)), "b": jnp.ones(3)}
+GUARDS = {
+    "stabilize": sg.stabilize(optax.adamw(0.01)),
+    "per leaf": sg.guard(
+        optax.adam(0.01),
+        sg.clip(sg.ema_ratio(2.0, per="leaf", warmup_steps=3, patience=5)),
+        sg.clip(sg.zscore(2.5, per="leaf", of="update_norm")),
+        sg.skip(
+            sg.window_zscore(6.0, window=8),
+            sg.zscore(6.0, of="value", warmup_steps=4, patience=6),
+            max_consecutive=4,
+        ),
+        sg.back_off(sg.ema_ratio(3.0, of="value"), regrow_steps=5, hold_steps=1),
+        sg.halt(after=3),
+    ),
+}
+steps = st.tuples(st.sampled_from(list(NORMS)), st.sampled_from(LOSSES))
+
+
+def grads_of(kinds):
+    """One gradient a step: all of the given norm, but a nan or inf in one element."""
+    norms = np.array([NORMS[kind] for kind in kinds], np.float32)
+    bad = ~np.isfinite(norms)
+    size = np.where(bad, 1.0, norms)[:, None] / 7**0.5
+    flat = (size * np.ones((len(norms), 7))).astype(np.float32)
+    flat[bad, 5] = norms[bad]
+    flat = jnp.asarray(flat)
+    return {"a": flat[:, :4].reshape(-1, 2, 2), "b": flat[:, 4:]}
+
+
+ALL = list(HealthCheck)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=ALL, database=None)
+@given(faults=st.lists(steps, min_size=STEPS, max_size=STEPS), fused=st.booleans())
+@example(faults=[("nan", np.nan)] * STEPS, fused=True)
+@example(faults=[("extreme", 1e30)] * STEPS, fused=False)
+def test_any_sequence_leaves_everything_finite_and_training_resumes(faults, fused):
+    kinds, losses = zip(*faults, strict=True)
+    grads = grads_of([*kinds, *["healthy"] * AFTERWARDS])
+    values = [*losses, *[1.0] * AFTERWARDS]
+    for tx in GUARDS.values():
+        params, state, (trail, seen, inner) = _run(tx, grads, values, fused)
+        chex.assert_tree_all_finite((params, state, trail, inner))
+        skipped = np.asarray(seen["skipped"])
+        moved = np.any(np.diff(np.asarray(trail["b"]), axis=0) != 0, axis=1)
+        assert not moved[skipped[1:]].any()  # A skipped step moves nothing.
+        assert not skipped[-40:].any() and moved[-40:].all()  # Training resumes.
+        assert not seen["halted"][-1]
+        scale = np.asarray(seen["lr_scale"])
+        assert ((scale > 0) & (scale <= 1)).all()
+
+
+_COMPILED = {}
+
+
+def _run(tx, grads, values, fused):
+    """`scan`, compiled once for each guard and way of stepping."""
+    key = (id(tx), fused)
+    if key not in _COMPILED:
+        _COMPILED[key] = jax.jit(
+            lambda grads, values: scan(tx, grads, PARAMS, values, apply=fused)
+        )
+    return _COMPILED[key](grads, jnp.asarray(values, jnp.float32))

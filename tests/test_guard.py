@@ -1,0 +1,254 @@
+"""Tests for `stablegrad.guard`: what no single step can do."""
+
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from training import of_norm, scan
+
+import stablegrad as sg
+
+PARAMS = {"w": jnp.array([1.0, 2.0])}
+
+
+def emitting(updates_at, state_at):
+    """An optimizer that turns step t's gradient into whatever the tables say."""
+
+    class Emitted(NamedTuple):
+        step: jax.Array
+        memory: jax.Array
+
+    def init(params):
+        del params
+        return Emitted(jnp.zeros((), jnp.int32), jnp.zeros(()))
+
+    def update(updates, state, params=None):
+        del params
+        factor = jnp.asarray(updates_at)[state.step]
+        memory = jnp.asarray(state_at)[state.step]
+        updates = jax.tree.map(lambda x: factor * x, updates)
+        return updates, Emitted(state.step + 1, memory)
+
+    return optax.GradientTransformation(init, update)
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_an_update_that_is_not_finite_is_rejected_without_being_asked(bad):
+    # Rule 8. The gradient is fine; the optimizer is not.
+    tx = sg.guard(emitting([1.0, bad, 1.0], [0.0, 0.0, 0.0]))
+    _, _, (params, seen, _) = scan(tx, of_norm(np.ones(3)), PARAMS)
+    np.testing.assert_array_equal(seen["skip_reason"], [0, 3, 3])  # Its step is held.
+    assert seen["skip_reason"][1] == sg.Reason.NONFINITE_UPDATE
+    assert seen["first_bad_leaf"][1] == 0
+    np.testing.assert_array_equal(params["w"][1], params["w"][0])
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_a_state_that_stops_being_finite_is_rejected_without_being_asked(bad):
+    tx = sg.guard(emitting([1.0, 1.0, 1.0], [0.0, bad, 0.0]))
+    _, state, (params, seen, inner) = scan(tx, of_norm(np.ones(3)), PARAMS)
+    assert seen["skip_reason"][1] == sg.Reason.NONFINITE_STATE
+    np.testing.assert_array_equal(params["w"][1], params["w"][0])
+    chex.assert_tree_all_finite(state)
+    assert inner.step[1] == inner.step[0]
+
+
+def test_a_state_that_holds_infinity_on_purpose_is_left_alone():
+    inner = optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau())
+    tx = sg.guard(inner, sg.skip())
+    state = tx.init(PARAMS)
+    assert jnp.isinf(optax.tree.get(state, "best_value"))
+    _, state = tx.update(PARAMS, state, PARAMS, value=jnp.asarray(1.0))
+    assert not sg.metrics(state)["skipped"]
+
+
+def test_float16_adam_on_zero_gradients_never_emits_a_nan():
+    # 1e-8 is zero in float16, so Adam divides zero by zero.
+    params = {"w": jnp.ones((3,), jnp.float16)}
+    tx = sg.guard(optax.adam(1e-3), sg.skip())
+    updates, state = jax.jit(tx.update)(
+        jax.tree.map(jnp.zeros_like, params), tx.init(params), params
+    )
+    chex.assert_tree_all_finite((updates, state))
+    assert sg.metrics(state)["skip_reason"] == sg.Reason.NONFINITE_UPDATE
+
+
+def test_a_finite_gradient_of_1e20_does_not_freeze_adam():
+    # Unguarded, its square makes the second moment inf, for ever.
+    norms = [1.0, 1e20, 1.0, 1.0]
+    tx = sg.guard(optax.adam(0.1), sg.skip())
+    _, state, (params, seen, _) = scan(tx, of_norm(norms), PARAMS)
+    assert seen["skip_reason"][1] == sg.Reason.NONFINITE_STATE
+    chex.assert_tree_all_finite(state)
+    assert (params["w"][3] != params["w"][2]).all()
+
+
+def test_gradient_of_1e20_is_clipped_to_the_right_size_not_to_zero():
+    tx = sg.guard(optax.sgd(1.0), sg.clip(sg.fixed(2.0)))
+    updates, _ = jax.jit(tx.update)(of_norm([1e20]), tx.init(of_norm([0.0])), None)
+    np.testing.assert_allclose(jnp.linalg.norm(updates["w"]), 2.0, rtol=1e-6)
+
+
+def test_statistics_learn_on_rejected_steps_too():
+    # A lasting shift above the skip threshold must become normal while skipped.
+    norms = np.concatenate([np.ones(40), np.full(100, 1e3)])
+    rule = sg.skip(sg.zscore(6.0, patience=30), max_consecutive=90)
+    _, _, (_, seen, _) = scan(sg.guard(optax.sgd(1e-9), rule), of_norm(norms), PARAMS)
+    assert seen["skipped"][40:70].all()
+    assert not seen["skipped"][85:].any()
+
+
+def test_responses_share_a_step_and_each_does_its_part():
+    tx = sg.guard(
+        optax.sgd(1.0),
+        sg.clip(sg.fixed(1.0)),
+        sg.back_off(sg.fixed(5.0, of="value"), factor=0.25),
+        sg.skip(sg.fixed(100.0)),
+    )
+    norms, values = [1.0, 10.0, 1000.0], [1.0, 9.0, 1.0]
+    _, _, (_, seen, _) = scan(tx, of_norm(norms), PARAMS, values)
+    np.testing.assert_allclose(seen["clipped_grad_norm"][:2], 1.0, rtol=1e-6)
+    np.testing.assert_allclose(seen["update_norm"], [1.0, 0.25, 0.0], rtol=1e-6)
+    np.testing.assert_array_equal(seen["skipped"], [False, False, True])
+
+
+def test_extra_arguments_reach_the_inner_transformation():
+    heard = {}
+
+    def update(updates, state, params=None, **extra):
+        heard.update(extra)
+        return updates, state
+
+    inner = optax.GradientTransformationExtraArgs(lambda p: optax.EmptyState(), update)
+    tx = sg.guard(inner)
+    tx.update(PARAMS, tx.init(PARAMS), PARAMS, value=jnp.asarray(1.0), flavour="sour")
+    assert set(heard) == {"value", "flavour"}
+
+
+def test_each_member_of_an_ensemble_is_guarded_on_its_own():
+    tx = sg.guard(optax.adam(0.1), sg.skip())
+    params = {"w": jnp.ones((3, 2))}
+    grads = {"w": jnp.ones((3, 2)).at[1].set(jnp.nan)}
+    state = jax.vmap(tx.init)(params)
+    updates, state = jax.jit(jax.vmap(tx.update))(grads, state, params)
+    np.testing.assert_array_equal(sg.metrics(state)["skipped"], [False, True, False])
+    np.testing.assert_array_equal(updates["w"][1], 0.0)
+    np.testing.assert_allclose(updates["w"][0], -0.1, rtol=1e-5)
+
+
+def test_hyperparameters_may_be_injected():
+    @optax.inject_hyperparams
+    def make(limit, max_consecutive, factor, after):
+        return sg.guard(
+            optax.sgd(1.0),
+            sg.clip(sg.fixed(limit)),
+            sg.skip(sg.nonfinite(), max_consecutive=max_consecutive),
+            sg.back_off(sg.nonfinite(), factor=factor, min_scale=factor / 100),
+            sg.halt(after=after),
+        )
+
+    tx = make(limit=2.0, max_consecutive=3, factor=0.5, after=4)
+    state = tx.init(PARAMS)
+    state.hyperparams["limit"] = jnp.asarray(0.5)
+    grads = {"w": jnp.array([4.0, 0.0])}
+    updates, state = jax.jit(tx.update)(grads, state, PARAMS)
+    np.testing.assert_allclose(updates["w"], [-0.5, 0.0], rtol=1e-6)
+    assert sg.metrics(state)["clip_fixed_grad_norm_limit"] == 0.5
+
+
+@pytest.mark.parametrize("method", ["update", "apply"])
+def test_one_trace_serves_a_whole_run(method):
+    # Rule 11: healthy, clipped, skipped and halted steps are one program.
+    tx = sg.stabilize(optax.adamw(0.1))
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def step(params, state, grads, value):
+        if method == "apply":
+            return sg.apply(tx, grads, state, params, value=value)
+        updates, state = tx.update(grads, state, params, value=value)
+        return optax.apply_updates(params, updates), state
+
+    params, state = PARAMS, tx.init(PARAMS)
+    for norm in [1.0] * 30 + [1e3, jnp.nan, 1e20, jnp.inf] + [jnp.nan] * 25 + [1.0]:
+        grads = {"w": of_norm([norm])["w"][0]}
+        params, state = step(params, state, grads, jnp.asarray(norm))
+    assert sg.metrics(state)["guarded_steps"] == 60
+
+
+def test_the_state_can_be_donated():
+    # Every number needs a buffer of its own for this.
+    tx = sg.stabilize(optax.adamw(0.1))
+    step = jax.jit(
+        lambda params, state: sg.apply(tx, params, state, params, value=1.0),
+        donate_argnums=(0, 1),
+    )
+    params = {"w": jnp.array([1.0, 2.0])}
+    state = tx.init(params)
+    for _ in range(2):
+        params, state = step(params, state)
+    assert sg.metrics(state)["guarded_steps"] == 2
+
+
+def test_the_compiled_step_never_calls_the_host():
+    # Rule 12.
+    tx = sg.stabilize(optax.adamw(0.1))
+    state = tx.init(PARAMS)
+    lowered = jax.jit(tx.update).lower(PARAMS, state, PARAMS, value=1.0)
+    program = lowered.compile().as_text()
+    assert "custom-call" not in program or "callback" not in program
+    for word in ("callback", "infeed", "outfeed", "send(", "recv("):
+        assert word not in program
+
+
+def test_a_changing_inner_state_is_named():
+    inner = optax.GradientTransformation(
+        lambda params: {}, lambda updates, state, params=None: (updates, {"new": 1.0})
+    )
+    tx = sg.guard(inner)
+    with pytest.raises(ValueError, match="changed the structure of its state"):
+        tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+
+
+def test_another_pytree_than_the_one_given_to_init_is_named():
+    tx = sg.guard(optax.sgd(0.1))
+    state = tx.init({"dense": {"kernel": jnp.ones(2), "bias": jnp.ones(2)}})
+    with pytest.raises(
+        ValueError,
+        match=r"differs in structure .*missing: dense.bias; unexpected: head",
+    ):
+        other = {"dense": {"kernel": jnp.ones(2)}, "head": jnp.ones(2)}
+        tx.update(other, state, other)
+
+
+VALUE_RULE = sg.skip(sg.zscore(6.0, of="value"))
+
+
+def test_a_missing_value_is_an_error_that_shows_every_fix():
+    tx = sg.guard(optax.sgd(0.1), VALUE_RULE)
+    with pytest.raises(ValueError) as caught:
+        jax.jit(tx.update)(PARAMS, tx.init(PARAMS), PARAMS)
+    for fix in (
+        "tx.update(grads, state, params, value=loss)",
+        "sg.apply(tx, grads, state, params, value=loss)",
+        "optimizer.update(model, grads, value=loss)",
+        "state.opt_state, state.params, value=loss",
+    ):
+        assert fix in str(caught.value)
+
+
+def test_a_value_that_is_not_a_scalar_is_an_error():
+    tx = sg.guard(optax.sgd(0.1), VALUE_RULE)
+    with pytest.raises(
+        ValueError, match=r"`value` must be a real scalar, got shape \(4"
+    ):
+        tx.update(PARAMS, tx.init(PARAMS), PARAMS, value=jnp.ones(4))
+
+
+def test_what_is_not_a_response_is_an_error():
+    with pytest.raises(TypeError, match="`guard` takes responses, such as"):
+        sg.guard(optax.sgd(0.1), sg.zscore(2.5))

@@ -1,0 +1,182 @@
+"""Tests for `metrics`, `events` and `is_healthy`."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from training import of_norm, scan
+
+import stablegrad as sg
+
+PARAMS = {"dense": {"bias": jnp.zeros(2), "kernel": jnp.ones((2, 3))}}
+
+DOCUMENTED = {
+    "grad_norm",
+    "clipped_grad_norm",
+    "clip_scale",
+    "raw_update_norm",
+    "update_norm",
+    "loss_value",
+    "lr_scale",
+    "skipped",
+    "skip_reason",
+    "first_bad_leaf",
+    "largest_leaf",
+    "halted",
+    "guarded_steps",
+    "clipped_steps",
+    "skipped_steps",
+    "backed_off_steps",
+    "halted_steps",
+    "consecutive_skips",
+}
+
+
+def guarded():
+    return sg.guard(optax.sgd(0.1), sg.clip(sg.zscore(2.5)), sg.skip(), sg.halt(5))
+
+
+def test_every_metric_is_a_documented_scalar():
+    tx = sg.stabilize(optax.adam(0.1))
+    seen = jax.jit(sg.metrics)(tx.init(PARAMS))
+    limits = {name for name in seen if name.endswith("_limit")}
+    assert set(seen) - limits == DOCUMENTED
+    for name in DOCUMENTED:
+        assert f"`{name}`" in sg.metrics.__doc__
+    assert limits == {
+        "clip_zscore_grad_norm_limit",
+        "clip_zscore_update_norm_limit",
+        "skip_nonfinite_grad_norm_limit",
+        "skip_nonfinite_value_limit",
+        "skip_zscore_grad_norm_limit",
+        "skip_zscore_value_limit",
+        "back_off_zscore_value_limit",
+    }
+    for number in seen.values():
+        chex.assert_rank(number, 0)
+
+
+def test_limits_of_like_thresholds_are_numbered():
+    rules = [sg.clip(sg.fixed(limit)) for limit in (3.0, 2.0)]
+    tx = sg.guard(optax.sgd(0.1), *rules)
+    _, state = tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+    seen = sg.metrics(state)
+    assert seen["clip_fixed_grad_norm_limit"] == 3.0
+    assert seen["clip_fixed_grad_norm_limit_2"] == 2.0
+
+
+def test_names_stay_with_their_limits_when_the_state_has_been_through_jit():
+    # Pytrees sort dicts by key, the responses are in the user's order.
+    tx = sg.guard(optax.sgd(0.1), sg.skip(sg.fixed(9.0)), sg.clip(sg.fixed(2.0)))
+    step = jax.jit(lambda state: tx.update(PARAMS, state, PARAMS)[1])
+    seen = sg.metrics(step(step(tx.init(PARAMS))))
+    assert seen["skip_fixed_grad_norm_limit"] == 9.0
+    assert seen["clip_fixed_grad_norm_limit"] == 2.0
+
+
+def test_a_nan_is_reported_as_nan_while_the_state_stays_finite():
+    tx = guarded()
+    bad = {"dense": {"bias": jnp.zeros(2), "kernel": jnp.full((2, 3), jnp.nan)}}
+    _, state = tx.update(bad, tx.init(PARAMS), PARAMS, value=jnp.inf)
+    chex.assert_tree_all_finite(state)
+    seen = sg.metrics(state)
+    assert jnp.isnan(seen["grad_norm"])
+    assert jnp.isinf(seen["loss_value"])
+    assert jnp.isinf(seen["clip_zscore_grad_norm_limit"])
+    assert seen["first_bad_leaf"] == 1
+    assert seen["consecutive_skips"] == 1
+
+
+NESTINGS = {
+    "chain": lambda tx: optax.chain(optax.identity(), tx),
+    "masked": lambda tx: optax.masked(tx, {"dense": True}),
+    "inject": lambda tx: optax.inject_hyperparams(lambda x: tx)(x=1.0),
+    "multi steps": lambda tx: optax.MultiSteps(tx, 1).gradient_transformation(),
+    "if finite": lambda tx: optax.apply_if_finite(tx, 2),
+}
+
+
+@pytest.mark.parametrize("name", NESTINGS)
+def test_finds_the_guard_inside_other_transformations(name):
+    tx = NESTINGS[name](guarded())
+    _, state = tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+    np.testing.assert_allclose(sg.metrics(state)["grad_norm"], 6**0.5, rtol=1e-6)
+
+
+def test_several_guards_are_told_apart_outer_first():
+    inner = sg.guard(optax.sgd(0.1), sg.clip(sg.fixed(1.0)))
+    tx = sg.guard(inner, sg.clip(sg.fixed(2.0)))
+    _, state = tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+    seen = sg.metrics(state)
+    assert seen["guard_0_clip_fixed_grad_norm_limit"] == 2.0
+    assert seen["guard_1_clip_fixed_grad_norm_limit"] == 1.0
+    np.testing.assert_allclose(seen["guard_1_grad_norm"], 2.0, rtol=1e-6)
+
+
+def test_field_names_can_be_got_from_the_state_by_optax():
+    # Rule 15.
+    state = optax.chain(guarded(), optax.adam(0.1)).init(PARAMS)
+    for name in ("grad_norm", "lr_scale", "skipped_steps", "halted", "update_norm"):
+        chex.assert_rank(optax.tree.get(state, name), 0)
+
+
+def test_reading_an_unguarded_state_is_an_error_that_says_what_to_pass():
+    state = optax.adam(0.1).init(PARAMS)
+    for read in (sg.metrics, sg.events, sg.is_healthy, sg.raise_if_halted):
+        with pytest.raises(ValueError, match=r"no guard in this optimizer state"):
+            read(state)
+
+
+def test_events_name_the_leaf_and_join_steps_in_a_row():
+    tx = guarded()
+    norms = [1.0, np.nan, np.nan, 1.0, np.inf]
+    _, state, _ = scan(tx, of_norm(norms), {"w": jnp.zeros(2)}, np.arange(5.0))
+    first, second = sg.events(state)
+    assert (first.step, first.until, first.kind) == (1, 2, "skip")
+    assert (second.step, second.until) == (4, 4)
+    assert first.leaf == "w" and first.reason == "nonfinite_gradient"
+    assert np.isnan(first.grad_norm) and first.loss == 1.0
+    assert str(first).startswith("steps 1 to 2: skip (nonfinite gradient), leaf w, ")
+
+
+def test_events_tell_of_back_off_and_halt():
+    tx = sg.guard(
+        optax.sgd(0.1),
+        sg.skip(),
+        sg.back_off(sg.fixed(5.0, of="value")),
+        sg.halt(after=2),
+    )
+    norms, values = [1, 1, np.nan, np.nan, np.nan, 1], [1, 9, 1, 1, 1, 1]
+    _, state, _ = scan(tx, of_norm(norms), {"w": jnp.zeros(2)}, values)
+    told = [(event.kind, event.step, event.until) for event in sg.events(state)]
+    assert told == [("back_off", 1, 1), ("skip", 2, 2), ("halt", 3, 4)]
+
+
+def test_the_log_keeps_the_last_64_events_in_order():
+    norms = np.ones(200)
+    norms[::2] = np.nan
+    _, state, _ = scan(guarded(), of_norm(norms), {"w": jnp.zeros(2)})
+    steps = [event.step for event in sg.events(state)]
+    assert steps == list(range(72, 200, 2))
+
+
+def test_an_outlier_event_names_the_leaf_with_the_largest_norm():
+    tx = sg.guard(optax.sgd(0.1), sg.skip(sg.fixed(5.0)))
+    grads = {"dense": {"bias": jnp.full(2, 9.0), "kernel": jnp.ones((2, 3))}}
+    _, state = tx.update(grads, tx.init(PARAMS), PARAMS)
+    assert sg.events(state)[0].leaf == "dense.bias"
+    assert sg.metrics(state)["first_bad_leaf"] == -1
+
+
+def test_health_is_finite_parameters_and_no_halt():
+    tx = sg.guard(optax.sgd(0.1), sg.skip(), sg.halt(after=2))
+    healthy = jax.jit(sg.is_healthy)
+    state = tx.init(PARAMS)
+    bad = jax.tree.map(lambda x: x * jnp.nan, PARAMS)
+    assert healthy(state, PARAMS) and not healthy(state, bad)
+    _, state = tx.update(bad, state, PARAMS)
+    assert healthy(state)  # One skipped step is healthy,
+    _, state = tx.update(bad, state, PARAMS)
+    assert not healthy(state)  # a halted run is not.
