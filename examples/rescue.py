@@ -107,7 +107,7 @@ def make_step(graphdef, tx):
         else:
             seen = {}
         # A guard reports its own norm, which does not overflow.
-        seen = {"loss": loss, "grad_norm": optax.global_norm(grads), **seen}
+        seen = {"loss": loss, "grad_norm": optax.tree.norm(grads), **seen}
         return params, opt_state, seen
 
     return jax.jit(step, donate_argnums=(0, 1))

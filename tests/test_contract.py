@@ -137,9 +137,8 @@ def test_works_for_an_ensemble_under_vmap(name):
     tx, params = TRANSFORMATIONS[name](), {"w": jnp.ones((4, 3))}
     grads = {"w": jnp.arange(12.0).reshape(4, 3)}
     state = jax.vmap(tx.init)(params)
-    updates, _ = jax.vmap(lambda g, s, p: tx.update(g, s, p, value=1.0))(
-        grads, state, params
-    )
+    update = jax.jit(jax.vmap(lambda g, s, p: tx.update(g, s, p, value=1.0)))
+    updates, _ = update(grads, state, params)
     alone, _ = tx.update(
         {"w": grads["w"][2]}, tx.init({"w": params["w"][2]}), params, value=1.0
     )

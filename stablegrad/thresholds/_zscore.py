@@ -11,12 +11,19 @@ from . import _statistics as stats
 from ._core import Threshold
 
 
-class ZScoreState(NamedTuple):
-    """State of `zscore`, on the scale of its statistics: logarithms for norms."""
+class Track(NamedTuple):
+    """Level and spread of a signal on one scale, linear or logarithmic."""
 
     recent: stats.Recent
     center: jax.Array  # float32 (groups,): running level m.
     spread: jax.Array  # float32 (groups,), >= 0: running standard deviation s.
+
+
+class ZScoreState(NamedTuple):
+    """State of `zscore`. Norms have a logarithmic track only, other signals both."""
+
+    tracks: tuple[Track, ...]
+    always_positive: jax.Array  # bool (groups,): no value so far was zero or below.
 
 
 def zscore(
@@ -31,10 +38,9 @@ def zscore(
 ) -> Threshold:
     """Calls a signal normal up to `z` robust standard deviations above its level.
 
-    With y_t = log x_t for norms (close to lognormal), y_t = x_t for other signals,
-    s* = max(s_{t-1}, floor) and r_t = clip(y_t - m_{t-1}, -2.5 s*, 2.5 s*):
+    With y_t = log x_t, s* = max(s_{t-1}, floor), r_t = clip(y_t - m_{t-1}, +-2.5 s*):
 
-        limit_t = m_{t-1} + z s*                          (of norms: its exponential)
+        limit_t = exp(m_{t-1} + z s*)
         m_t = m_{t-1} + (1 - d) r_t
         s_t^2 = d (s*^2 + (1 - d) r_t^2);    s_t = s* if y_t < m_{t-1} - z s*
 
@@ -43,10 +49,15 @@ def zscore(
     nothing is flagged. A clipped residual means that one outlier, however huge, widens
     s by 5 %, so it cannot hide the next; yet s does grow at every outlier
     (d (1 + 6.25 (1 - d)) > 1), so no level is refused for ever. From the `patience`-th
-    value in a row on that is more than z s* above m, or below, m and s follow M and D
-    of the last `warmup_steps` values instead: s = D, and m goes half of the way to M
-    each step, all of it once |M - m| <= 2 z D. A lasting shift by any factor is normal
-    after `patience` and at most 12 steps.
+    value in a row on that is flagged, or lies below m - z s*, m and s follow M and D of
+    the last `warmup_steps` values instead: s = D, and m goes half of the way to M each
+    step, all of it once |M - m| <= 2 z D. A lasting shift by any factor is normal after
+    `patience` and at most 12 steps.
+
+    Norms are close to lognormal. Other signals can be negative, so they are followed
+    with y_t = x_t as well, and the limit is the larger of the two, or the linear one
+    alone after a value that was not positive: small losses have a heavy tail, whose
+    healthy steps are outliers on the linear scale only.
 
     Args:
         z: Tolerated standard deviations above the level, > 0. One-sided: 2.5 flags 0.5
@@ -54,8 +65,8 @@ def zscore(
         decay: Weight d of the past, in (0.5, 1). Half-life 34 steps at 0.98.
         warmup_steps: Finite steps before anything is flagged, and values remembered,
             >= 3.
-        spread_floor: Smallest s*: in log units for norms (0.05 is 5 %), relative to
-            |m| for other signals. > 0: a constant signal must not flag its last digit.
+        spread_floor: Smallest s*: in log units (0.05 is 5 %), relative to |m| on the
+            linear scale. > 0: a constant signal must not flag its last digit.
         patience: Values in a row on one side, outside z s*, after which the statistics
             start again, >= warmup_steps.
         of: What is measured, as for `fixed`.
@@ -83,25 +94,34 @@ def zscore(
     require_count("warmup_steps", warmup_steps, 3)
     require("spread_floor", spread_floor, "> 0", lambda x: 0 < x < float("inf"))
     require_count("patience", patience, warmup_steps)
-    in_log = is_norm(of)
+    scales = (True,) if is_norm(of) else (True, False)  # Logarithmic or not.
 
     def init(groups: int) -> ZScoreState:
-        zeros = jnp.zeros((groups,), jnp.float32)
-        return ZScoreState(stats.init_recent(groups, warmup_steps), zeros, zeros)
+        def track():
+            zeros = jnp.zeros((groups,), jnp.float32)
+            return Track(stats.init_recent(groups, warmup_steps), zeros, zeros)
 
-    def floored(state: ZScoreState) -> jax.Array:
-        return stats.floored(state.spread, state.center, spread_floor, in_log)
+        return ZScoreState(tuple(track() for _ in scales), jnp.ones((groups,), bool))
+
+    def floored(track: Track, in_log: bool) -> jax.Array:
+        return stats.floored(track.spread, track.center, spread_floor, in_log)
 
     def limit(state: ZScoreState, groups: int) -> jax.Array:
-        normal = stats.from_scale(state.center + z * floored(state), in_log)
-        return jnp.where(stats.warming(state.recent), jnp.inf, normal)
+        log, *linear = (
+            stats.from_scale(track.center + z * floored(track, in_log), in_log)
+            for track, in_log in zip(state.tracks, scales, strict=True)
+        )
+        if linear:
+            both = jnp.maximum(log, linear[0])
+            log = jnp.where(state.always_positive, both, linear[0])
+        return jnp.where(stats.warming(state.tracks[0].recent), jnp.inf, log)
 
-    def update(state: ZScoreState, signal, exceeded) -> ZScoreState:
+    def follow(track: Track, in_log: bool, signal, exceeded) -> Track:
         value = stats.to_scale(signal, in_log)
-        center, spread = state.center, floored(state)
-        warming = stats.warming(state.recent)
+        center, spread = track.center, floored(track, in_log)
+        warming = stats.warming(track.recent)
         below = ~warming & (value < center - z * spread)
-        recent = stats.remember(state.recent, value, exceeded, below, patience)
+        recent = stats.remember(track.recent, value, exceeded, below, patience)
         moved = jnp.abs(recent.outside_run) >= patience
         level, deviation = stats.where_needed(
             warming | moved,
@@ -118,10 +138,19 @@ def zscore(
         widened = spread * jnp.where(below, 1.0, jnp.sqrt(widening))
         tracked = center + (1 - decay) * residual
         followed = jnp.where(moved, stats.follow(center, level, reach), tracked)
-        return ZScoreState(
+        return Track(
             recent,
             center=jnp.where(warming, level, followed),
             spread=jnp.where(warming | moved, deviation, widened),
+        )
+
+    def update(state: ZScoreState, signal, exceeded) -> ZScoreState:
+        return ZScoreState(
+            tuple(
+                follow(track, in_log, signal, exceeded)
+                for track, in_log in zip(state.tracks, scales, strict=True)
+            ),
+            state.always_positive & (signal > 0),
         )
 
     return Threshold("zscore", of, per, init, limit, update)

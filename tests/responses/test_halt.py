@@ -63,7 +63,7 @@ def test_the_exception_names_the_members_of_an_ensemble():
     params = {"w": jnp.zeros((3, 2))}
     grads = {"w": jnp.ones((3, 2)).at[1, 0].set(jnp.nan)}
     state = jax.vmap(tx.init)(params)
-    updates, state = jax.vmap(tx.update)(grads, state, params)
+    updates, state = jax.jit(jax.vmap(tx.update))(grads, state, params)
     with pytest.raises(sg.TrainingHalted, match=r"ensemble members \[1\]"):
         sg.raise_if_halted(state)
     chex.assert_tree_all_finite(updates)

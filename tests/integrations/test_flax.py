@@ -1,0 +1,138 @@
+"""Guards in Flax NNX and Linen training, as their users write it."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen, nnx, serialization
+from flax.training.train_state import TrainState
+
+import stablegrad as sg
+
+
+class Model(nnx.Module):
+    def __init__(self, rngs):
+        self.layers = nnx.List(
+            [nnx.Linear(3, 4, rngs=rngs), nnx.Linear(4, 1, rngs=rngs)]
+        )
+
+    def __call__(self, x):
+        return self.layers[1](nnx.relu(self.layers[0](x)))
+
+
+def loss_of(model, x):
+    return jnp.mean((model(x) - 1.0) ** 2)
+
+
+@nnx.jit
+def nnx_step(model, optimizer, x):
+    loss, grads = nnx.value_and_grad(loss_of)(model, x)
+    optimizer.update(model, grads, value=loss)
+    return loss
+
+
+def nnx_training():
+    model = Model(nnx.Rngs(0))
+    tx = optax.chain(sg.stabilize(optax.adam(0.05)), optax.identity())
+    return model, nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+
+def test_nnx_optimizer_trains_through_a_bad_batch_and_says_so():
+    model, optimizer = nnx_training()
+    x = jax.random.normal(jax.random.key(0), (16, 3))
+    first = nnx_step(model, optimizer, x)
+    for step in range(40):
+        nnx_step(model, optimizer, x.at[0, 0].set(jnp.nan) if step == 20 else x)
+    assert nnx_step(model, optimizer, x) < 0.2 * first
+    for state in (optimizer.opt_state, optimizer):
+        seen = sg.metrics(state)
+        assert seen["skipped_steps"] == 1 and seen["guarded_steps"] == 42
+        chex.assert_rank(list(seen.values()), 0)
+    (event,) = sg.events(optimizer.opt_state)
+    assert (event.step, event.leaf) == (21, "layers.0.kernel")
+    assert sg.is_healthy(optimizer.opt_state, nnx.state(model))
+    sg.raise_if_halted(optimizer.opt_state)
+
+
+def test_nnx_metrics_can_be_read_inside_jit():
+    model, optimizer = nnx_training()
+
+    @nnx.jit
+    def step(model, optimizer, x):
+        nnx_step(model, optimizer, x)
+        return sg.metrics(optimizer.opt_state)
+
+    seen = step(model, optimizer, jnp.ones((4, 3)))
+    assert seen["guarded_steps"] == 1
+
+
+def test_nnx_compiles_one_step_for_a_whole_run():
+    model, optimizer = nnx_training()
+
+    @nnx.jit
+    @chex.assert_max_traces(n=1)
+    def step(model, optimizer, x):
+        loss, grads = nnx.value_and_grad(loss_of)(model, x)
+        optimizer.update(model, grads, value=loss)
+
+    for scale in (1.0, jnp.nan, 1e20, 1.0):
+        step(model, optimizer, jnp.ones((4, 3)) * scale)
+
+
+def test_a_missing_value_in_nnx_shows_the_nnx_way():
+    model = Model(nnx.Rngs(0))
+    tx = sg.guard(optax.sgd(0.1), sg.skip(sg.fixed(1.0, of="value")))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    grads = nnx.grad(loss_of)(model, jnp.ones((4, 3)))
+    with pytest.raises(
+        ValueError, match=r"optimizer.update\(model, grads, value=loss\)"
+    ):
+        optimizer.update(model, grads)
+
+
+def linen_training(tx):
+    model = linen.Dense(1)
+    params = model.init(jax.random.key(0), jnp.ones((1, 3)))["params"]
+    return TrainState.create(apply_fn=model.apply, params=params, tx=tx)
+
+
+def test_linen_train_state_steps_with_a_value():
+    train_state = linen_training(sg.stabilize(optax.adam(0.1)))
+
+    @jax.jit
+    def step(train_state, x):
+        def loss_fn(params):
+            return jnp.mean((train_state.apply_fn({"params": params}, x) - 1.0) ** 2)
+
+        loss, grads = jax.value_and_grad(loss_fn)(train_state.params)
+        params, opt_state = sg.apply(
+            train_state.tx, grads, train_state.opt_state, train_state.params, value=loss
+        )
+        return train_state.replace(
+            step=train_state.step + 1, params=params, opt_state=opt_state
+        )
+
+    x = jax.random.normal(jax.random.key(1), (8, 3))
+    for bad in (1.0, jnp.nan, 1.0):
+        train_state = step(train_state, x * bad)
+    seen = sg.metrics(train_state)
+    assert seen["skipped_steps"] == 1 and seen["guarded_steps"] == 3
+    assert sg.events(train_state)[0].leaf == "bias"
+
+
+def test_linen_apply_gradients_works_without_a_value():
+    train_state = linen_training(sg.stabilize(optax.adam(0.1)))
+    after = train_state.apply_gradients(grads=train_state.params)
+    assert sg.metrics(after.opt_state)["guarded_steps"] == 1
+
+
+def test_flax_serialization_restores_a_guard():
+    tx = sg.stabilize(optax.adam(0.1))
+    params = {"w": jnp.array([1.0, 2.0])}
+    _, state = tx.update(params, tx.init(params), params, value=3.0)
+    data = serialization.to_bytes(state)
+    restored = serialization.from_bytes(tx.init(params), data)
+    chex.assert_trees_all_equal(restored, state)
+    np.testing.assert_array_equal(sg.metrics(restored)["loss_value"], 3.0)

@@ -1,0 +1,52 @@
+"""The package as it is installed: metadata, dependencies, public names."""
+
+import re
+import tomllib
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+
+import stablegrad as sg
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def test_the_version_is_that_of_the_metadata():
+    assert sg.__version__ == version("stablegrad") == PROJECT["version"]
+
+
+def test_the_changelog_tells_of_the_current_version():
+    assert f"## [{PROJECT['version']}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_it_is_typed():
+    assert files("stablegrad").joinpath("py.typed").is_file()
+
+
+def test_it_needs_jax_jaxlib_and_optax_only():
+    names = [re.split(r"[<>=~]", line)[0] for line in PROJECT["dependencies"]]
+    assert sorted(names) == ["jax", "jaxlib", "optax"]
+    imported = set()
+    for path in (ROOT / "stablegrad").rglob("*.py"):
+        found = re.findall(r"^\s*(?:import|from) (\w+)", path.read_text(), re.MULTILINE)
+        imported |= set(found)
+    third_party = imported & {"flax", "matplotlib", "rich", "chex", "orbax", "equinox"}
+    assert not third_party
+
+
+def test_every_public_name_has_a_docstring_with_an_example():
+    for name in dir(sg):
+        thing = getattr(sg, name)
+        if name.startswith("_") or not callable(thing):
+            continue
+        assert thing.__doc__, name
+        if type(thing).__name__ == "function":
+            assert ">>>" in thing.__doc__, name
+            for section in ("Args:", "Raises:", "Example:"):
+                assert section in thing.__doc__, (name, section)
+
+
+def test_every_module_is_one_mechanism_short_enough_to_read():
+    for path in (ROOT / "stablegrad").rglob("*.py"):
+        assert len(path.read_text().splitlines()) <= 260, path

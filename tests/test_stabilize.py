@@ -1,0 +1,107 @@
+"""Tests for `stablegrad.stabilize`: what the preset does to whole runs."""
+
+import inspect
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from training import of_norm, scan
+
+import stablegrad as sg
+
+PARAMS = {"w": jnp.array([1.0, 2.0])}
+
+
+def healthy(steps, seed=0):
+    """Norms and losses of a run that needs no help."""
+    rng = np.random.default_rng(seed)
+    return rng.lognormal(0, 0.2, steps), 2.0 + 0.1 * rng.normal(size=steps)
+
+
+def test_every_default_is_explained():
+    for name in inspect.signature(sg.stabilize).parameters:
+        assert f"        {name}: " in sg.stabilize.__doc__
+
+
+def test_it_is_the_guard_that_its_docstring_spells_out():
+    spelled_out = sg.guard(
+        optax.adam(0.1),
+        sg.clip(sg.zscore(2.5)),
+        sg.clip(sg.zscore(2.5, of="update_norm")),
+        sg.skip(
+            sg.nonfinite(),
+            sg.nonfinite(of="value"),
+            sg.zscore(6.0),
+            sg.zscore(6.0, of="value"),
+            max_consecutive=20,
+        ),
+        sg.back_off(
+            sg.zscore(4.0, of="value"), factor=0.5, confirm_steps=2, regrow_steps=1000
+        ),
+        sg.halt(after=20),
+    )
+    norms, values = healthy(150)
+    norms[60], norms[90:95], values[120:123] = np.nan, 50.0, 90.0
+    runs = [
+        scan(tx, of_norm(norms), PARAMS, values)
+        for tx in (spelled_out, sg.stabilize(optax.adam(0.1)))
+    ]
+    chex.assert_trees_all_equal(*[(params, seen) for params, _, (_, seen, _) in runs])
+    assert sg.metrics(runs[0][1])["skipped_steps"] == 9
+    assert sg.metrics(runs[0][1])["backed_off_steps"] == 1
+
+
+def test_healthy_steps_are_left_alone():
+    norms, values = healthy(5000)
+    tx = sg.stabilize(optax.sgd(1e-6))
+    _, state, (_, seen, _) = scan(tx, of_norm(norms), PARAMS, values)
+    assert sg.metrics(state)["skipped_steps"] == 0
+    assert sg.metrics(state)["backed_off_steps"] == 0
+    assert np.mean(seen["clip_scale"] < 1) < 0.02  # Gradient and update, 1 % each.
+    assert np.min(seen["clip_scale"]) > 0.6
+
+
+def test_without_a_value_the_loss_thresholds_stay_silent():
+    tx = sg.stabilize(optax.adam(0.1))
+    params, state = PARAMS, tx.init(PARAMS)
+    step = jax.jit(lambda grads, state, params: tx.update(grads, state, params))
+    for norm in [*healthy(40)[0], np.nan, 1e8, 1.0]:
+        updates, state = step({"w": of_norm([norm])["w"][0]}, state, params)
+        params = optax.apply_updates(params, updates)
+    seen = sg.metrics(state)
+    assert seen["skipped_steps"] == 2
+    assert jnp.isinf(seen["skip_zscore_value_limit"])
+    chex.assert_tree_all_finite((params, state))
+
+
+def test_a_learning_rate_that_jumps_is_followed_by_degrees():
+    schedule = optax.piecewise_constant_schedule(1e-3, {60: 1000.0})
+    tx = sg.stabilize(optax.adam(schedule))
+    norms, values = healthy(200)
+    _, _, (_, seen, _) = scan(tx, of_norm(norms), PARAMS, values)
+    moved = np.asarray(seen["update_norm"])
+    assert seen["raw_update_norm"][60] > 300 * moved[59]
+    assert moved[60] < 3 * moved[59]
+    np.testing.assert_allclose(moved[-1], seen["raw_update_norm"][-1], rtol=1e-5)
+
+
+def test_settings_may_be_swept_under_vmap():
+    def clipped(clip_z, skip_z):
+        tx = sg.stabilize(optax.sgd(1e-3), clip_z=clip_z, skip_z=skip_z)
+        norms, values = healthy(300)
+        _, state, _ = scan(tx, of_norm(norms), PARAMS, values)
+        seen = sg.metrics(state)
+        return seen["clipped_steps"], seen["skipped_steps"]
+
+    clips, skips = jax.vmap(clipped)(jnp.array([1.0, 5.0]), jnp.array([6.0, 1.5]))
+    assert clips[0] > 20 and clips[1] == 0
+    assert skips[0] == 0 and skips[1] > 5
+
+
+@pytest.mark.parametrize("name, value", [("clip_z", 0.0), ("factor", 2.0)])
+def test_rejects_arguments_out_of_range(name, value):
+    with pytest.raises(ValueError, match=f"must be .*, got {value}"):
+        sg.stabilize(optax.sgd(0.1), **{name: value})
