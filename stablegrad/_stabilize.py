@@ -21,6 +21,7 @@ def stabilize(
     back_off_z: float | jax.Array = 4.0,
     factor: float | jax.Array = 0.5,
     regrow_steps: int | jax.Array = 1000,
+    min_scale: float | jax.Array = 0.01,
     max_consecutive: int | jax.Array = 20,
     halt_after: int | jax.Array = 20,
 ) -> GuardedTransformation:
@@ -35,7 +36,8 @@ def stabilize(
                    zscore(skip_z), zscore(skip_z, of="value"),
                    max_consecutive=max_consecutive),
               back_off(zscore(back_off_z, of="value"), factor=factor,
-                       confirm_steps=2, regrow_steps=regrow_steps),
+                       confirm_steps=2, regrow_steps=regrow_steps,
+                       min_scale=min_scale),
               halt(after=halt_after))
 
     Without `value=` the thresholds on the loss stay silent: outlying and non-finite
@@ -57,6 +59,8 @@ def stabilize(
             within a factor of two.
         regrow_steps: Calm steps that undo one cut. 1000: slow enough not to explode
             again at once, fast enough to matter within one run.
+        min_scale: Smallest factor on the learning rate, in (0, 1]. 0.01: a rate that is
+            more than 100 times too high wants mending, not absorbing.
         max_consecutive: Finite outliers rejected in a row at most. 20: longer than a
             bad shard, short enough to lose little where the data has really changed.
         halt_after: Non-finite steps, with none taken, until `halted` is raised. 20: no
@@ -89,6 +93,7 @@ def stabilize(
             factor=factor,
             confirm_steps=2,
             regrow_steps=regrow_steps,
+            min_scale=min_scale,
         ),
         halt(after=halt_after),
     )

@@ -14,6 +14,15 @@ def fresh_trace_counts():
 
 
 @pytest.fixture
+def x64():
+    """Arrays may be float64, as for users who enable it."""
+    # JAX before 0.8 has it elsewhere.
+    home = jax if hasattr(jax, "enable_x64") else jax.experimental
+    with home.enable_x64(True):
+        yield
+
+
+@pytest.fixture
 def strict():
     """No implicit dtype promotion; optax's own Adam does not pass it."""
     with jax.numpy_dtype_promotion("strict"):

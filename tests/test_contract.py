@@ -80,15 +80,13 @@ def test_update_keeps_structure_shapes_and_dtypes(name, dtype, strict):
 
 
 @every
-def test_float64_parameters_keep_their_dtype_and_the_state_its_own(name):
-    with jax.enable_x64(True):
-        tx, params = TRANSFORMATIONS[name](), {"w": jnp.ones(3, jnp.float64)}
-        state = tx.init(params)
-        updates, after = jax.jit(tx.update)(params, state, params, value=1.0)
-        assert updates["w"].dtype == jnp.float64
-        assert specs(after) == specs(state)
-        wide = [x.dtype for x in jax.tree.leaves(after) if x.dtype.itemsize == 8]
-        assert not wide
+def test_float64_parameters_keep_their_dtype_and_the_state_its_own(name, x64):
+    tx, params = TRANSFORMATIONS[name](), {"w": jnp.ones(3, jnp.float64)}
+    state = tx.init(params)
+    updates, after = jax.jit(tx.update)(params, state, params, value=1.0)
+    assert updates["w"].dtype == jnp.float64
+    assert specs(after) == specs(state)
+    assert not [x.dtype for x in jax.tree.leaves(after) if x.dtype.itemsize == 8]
 
 
 @every

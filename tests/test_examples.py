@@ -32,7 +32,8 @@ def test_rescue_survives_all_faults_and_writes_what_it_says(tmp_path, capsys):
     assert accuracy["guarded"] > accuracy["reference"] - 3
     assert table["guarded"][-1] == "layers.0.kernel"
     assert (tmp_path / "rescue.png").read_bytes().startswith(b"\x89PNG")
-    rows = [json.loads(line) for line in (tmp_path / "telemetry.jsonl").open()]
+    lines = (tmp_path / "telemetry.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
     assert len(rows) == 4 * 400
     guarded = [row for row in rows if row["run"] == "guarded"]
     plan = faults.Plan.over(400)

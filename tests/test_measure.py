@@ -44,14 +44,13 @@ def test_norm_is_float32_for_every_dtype(dtype, strict):
     np.testing.assert_allclose(seen.norm, oracle(tree), rtol=RTOL)
 
 
-def test_float64_leaves_beyond_float32_count_as_finite():
-    with jax.enable_x64(True):
-        seen = jax.jit(measure)({"w": jnp.full((3,), 1e300, jnp.float64)})
-        assert seen.norm.dtype == jnp.float32
-        assert seen.norm == np.float32(LARGEST)
-        assert seen.first_bad_leaf == -1
-        small = jax.jit(measure)({"w": jnp.array([3e-5, 4e-5], jnp.float64)})
-        np.testing.assert_allclose(small.norm, 5e-5, rtol=RTOL)
+def test_float64_leaves_beyond_float32_count_as_finite(x64):
+    seen = jax.jit(measure)({"w": jnp.full((3,), 1e300, jnp.float64)})
+    assert seen.norm.dtype == jnp.float32
+    assert seen.norm == np.float32(LARGEST)
+    assert seen.first_bad_leaf == -1
+    small = jax.jit(measure)({"w": jnp.array([3e-5, 4e-5], jnp.float64)})
+    np.testing.assert_allclose(small.norm, 5e-5, rtol=RTOL)
 
 
 def test_a_finite_tree_whose_norm_overflows_gets_the_largest_float32():

@@ -39,7 +39,11 @@ def test_it_is_the_guard_that_its_docstring_spells_out():
             max_consecutive=20,
         ),
         sg.back_off(
-            sg.zscore(4.0, of="value"), factor=0.5, confirm_steps=2, regrow_steps=1000
+            sg.zscore(4.0, of="value"),
+            factor=0.5,
+            confirm_steps=2,
+            regrow_steps=1000,
+            min_scale=0.01,
         ),
         sg.halt(after=20),
     )
