@@ -11,15 +11,14 @@ from ._guard import GuardedTransformation
 def apply(
     tx: optax.GradientTransformation, grads, state, params, **extra
 ) -> tuple[Any, Any]:
-    """Takes one optimizer step and returns the new parameters: exact and cheapest.
+    """Takes one optimizer step and returns the new parameters.
 
         updates, state' = tx.update(grads, state, params, **extra)
         params' = params + updates
 
     For a `guard` both lines run under one condition, so a rejected step returns
-    parameters and inner state bit for bit as they were, and a healthy one need not
-    write the updates to memory. Any other optax transformation takes the two lines as
-    they stand.
+    parameters and inner state bit for bit as they were. Any other optax transformation
+    takes the two lines as they stand.
 
     Args:
         tx: A transformation, guarded or not.
