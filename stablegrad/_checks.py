@@ -28,6 +28,21 @@ def require_count(name: str, value, least: int = 1) -> None:
         raise ValueError(f"`{name}` must be an integer >= {least}, got {value!r}.")
 
 
+def described(thing) -> str:
+    """A short word for a wrong argument: a guard's own pieces by their name."""
+    name = getattr(thing, "name", None)
+    return f"`{name}(...)`" if isinstance(name, str) else repr(thing)[:60]
+
+
+def require_optimizer(asker: str, thing) -> None:
+    """Raises TypeError unless `thing` looks like an optax transformation."""
+    if not (callable(getattr(thing, "init", None)) and hasattr(thing, "update")):
+        raise TypeError(
+            f"`{asker}` must be given an optax transformation first, such as "
+            f"`optax.adamw(1e-3)`, got {described(thing)}."
+        )
+
+
 def missing_value(asker: str) -> ValueError:
     """The error for a step without `value=`, with the cure for each way to train."""
     return ValueError(
@@ -46,6 +61,7 @@ def missing_params(asker: str) -> ValueError:
     return ValueError(
         f"{asker} needs the parameters, but the step got `params=None`. Pass them:\n"
         "  optax: updates, state = tx.update(grads, state, params)\n"
+        "  apply: params, state = sg.apply(tx, grads, state, params)\n"
         "  NNX:   optimizer.update(model, grads)\n"
         "  Linen: state.apply_gradients(grads=grads)"
     )

@@ -18,7 +18,7 @@ from jax import lax
 from . import _checks, _judging, _record, _trees
 from ._measure import Measurement, measure, newly_nonfinite, unmeasured
 from ._reasons import Reason, first_reason
-from ._signals import groups_of
+from ._signals import groups_of, scalar_signal
 from .responses._core import Response, Verdict
 
 
@@ -59,9 +59,9 @@ def guard(
         if any response rejects the step:      step_t = 0, S_t = S_{t-1}
 
     Whatever the responses, a step is rejected if its update is not finite, or if
-    anything in the inner state that was finite before no longer is. Thresholds judge by
-    the past alone, see the raw signals, and learn from every finite one, also on
-    rejected steps.
+    anything in the inner state or the parameters that was finite before no longer is.
+    Thresholds judge by the past alone, see the raw signals, and learn from every finite
+    one, also on rejected steps; a norm of exactly zero teaches nothing.
 
     Args:
         inner: The optimizer, any optax transformation; extra arguments reach it.
@@ -73,7 +73,8 @@ def guard(
         own numbers in float32 and int32. A rejected step's updates are zeros.
 
     Raises:
-        TypeError: If an argument is not a response.
+        TypeError: If `inner` is not an optax transformation, or a later argument is not
+            a response.
         ValueError: When a step is traced, if `value=` or `params` is needed and
             missing, or if the pytree has other leaves than the one given to `init`.
 
@@ -87,11 +88,12 @@ def guard(
         >>> updates["w"].tolist(), int(sg.metrics(state)["skipped_steps"])
         ([0.0, 0.0], 1)
     """
+    _checks.require_optimizer("guard", inner)
     for response in responses:
         if not isinstance(response, Response):
             raise TypeError(
-                "`guard` takes responses, such as `clip(zscore(2.5))` or `skip()`, got "
-                f"{response!r}."
+                "`guard` takes responses, such as `clip(zscore(2.5))` or `skip()`, one "
+                f"by one; got {_checks.described(response)}."
             )
     transformation = optax.with_extra_args_support(inner)
     limit_names = _judging.limit_names(responses)
@@ -144,6 +146,11 @@ def guard(
             )
             scale = after.update_scale * after.lr_scale
             step = _trees.scale_leaves(update, scale, updates)
+            if params is not None:
+                # Scaling, adding, or the parameters' dtype may still overflow.
+                spoilt = newly_nonfinite(optax.apply_updates(params, step), params)
+                last = jnp.where(spoilt, int(Reason.NONFINITE_PARAMETERS), 0)
+                reason = first_reason((reason, last))
             fine = reason == 0
             return _Taken(
                 _trees.select(fine, commit(step, params), held(params)),
@@ -168,6 +175,7 @@ def guard(
             )
         )
         halted = [r.halts(s) for r, s in zip(responses, settled, strict=True)]
+        loss = extra.get("value")
         limits = (judgement.limit for own in words for judgement in own)
         record = _record.update_record(
             state.record,
@@ -175,7 +183,7 @@ def guard(
             taken.update,
             taken.verdict,
             limits=dict(zip(limit_names, limits, strict=True)),
-            loss=extra.get("value"),
+            loss=None if loss is None else scalar_signal("value", loss)[0],
             halted=jnp.any(jnp.stack(halted)) if halted else jnp.zeros((), bool),
         )
         learned = _judging.learned(responses, state.threshold_states, words)
@@ -184,12 +192,17 @@ def guard(
         )
 
     def update_fn(updates, state, params=None, **extra):
-        structs, _ = jax.eval_shape(
-            lambda *args: transformation.update(*args, **extra),
-            updates,
-            state.guarded_inner,
-            params,
-        )
+        try:
+            structs, _ = jax.eval_shape(
+                lambda *args: transformation.update(*args, **extra),
+                updates,
+                state.guarded_inner,
+                params,
+            )
+        except ValueError as error:
+            if params is None and "params" in str(error):
+                raise _checks.missing_params("the guarded optimizer") from error
+            raise
         return run(
             updates,
             state,

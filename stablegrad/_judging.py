@@ -4,7 +4,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from . import _checks
 from ._measure import Measurement
@@ -119,7 +118,7 @@ def _scalar(threshold: Threshold, updates, params, extra) -> jax.Array | None:
         value = threshold.of(updates, params, extra)
         return scalar_signal(signal_name(threshold.of), value)
     if extra.get("value") is not None:
-        return scalar_signal("value", jnp.asarray(extra["value"]))
+        return scalar_signal("value", extra["value"])
     if threshold.required:
         raise _checks.missing_value(f"`{threshold.name}(..., of='value')`")
     return None

@@ -29,10 +29,10 @@ def metrics(state: Any) -> dict[str, jax.Array]:
         - `grad_norm`, `clipped_grad_norm`: of the incoming gradient; after clipping.
         - `clip_scale`: smallest factor on a leaf of gradient or update, 1: no clip.
         - `raw_update_norm`, `update_norm`: of the optimizer's update; as applied.
-        - `loss_value`: what was passed as `value=`, 0 if nothing was.
+        - `loss_value`: what was passed as `value=`, nan if nothing was.
         - `lr_scale`: factor on the learning rate, in (0, 1].
         - `skipped`, `skip_reason`: whether, and why as a `Reason` (0: taken).
-        - `first_bad_leaf`: index of the first leaf with a nan or inf, -1 if none;
+        - `first_bad_leaf`: first floating-point leaf with a nan or inf, -1 if none;
           `largest_leaf`: of the leaf with the largest gradient norm; `events` names it.
         - `halted`: whether the run is stuck.
         - `<response>_<threshold>_<signal>_limit`: each limit in force, inf: none yet;
@@ -124,11 +124,14 @@ def events(state: Any, params: Any = None) -> list[Event]:
 
 
 def is_healthy(state: Any, params: Any = None) -> jax.Array:
-    """Tells whether a run can go on: everything finite, no guard halted.
+    """Tells whether a run can go on: parameters finite, no guard halted.
+
+    The state needs no look: a guard keeps finite what was finite, and an optimizer may
+    hold an inf on purpose.
 
     Args:
         state: A state that holds a guard's anywhere, as for `metrics`.
-        params: The parameters, checked as well if given.
+        params: The parameters, looked at if given.
 
     Returns:
         A rank-0 bool, usable inside jit. A single skipped step is healthy.
@@ -144,10 +147,8 @@ def is_healthy(state: Any, params: Any = None) -> jax.Array:
         True
     """
     halted = [guard_state.record.last_step.halted for guard_state in _guards(state)]
-    finite = [
-        jnp.all(jnp.isfinite(leaf)) for leaf in _trees.inexact_leaves((state, params))
-    ]
-    return jnp.all(jnp.stack(finite)) & ~jnp.any(jnp.stack(halted))
+    bad = [jnp.any(~jnp.isfinite(leaf)) for leaf in _trees.inexact_leaves(params)]
+    return ~jnp.any(jnp.stack([*halted, *bad]))
 
 
 def raise_if_halted(state: Any) -> None:

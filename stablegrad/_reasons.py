@@ -25,6 +25,7 @@ class Reason(IntEnum):
     NONFINITE_UPDATE = 3  # Finite gradient, but the optimizer's update was not.
     NONFINITE_STATE = 4  # Finite update, but the optimizer's new state was not.
     NONFINITE_SIGNAL = 5  # A function given as `of=` returned nan or inf.
+    NONFINITE_PARAMETERS = 6  # Finite update, but the parameters after it were not.
     GRADIENT_NORM = 10  # The gradient norm was above its threshold.
     VALUE = 11  # The loss was above its threshold.
     UPDATE_NORM = 12  # The norm of the update was above its threshold.

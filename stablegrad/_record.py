@@ -125,7 +125,7 @@ def update_record(
         clip_scale=jnp.minimum(clip_scale, update_clip),
         update_norm=jnp.where(skipped, 0.0, applied),
         raw_update_norm=encode(update.norm),
-        loss_value=encode(0.0 if loss is None else loss),
+        loss_value=encode(jnp.nan if loss is None else loss),
         lr_scale=verdict.lr_scale,
         skipped=skipped,
         skip_reason=verdict.reason,
@@ -222,7 +222,7 @@ class Event(NamedTuple):
     reason: str  # The name of a `Reason`, in lower case; "" unless skipped.
     leaf: str  # The first bad leaf; if all are finite, the one with the largest norm.
     grad_norm: float
-    loss: float  # 0.0 if no `value=` was passed.
+    loss: float  # nan if no `value=` was passed.
     lr_scale: float
 
     def __str__(self) -> str:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from . import _checks
-from ._measure import Measurement
+from ._measure import LARGEST, Measurement
 
 # "grad_norm", "value", "update_norm", or a function (updates, params, extra) -> scalar.
 Signal = str | Callable[[Any, Any, dict[str, Any]], jax.Array]
@@ -44,7 +44,8 @@ def is_outgoing(of: Signal) -> bool:
 
 def signal_name(of: Signal) -> str:
     """A word for the signal, for the names of metrics and for messages."""
-    return of if isinstance(of, str) else getattr(of, "__name__", "signal")
+    name = of if isinstance(of, str) else getattr(of, "__name__", "signal")
+    return name if name.isidentifier() else "signal"
 
 
 def groups_of(per: str, leaves: int) -> int:
@@ -65,4 +66,6 @@ def scalar_signal(name: str, value) -> jax.Array:
             f"`{name}` must be a real scalar, got shape {value.shape} and dtype "
             f"{value.dtype}. Reduce it first, for example with `.mean()`."
         )
-    return value.astype(jnp.float32)[None]
+    # A float64 beyond float32 is finite all the same.
+    bounded = jnp.clip(value, -LARGEST, LARGEST) if value.dtype == "float64" else value
+    return jnp.where(jnp.isfinite(value), bounded, value).astype(jnp.float32)[None]

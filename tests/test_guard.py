@@ -57,11 +57,47 @@ def test_a_state_that_stops_being_finite_is_rejected_without_being_asked(bad):
     assert inner.step[1] == inner.step[0]
 
 
+@pytest.mark.parametrize("method", ["update", "apply"])
+@pytest.mark.parametrize("dtype, size", [("float16", 1e5), ("float32", 3e38)])
+def test_an_update_that_overflows_the_parameters_is_rejected(method, dtype, size):
+    tx = sg.guard(optax.sgd(1.0), sg.skip())
+    params = {"w": jnp.full((3,), 6e4 if dtype == "float16" else 3e38, dtype)}
+    grads = {"w": jnp.full((3,), -size, jnp.float32)}
+
+    def step(grads, state, params):
+        if method == "apply":
+            return sg.apply(tx, grads, state, params)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    new, state = jax.jit(step)(grads, tx.init(params), params)
+    chex.assert_trees_all_equal(new, params)
+    assert sg.metrics(state)["skip_reason"] == sg.Reason.NONFINITE_PARAMETERS
+
+
+def test_training_goes_on_between_the_updates_of_multi_steps():
+    # The guard sees updates of exactly zero on seven steps of eight.
+    inner = optax.MultiSteps(optax.sgd(0.1), 8).gradient_transformation()
+    tx = sg.stabilize(inner)
+    params, state = {"w": jnp.array([1.0, 2.0])}, None
+    state = tx.init(params)
+
+    @jax.jit
+    def step(carry, _):
+        params, state = carry
+        return sg.apply(tx, params, state, params, value=1.0), None
+
+    (params, state), _ = jax.lax.scan(step, (params, state), length=1600)
+    assert np.abs(params["w"]).max() < 1e-6
+    assert sg.metrics(state)["skipped_steps"] == 0
+
+
 def test_a_state_that_holds_infinity_on_purpose_is_left_alone():
     inner = optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau())
     tx = sg.guard(inner, sg.skip())
     state = tx.init(PARAMS)
     assert jnp.isinf(optax.tree.get(state, "best_value"))
+    assert sg.is_healthy(state, PARAMS)
     _, state = tx.update(PARAMS, state, PARAMS, value=jnp.asarray(1.0))
     assert not sg.metrics(state)["skipped"]
 
@@ -241,14 +277,41 @@ def test_a_missing_value_is_an_error_that_shows_every_fix():
         assert fix in str(caught.value)
 
 
-def test_a_value_that_is_not_a_scalar_is_an_error():
-    tx = sg.guard(optax.sgd(0.1), VALUE_RULE)
-    with pytest.raises(
-        ValueError, match=r"`value` must be a real scalar, got shape \(4"
+@pytest.mark.parametrize("rules", [(), (VALUE_RULE,)])
+@pytest.mark.parametrize("value", [jnp.ones(4), jnp.ones(1), 1j])
+def test_a_value_that_is_not_a_real_scalar_is_an_error(value, rules):
+    tx = sg.guard(optax.sgd(0.1), *rules)
+    with pytest.raises(ValueError, match="`value` must be a real scalar, got shape"):
+        tx.update(PARAMS, tx.init(PARAMS), PARAMS, value=value)
+
+
+def test_a_float64_loss_beyond_float32_counts_as_finite(x64):
+    tx = sg.guard(optax.sgd(0.1), sg.skip(sg.nonfinite(of="value")))
+    _, state = tx.update(PARAMS, tx.init(PARAMS), PARAMS, value=1e300)
+    assert not sg.metrics(state)["skipped"]
+
+
+def test_missing_parameters_are_an_error_that_shows_every_fix():
+    tx = sg.stabilize(optax.adamw(0.1))
+    with pytest.raises(ValueError) as caught:
+        jax.jit(tx.update)(PARAMS, tx.init(PARAMS))
+    for fix in (
+        "tx.update(grads, state, params)",
+        "sg.apply(tx, grads, state, params)",
+        "optimizer.update(model, grads)",
+        "state.apply_gradients(grads=grads)",
     ):
-        tx.update(PARAMS, tx.init(PARAMS), PARAMS, value=jnp.ones(4))
+        assert fix in str(caught.value)
 
 
 def test_what_is_not_a_response_is_an_error():
-    with pytest.raises(TypeError, match="`guard` takes responses, such as"):
+    with pytest.raises(
+        TypeError, match=r"`guard` takes responses.*got `zscore\(...\)`"
+    ):
         sg.guard(optax.sgd(0.1), sg.zscore(2.5))
+
+
+@pytest.mark.parametrize("wrong", [None, optax.adam, sg.skip()])
+def test_what_is_not_an_optimizer_is_an_error(wrong):
+    with pytest.raises(TypeError, match="must be given an optax transformation first"):
+        sg.guard(wrong)

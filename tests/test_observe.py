@@ -76,6 +76,15 @@ def test_names_stay_with_their_limits_when_the_state_has_been_through_jit():
     assert seen["clip_fixed_grad_norm_limit"] == 2.0
 
 
+def test_a_loss_that_was_not_passed_is_nan_and_a_lambda_is_called_signal():
+    rule = sg.skip(sg.fixed(1.0, of=lambda updates, params, extra: jnp.float32(0.0)))
+    tx = sg.guard(optax.sgd(0.1), rule)
+    _, state = tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+    seen = sg.metrics(state)
+    assert jnp.isnan(seen["loss_value"])
+    assert seen["skip_fixed_signal_limit"] == 1.0
+
+
 def test_a_nan_is_reported_as_nan_while_the_state_stays_finite():
     tx = guarded()
     bad = {"dense": {"bias": jnp.zeros(2), "kernel": jnp.full((2, 3), jnp.nan)}}

@@ -14,7 +14,8 @@ from ._core import Response, any_true, check_thresholds, proceed
 class BackOffState(NamedTuple):
     """State of `back_off`."""
 
-    backoff_scale: jax.Array  # float32, in [min_scale, 1]: factor on the update.
+    scale_at_cut: jax.Array  # float32, in [min_scale, 1]: just after the last cut.
+    regrown_steps: jax.Array  # int32: calm steps of regrowth since then, saturating.
     hold_left: jax.Array  # int32, >= 0: calm steps before it regrows.
     explosion_run: jax.Array  # int32: explosions in a row so far.
     may_cut: jax.Array  # bool: a step was taken since the last cut.
@@ -40,7 +41,7 @@ def back_off(
     The update of step t is multiplied by the cut k at once, and by the regrown k from
     the next step on. A run of rejected steps cuts once: a learning rate can only be to
     blame for steps that were taken. Regrowth undoes one cut in `regrow_steps` calm
-    steps, so the schedule's own rate is always reached again; it is never exceeded.
+    steps, so the schedule's own rate is reached again; it is never exceeded.
 
     Args:
         *thresholds: What counts as an explosion; at least one.
@@ -67,14 +68,15 @@ def back_off(
     if not thresholds:
         raise ValueError("`back_off` must be given at least one threshold, got none.")
     require("factor", factor, "in (0, 1)", lambda x: 0 < x < 1)
-    require("confirm_steps", confirm_steps, ">= 1", lambda x: x >= 1)
-    require("hold_steps", hold_steps, ">= 0", lambda x: x >= 0)
-    require("regrow_steps", regrow_steps, ">= 1", lambda x: x >= 1)
+    require("confirm_steps", confirm_steps, ">= 1", lambda x: 1 <= x < float("inf"))
+    require("hold_steps", hold_steps, ">= 0", lambda x: 0 <= x < float("inf"))
+    require("regrow_steps", regrow_steps, ">= 1", lambda x: 1 <= x < float("inf"))
     require("min_scale", min_scale, "in (0, 1]", lambda x: 0 < x <= 1)
 
     def init() -> BackOffState:
         return BackOffState(
-            backoff_scale=jnp.ones((), jnp.float32),
+            scale_at_cut=jnp.ones((), jnp.float32),
+            regrown_steps=jnp.zeros((), jnp.int32),
             hold_left=jnp.zeros((), jnp.int32),
             explosion_run=jnp.zeros((), jnp.int32),
             may_cut=jnp.zeros((), bool),
@@ -84,25 +86,33 @@ def back_off(
         return any_true(judgements, "exceeded") | any_true(judgements, "nonfinite")
 
     def scale_now(state: BackOffState, exploded):
-        """The factor on this step, and whether this step cut it."""
-        cut = jnp.maximum(state.backoff_scale * factor, min_scale).astype(jnp.float32)
+        """The factor on this step, whether it explodes for long enough, and cuts."""
+        # From the count, not step by step: float32 would lose a slow regrowth.
+        regrown = state.regrown_steps.astype(jnp.float32) / regrow_steps
+        scale = state.scale_at_cut * jnp.asarray(factor, jnp.float32) ** -regrown
+        # A factor that is traced may turn out to be nan.
+        scale = jnp.where(jnp.isfinite(scale), jnp.minimum(scale, 1.0), 1.0)
+        cut = jnp.maximum(scale * factor, min_scale)
         confirmed = exploded & (state.explosion_run + 1 >= confirm_steps)
-        cuts = confirmed & state.may_cut
-        return jnp.where(cuts, cut, state.backoff_scale), cuts
+        cuts = confirmed & state.may_cut & jnp.isfinite(cut)
+        return jnp.where(cuts, cut, scale).astype(jnp.float32), confirmed, cuts
 
     def propose(state: BackOffState, judgements):
         return proceed(lr_scale=scale_now(state, explodes(judgements))[0])
 
     def settle(state: BackOffState, judgements, reason) -> BackOffState:
         exploded, taken = explodes(judgements), reason == 0
-        scale, cuts = scale_now(state, exploded)
-        rate = jnp.asarray(factor, jnp.float32) ** (-1.0 / regrow_steps)
+        scale, confirmed, cuts = scale_now(state, exploded)
         calm = taken & ~exploded
-        regrown = jnp.minimum(scale * rate, 1.0).astype(jnp.float32)
         held = jnp.where(calm, jnp.maximum(state.hold_left - 1, 0), state.hold_left)
+        regrows = calm & (state.hold_left == 0)
+        regrown = jnp.where(
+            regrows, increment(state.regrown_steps), state.regrown_steps
+        )
         return BackOffState(
-            backoff_scale=jnp.where(calm & (state.hold_left == 0), regrown, scale),
-            hold_left=jnp.where(exploded, hold_steps, held).astype(jnp.int32),
+            scale_at_cut=jnp.where(cuts, scale, state.scale_at_cut),
+            regrown_steps=jnp.where(cuts, 0, regrown),
+            hold_left=jnp.where(confirmed, hold_steps, held).astype(jnp.int32),
             explosion_run=jnp.where(exploded, increment(state.explosion_run), 0),
             may_cut=taken | (state.may_cut & ~cuts),
         )

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from .._checks import described
 from .._reasons import first_reason
 from ..thresholds._core import Judgement, Threshold
 
@@ -66,7 +67,7 @@ def check_thresholds(asker: str, thresholds) -> None:
         if not isinstance(threshold, Threshold):
             raise TypeError(
                 f"`{asker}` takes thresholds, such as `zscore(6.0)` or `nonfinite()`, "
-                f"got {threshold!r}."
+                f"got {described(threshold)}."
             )
 
 

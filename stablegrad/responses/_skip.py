@@ -22,7 +22,7 @@ def skip(*thresholds: Threshold, max_consecutive: int | jax.Array = 20) -> Respo
     """Rejects steps that any threshold does not call normal.
 
         reject_t = nonfinite_t or (exceeded_t and c_{t-1} < max_consecutive)
-        c_t = min(c_{t-1} + 1, max_consecutive) if exceeded_t, 0 once a step is normal
+        c_t = min(c_{t-1} + 1, max_consecutive) if exceeded_t, 0 at a normal step taken
 
     A rejected step leaves the parameters and the inner optimizer's state bit for bit as
     they were. A nan or inf is rejected however often it comes. Finite outliers are
@@ -75,10 +75,10 @@ def skip(*thresholds: Threshold, max_consecutive: int | jax.Array = 20) -> Respo
         return proceed(reason=first_reason(codes))
 
     def settle(state: SkipState, judgements, reason) -> SkipState:
-        outlier = any_true(judgements, "exceeded")
+        outlier = any_true(judgements, "exceeded") & ~is_nonfinite(reason)
         longer = jnp.minimum(state.outlier_run + 1, max_consecutive).astype(jnp.int32)
-        # A nan in between neither ends nor lengthens a run of finite outliers.
-        ended = jnp.where(is_nonfinite(reason), state.outlier_run, 0)
+        # A step rejected for another reason neither ends nor lengthens a run.
+        ended = jnp.where(reason == 0, 0, state.outlier_run)
         return SkipState(outlier_run=jnp.where(outlier, longer, ended))
 
     return Response("skip", thresholds, init, propose, settle)

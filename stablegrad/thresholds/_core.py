@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .._signals import Signal
+from .._signals import Signal, is_norm
 from ._statistics import where_groups
 
 
@@ -54,11 +54,19 @@ def unobserved(threshold: Threshold, state, groups: int) -> Judgement:
 
 
 def learn(threshold: Threshold, state, judgement: Judgement):
-    """Takes one step into the statistics; a group that was not finite stays put."""
-    finite = jnp.isfinite(judgement.signal)
-    signal = jnp.where(finite, judgement.signal, 1.0)
+    """Takes one step into the statistics; a group with nothing to learn stays put.
+
+    Nothing is learned from a nan or inf, nor from a norm of exactly zero: that is no
+    step at all, as between the updates of `optax.MultiSteps`, or of an unused leaf.
+    """
+    teaches = jnp.isfinite(judgement.signal)
+    if is_norm(threshold.of):
+        teaches &= judgement.signal > 0
+    signal = jnp.where(teaches, judgement.signal, 1.0)
     new = threshold.update(state, signal, judgement.exceeded)
-    return where_groups(finite, new, state)
+    # Hyperparameters may be wider than the state; the state keeps its dtypes.
+    new = jax.tree.map(lambda after, before: after.astype(before.dtype), new, state)
+    return where_groups(teaches, new, state)
 
 
 def optional(threshold: Threshold) -> Threshold:

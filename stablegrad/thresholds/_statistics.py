@@ -91,7 +91,8 @@ def median_and_spread(values, seen) -> tuple[jax.Array, jax.Array]:
 def floored(spread, center, relative, in_log) -> jax.Array:
     """A spread is never zero: at least `relative` of the level it is a spread of."""
     level = 1.0 if in_log else jnp.abs(center)
-    return jnp.maximum(spread, jnp.maximum(relative * level, 1e-12))
+    least = jnp.maximum(relative * level, 1e-12)
+    return jnp.maximum(spread, least).astype(spread.dtype)
 
 
 def to_scale(signal, in_log) -> jax.Array:

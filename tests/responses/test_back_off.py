@@ -8,6 +8,7 @@ import pytest
 from training import of_norm, scan
 
 import stablegrad as sg
+from stablegrad.thresholds._core import unobserved
 
 RTOL = 1e-5  # float32 products over a few hundred steps.
 PARAMS = {"w": jnp.zeros(2)}
@@ -21,9 +22,9 @@ def oracle(exploded, taken, factor, confirm, hold, regrow, floor):
         if e and run >= confirm and blame:
             k, blame = max(factor * k, floor), False
         seen.append(k)
-        if e:
+        if e and run >= confirm:
             left = hold
-        elif a:
+        if a and not e:
             if left > 0:
                 left -= 1
             else:
@@ -85,6 +86,32 @@ def test_a_run_of_rejected_steps_cuts_once():
     seen, _, state = run(np.ones(6), values, sg.skip(sg.fixed(5.0, of="value")))
     np.testing.assert_allclose(seen["lr_scale"][1:], 0.5, rtol=RTOL)
     assert sg.metrics(state)["backed_off_steps"] == 1
+
+
+def test_a_slow_regrowth_is_not_lost_to_rounding():
+    # One step of it is less than float32 can add to 1.
+    rule = sg.back_off(sg.nonfinite(), factor=0.99, hold_steps=0, regrow_steps=10**6)
+    calm = (unobserved(rule.thresholds[0], (), 1)._replace(signal=jnp.ones(1)),)
+    state = rule.init()._replace(
+        scale_at_cut=jnp.float32(0.99), regrown_steps=jnp.int32(10**6 - 1)
+    )
+    assert rule.propose(state, calm).lr_scale < 1 - 1e-9
+    after = rule.settle(state, calm, jnp.int32(0))
+    assert after.regrown_steps == 10**6
+    state = state._replace(regrown_steps=jnp.int32(10**6 + 100))
+    assert rule.propose(state, calm).lr_scale == 1
+
+
+def test_a_traced_factor_of_nan_neither_scales_nor_stays():
+    def run_with(factor):
+        rule = sg.back_off(sg.fixed(5.0, of="value"), factor=factor)
+        tx = sg.guard(optax.sgd(1.0), rule)
+        values = jnp.array([1.0, 9.0, 1.0])
+        return scan(tx, of_norm(np.ones(3)), PARAMS, values)[2]
+
+    params, seen, _ = jax.jit(run_with)(jnp.nan)
+    assert np.isfinite(params["w"]).all()
+    np.testing.assert_array_equal(seen["lr_scale"], 1.0)
 
 
 def test_every_explosion_that_was_taken_cuts_further_down_to_the_floor():

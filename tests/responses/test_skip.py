@@ -71,6 +71,26 @@ def test_a_nan_within_a_run_of_outliers_neither_ends_nor_lengthens_it():
     np.testing.assert_array_equal(flags, np.array([0, 1, 1, 1, 1, 0, 0], bool))
 
 
+def test_a_bad_loss_does_not_use_up_the_patience_with_outliers():
+    norms, values = [1, 9, 9, 9, 9, 1], [1, np.nan, np.nan, 1, 1, 1]
+    rules = (sg.fixed(2.0), sg.nonfinite(of="value"))
+    tx = sg.guard(optax.sgd(0.1), sg.skip(*rules, max_consecutive=2))
+    flags, *_ = skipped(tx, norms, values)
+    np.testing.assert_array_equal(flags, np.array([0, 1, 1, 1, 1, 0], bool))
+
+
+def test_two_skips_cannot_reset_each_others_patience():
+    norms, values = [1, 9] * 20, [9, 1] * 20
+    tx = sg.guard(
+        optax.sgd(0.1),
+        sg.skip(sg.fixed(2.0), max_consecutive=3),
+        sg.skip(sg.fixed(2.0, of="value"), max_consecutive=3),
+    )
+    flags, *_ = skipped(tx, norms, values)
+    assert flags[:6].all()
+    assert np.mean(~flags[6:]) > 0.2  # Some are taken: nothing stops the run.
+
+
 def test_a_bad_loss_with_finite_gradients_is_rejected_with_its_reason():
     tx = sg.guard(
         optax.sgd(0.1), sg.skip(sg.nonfinite(of="value"), sg.fixed(5.0, of="value"))

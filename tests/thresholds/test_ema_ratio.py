@@ -72,8 +72,8 @@ def test_a_lasting_fall_is_followed_after_patience_and_some_steps():
 
 
 def test_a_mean_of_zero_flags_nothing_and_recovers():
-    norms = np.concatenate([np.zeros(50), lognormal(100)])
-    limit, exceeded, state = limits(sg.ema_ratio(2.0), norms)
+    losses = np.concatenate([np.zeros(50), lognormal(100)])
+    limit, exceeded, state = limits(sg.ema_ratio(2.0, of="value"), losses)
     assert np.isinf(limit[:50]).all() and not exceeded[50]
     assert np.isfinite(limit[51:]).all()
     assert 0.5 < float(state.running_mean[0]) < 2.0

@@ -182,12 +182,33 @@ def test_a_nonfinite_value_changes_nothing_but_its_own_step(bad, at):
     chex.assert_tree_all_finite(state)
 
 
-def test_zero_norms_neither_break_the_statistics_nor_absorb_them():
-    norms = np.concatenate([np.zeros(60), lognormal(200)])
-    _, exceeded, state = limits(sg.zscore(2.5), norms)
-    chex.assert_tree_all_finite(state)
-    assert exceeded[60]
-    assert exceeded[140:].mean() < 0.05
+@pytest.mark.parametrize("every", [2, 8, 10])
+@pytest.mark.parametrize(
+    "threshold",
+    [sg.zscore(2.5), sg.ema_ratio(2.0), sg.window_zscore(6.0, window=16)],
+    ids=lambda threshold: threshold.name,
+)
+def test_norms_of_exactly_zero_teach_nothing(threshold, every):
+    # Between the updates of `optax.MultiSteps`, or of a leaf that is rarely used.
+    norms = lognormal(100)
+    sparse = np.zeros(100 * every)
+    sparse[::every] = norms
+    expected, flags, _ = limits(threshold, norms)
+    found, sparse_flags, _ = limits(threshold, sparse)
+    np.testing.assert_array_equal(found[::every], expected)
+    np.testing.assert_array_equal(sparse_flags[::every], flags)
+    assert not np.delete(sparse_flags, slice(None, None, every)).any()
+
+
+def test_float64_settings_do_not_widen_the_state(x64):
+    settings = {"decay": np.float64(0.9), "spread_floor": np.float64(0.05)}
+    for threshold in (
+        sg.zscore(np.float64(2.5), **settings),
+        sg.ema_ratio(np.float64(2.0), decay=np.float64(0.9)),
+        sg.window_zscore(np.float64(6.0), spread_floor=np.float64(0.1)),
+    ):
+        limit, _, _ = limits(threshold, lognormal(100))
+        assert limit.dtype == np.float32
 
 
 def test_groups_learn_independently():
