@@ -82,3 +82,11 @@ def test_missing_params_is_an_error_that_shows_the_fix():
     params = of_norm([1.0])
     with pytest.raises(ValueError, match=r"needs the parameters.*\n.*tx.update\(grads"):
         sg.apply(tx, params, tx.init(params), None)
+
+
+def test_a_rejected_step_keeps_even_the_sign_of_a_zero():
+    tx = sg.guard(optax.sgd(0.1), sg.skip())
+    params = {"w": jnp.array([-0.0])}
+    step = jax.jit(lambda g, s, p: sg.apply(tx, g, s, p))
+    held, _ = step({"w": jnp.array([jnp.nan])}, tx.init(params), params)
+    assert np.signbit(held["w"][0])

@@ -137,9 +137,8 @@ def test_works_for_an_ensemble_under_vmap(name):
     state = jax.vmap(tx.init)(params)
     update = jax.jit(jax.vmap(lambda g, s, p: tx.update(g, s, p, value=1.0)))
     updates, _ = update(grads, state, params)
-    alone, _ = tx.update(
-        {"w": grads["w"][2]}, tx.init({"w": params["w"][2]}), params, value=1.0
-    )
+    one = {"w": params["w"][2]}
+    alone, _ = tx.update({"w": grads["w"][2]}, tx.init(one), one, value=1.0)
     np.testing.assert_allclose(updates["w"][2], alone["w"], rtol=1e-6)
 
 

@@ -315,3 +315,12 @@ def test_what_is_not_a_response_is_an_error():
 def test_what_is_not_an_optimizer_is_an_error(wrong):
     with pytest.raises(TypeError, match="must be given an optax transformation first"):
         sg.guard(wrong)
+
+
+def test_a_held_step_teaches_nothing_about_an_update_that_was_never_made():
+    tx = sg.guard(
+        optax.identity(), sg.clip(sg.zscore(2.5, of="update_norm")), sg.skip()
+    )
+    before = tx.init(PARAMS)
+    _, after = jax.jit(tx.update)({"w": jnp.full(2, jnp.nan)}, before, PARAMS)
+    chex.assert_trees_all_equal(before.threshold_states, after.threshold_states)

@@ -109,3 +109,7 @@ def test_only_what_was_finite_before_counts_as_newly_broken():
     assert not broken({**old, "m": jnp.array([1e30, 0.0])}, old)
     assert broken({**old, "m": jnp.array([1.0, jnp.inf])}, old)
     assert broken({**old, "m": jnp.array([1.0, jnp.nan])}, old)
+
+
+def test_the_norm_of_complex_numbers_has_both_parts():
+    assert measured({"w": jnp.array([3 + 4j], jnp.complex64)}).norm == 5

@@ -189,3 +189,32 @@ def test_health_is_finite_parameters_and_no_halt():
     assert healthy(state)  # One skipped step is healthy,
     _, state = tx.update(bad, state, PARAMS)
     assert not healthy(state)  # a halted run is not.
+
+
+def test_consecutive_skips_start_again_once_a_step_is_taken():
+    tx = sg.guard(optax.sgd(0.1), sg.skip())
+    norms = [np.nan, np.nan, 1.0, np.nan]
+    _, _, (_, seen, _) = scan(tx, of_norm(norms), {"w": jnp.zeros(2)})
+    np.testing.assert_array_equal(seen["consecutive_skips"], [1, 2, 0, 1])
+
+
+def test_a_skipped_step_does_not_count_as_clipped():
+    tx = sg.guard(optax.sgd(0.1), sg.clip(sg.fixed(1.0)), sg.skip(sg.fixed(2.0)))
+    _, state, _ = scan(tx, of_norm([5.0]), {"w": jnp.zeros(2)})
+    seen = sg.metrics(state)
+    assert seen["clipped_steps"] == 0 and seen["skipped_steps"] == 1
+
+
+def test_skips_for_different_reasons_are_different_events():
+    tx = sg.guard(optax.sgd(0.1), sg.skip(sg.nonfinite(), sg.fixed(1.0)))
+    _, state, _ = scan(tx, of_norm([np.nan, 5.0]), {"w": jnp.zeros(2)})
+    reasons = [event.reason for event in sg.events(state)]
+    assert reasons == ["nonfinite_gradient", "gradient_norm"]
+
+
+def test_the_limit_of_the_strictest_leaf_is_reported():
+    tx = sg.guard(optax.sgd(0.0), sg.clip(sg.zscore(2.5, per="leaf", warmup_steps=3)))
+    params = {"a": jnp.array([1.0]), "b": jnp.array([100.0])}
+    grads = {name: jnp.tile(leaf, (4, 1)) for name, leaf in params.items()}
+    _, state, _ = scan(tx, grads, params)
+    assert 1 < sg.metrics(state)["clip_zscore_grad_norm_limit"] < 2

@@ -109,3 +109,15 @@ def test_settings_may_be_swept_under_vmap():
 def test_rejects_arguments_out_of_range(name, value):
     with pytest.raises(ValueError, match=f"must be .*, got {value}"):
         sg.stabilize(optax.sgd(0.1), **{name: value})
+
+
+def test_every_setting_reaches_its_response():
+    norms = np.concatenate([np.ones(30), np.full(4, 1e5), np.full(2, np.nan)])
+    values = np.concatenate([np.ones(30), np.full(6, 1e4)])
+    tx = sg.stabilize(
+        optax.sgd(1e-9), max_consecutive=2, halt_after=2, min_scale=0.75, factor=0.1
+    )
+    _, _, (_, seen, _) = scan(tx, of_norm(norms), PARAMS, values)
+    np.testing.assert_array_equal(seen["skipped"][30:], [1, 1, 0, 0, 1, 1])
+    np.testing.assert_array_equal(seen["halted"][30:], [0, 0, 0, 0, 0, 1])
+    assert np.min(seen["lr_scale"]) == 0.75

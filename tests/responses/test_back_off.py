@@ -177,3 +177,10 @@ def test_rejects_arguments_out_of_range(name, value):
 def test_rejects_a_back_off_from_nothing():
     with pytest.raises(ValueError, match="at least one threshold"):
         sg.back_off()
+
+
+def test_several_back_offs_multiply():
+    rules = [sg.back_off(sg.fixed(5.0, of="value"), factor=0.5) for _ in range(2)]
+    tx = sg.guard(optax.sgd(1.0), *rules)
+    _, _, (_, seen, _) = scan(tx, of_norm(np.ones(2)), PARAMS, [1.0, 9.0])
+    np.testing.assert_allclose(seen["lr_scale"], [1.0, 0.25], rtol=RTOL)

@@ -114,3 +114,23 @@ def test_rejects_what_it_cannot_clip_by():
         sg.clip(sg.zscore(2.5, of="value"))
     with pytest.raises(TypeError, match="`clip` takes thresholds.*got 2.5"):
         sg.clip(2.5)
+
+
+def test_several_clips_of_the_update_apply_the_smallest_factor_too():
+    rules = [sg.clip(sg.fixed(limit, of="update_norm")) for limit in (2.0, 1.0)]
+    updates, _ = one_step(
+        sg.guard(optax.identity(), *rules), {"w": jnp.array([3.0, 4])}
+    )
+    np.testing.assert_allclose(jnp.linalg.norm(updates["w"]), 1.0, rtol=RTOL)
+
+
+def first_element(updates, params, extra):
+    del params, extra
+    return updates["w"][0]
+
+
+@pytest.mark.parametrize("signal, factor", [(0.0, 1), (-0.5, 1), (2.0, 0)])
+def test_a_negative_limit_never_turns_a_gradient_around(signal, factor):
+    tx = sg.guard(optax.identity(), sg.clip(sg.fixed(-1.0, of=first_element)))
+    updates, _ = one_step(tx, {"w": jnp.array([signal, 4.0])})
+    np.testing.assert_array_equal(updates["w"], factor * np.array([signal, 4.0]))

@@ -140,3 +140,9 @@ def test_rejects_arguments_out_of_range():
         sg.skip(max_consecutive=-1)
     with pytest.raises(TypeError, match="`skip` takes thresholds"):
         sg.skip(sg.skip())
+
+
+def test_an_infinite_loss_does_not_count_as_a_finite_outlier():
+    tx = sg.guard(optax.sgd(0.1), sg.skip(sg.fixed(1.0, of="value"), max_consecutive=2))
+    flags, *_ = skipped(tx, np.ones(5), [np.inf, np.inf, 5, 5, 5])
+    np.testing.assert_array_equal(flags, [True, True, True, True, False])

@@ -240,3 +240,23 @@ def test_the_level_and_decay_may_be_traced():
     for found, (z, decay) in zip(swept, [(2.0, 0.9), (3.0, 0.99)], strict=True):
         expected = limits(sg.zscore(z, decay=decay), norms)[0][-1]
         np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_signals_at_both_ends_of_float32_do_not_overflow_the_statistics():
+    tx = sg.zscore(4.0, of="value", warmup_steps=4, patience=4)
+    _, _, state = limits(tx, [3e38, -3e38] * 40)
+    chex.assert_tree_all_finite(state)
+
+
+def test_the_larger_of_both_limits_holds_for_a_positive_loss():
+    # At this seed the linear limit ends 1.3 times above the logarithmic one.
+    rng = np.random.default_rng(29)
+    noise = np.exp(rng.uniform(0.2, 3) * rng.standard_normal(22))
+    losses = noise * np.exp(-np.arange(22) * 0.1 * rng.random())
+    tx = sg.zscore(4.0, of="value", warmup_steps=5, patience=10)
+    _, _, state = limits(tx, losses)
+    (log, linear) = state.tracks
+    exponent = log.center[0] + 4 * max(log.spread[0], 0.05)
+    straight = linear.center[0] + 4 * linear.spread[0]
+    assert straight > 1.2 * np.exp(exponent)
+    np.testing.assert_allclose(tx.limit(state, 1)[0], straight, rtol=1e-5)
