@@ -1,0 +1,86 @@
+"""What a guard says when it is built or called wrongly, and how to mend it."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import stablegrad as sg
+
+PARAMS = {"w": jnp.array([1.0, 2.0])}
+
+
+def test_a_changing_inner_state_is_named():
+    inner = optax.GradientTransformation(
+        lambda params: {}, lambda updates, state, params=None: (updates, {"new": 1.0})
+    )
+    tx = sg.guard(inner)
+    with pytest.raises(ValueError, match="changed the structure of its state"):
+        tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+
+
+def test_another_pytree_than_the_one_given_to_init_is_named():
+    tx = sg.guard(optax.sgd(0.1))
+    state = tx.init({"dense": {"kernel": jnp.ones(2), "bias": jnp.ones(2)}})
+    with pytest.raises(
+        ValueError,
+        match=r"differs in structure .*missing: dense.bias; unexpected: head",
+    ):
+        other = {"dense": {"kernel": jnp.ones(2)}, "head": jnp.ones(2)}
+        tx.update(other, state, other)
+
+
+VALUE_RULE = sg.skip(sg.zscore(6.0, of="value"))
+
+
+def test_a_missing_value_is_an_error_that_shows_every_fix():
+    tx = sg.guard(optax.sgd(0.1), VALUE_RULE)
+    with pytest.raises(ValueError) as caught:
+        jax.jit(tx.update)(PARAMS, tx.init(PARAMS), PARAMS)
+    for fix in (
+        "tx.update(grads, state, params, value=loss)",
+        "sg.apply(tx, grads, state, params, value=loss)",
+        "optimizer.update(model, grads, value=loss)",
+        "state.opt_state, state.params, value=loss",
+    ):
+        assert fix in str(caught.value)
+
+
+@pytest.mark.parametrize("rules", [(), (VALUE_RULE,)])
+@pytest.mark.parametrize("value", [jnp.ones(4), jnp.ones(1), 1j])
+def test_a_value_that_is_not_a_real_scalar_is_an_error(value, rules):
+    tx = sg.guard(optax.sgd(0.1), *rules)
+    with pytest.raises(ValueError, match="`value` must be a real scalar, got shape"):
+        tx.update(PARAMS, tx.init(PARAMS), PARAMS, value=value)
+
+
+def test_a_float64_loss_beyond_float32_counts_as_finite(x64):
+    tx = sg.guard(optax.sgd(0.1), sg.skip(sg.nonfinite(of="value")))
+    _, state = tx.update(PARAMS, tx.init(PARAMS), PARAMS, value=1e300)
+    assert not sg.metrics(state)["skipped"]
+
+
+def test_missing_parameters_are_an_error_that_shows_every_fix():
+    tx = sg.stabilize(optax.adamw(0.1))
+    with pytest.raises(ValueError) as caught:
+        jax.jit(tx.update)(PARAMS, tx.init(PARAMS))
+    for fix in (
+        "tx.update(grads, state, params)",
+        "sg.apply(tx, grads, state, params)",
+        "optimizer.update(model, grads)",
+        "state.apply_gradients(grads=grads)",
+    ):
+        assert fix in str(caught.value)
+
+
+def test_what_is_not_a_response_is_an_error():
+    with pytest.raises(
+        TypeError, match=r"`guard` takes responses.*got `zscore\(...\)`"
+    ):
+        sg.guard(optax.sgd(0.1), sg.zscore(2.5))
+
+
+@pytest.mark.parametrize("wrong", [None, optax.adam, sg.skip()])
+def test_what_is_not_an_optimizer_is_an_error(wrong):
+    with pytest.raises(TypeError, match="must be given an optax transformation first"):
+        sg.guard(wrong)
