@@ -89,8 +89,12 @@ def ema_ratio(
         mean = state.running_mean
         warming = stats.warming(state.recent)
         below = ~warming & (value < mean - (1 - 1 / ratio) * jnp.abs(mean))
-        recent, moved, level, _ = stats.remember(
-            state.recent, value, exceeded, below, patience, like=(mean, mean)
+        recent = stats.remember(state.recent, value, exceeded, below, patience)
+        moved = jnp.abs(recent.outside_run) >= patience
+        level, _ = stats.where_needed(
+            warming | moved,
+            lambda: stats.median_of_recent(recent),
+            like=(mean, mean),
         )
         reach = jnp.maximum(ratio - 1, 1.0) * jnp.abs(mean)
         bounded = jnp.clip(value, mean - reach, mean + reach)

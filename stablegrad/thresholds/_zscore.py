@@ -121,8 +121,12 @@ def zscore(
         center, spread = track.center, floored(track, in_log)
         warming = stats.warming(track.recent)
         below = ~warming & (value < center - z * spread)
-        recent, moved, level, deviation = stats.remember(
-            track.recent, value, exceeded, below, patience, like=(center, spread)
+        recent = stats.remember(track.recent, value, exceeded, below, patience)
+        moved = jnp.abs(recent.outside_run) >= patience
+        level, deviation = stats.where_needed(
+            warming | moved,
+            lambda: stats.median_of_recent(recent),
+            like=(center, spread),
         )
         reach = z * stats.floored(deviation, level, spread_floor, in_log)
         residual = jnp.clip(
