@@ -28,7 +28,8 @@ PARAMS = {"a": jnp.ones((2, 2)), "b": jnp.ones(3)}
 GUARDS = {
     "stabilize": sg.stabilize(optax.adamw(0.01)),
     "per leaf": sg.guard(
-        optax.adam(0.01),
+        # Six huge steps in a row are normal here: its own memory must not outlast them.
+        optax.adam(0.01, b1=0.5, b2=0.5),
         sg.clip(sg.ema_ratio(2.0, per="leaf", warmup_steps=3, patience=5)),
         sg.clip(sg.zscore(2.5, per="leaf", of="update_norm")),
         sg.skip(
@@ -58,7 +59,7 @@ ALL = list(HealthCheck)
 
 
 @settings(
-    max_examples=25,
+    max_examples=60,
     derandomize=True,
     deadline=None,
     suppress_health_check=ALL,
@@ -67,7 +68,7 @@ ALL = list(HealthCheck)
 @given(faults=st.lists(steps, min_size=STEPS, max_size=STEPS), fused=st.booleans())
 @example(faults=[("nan", np.nan)] * STEPS, fused=True)
 @example(faults=[("extreme", 1e30)] * STEPS, fused=False)
-def test_any_sequence_leaves_everything_finite(faults, fused):
+def test_any_sequence_leaves_everything_finite_and_training_resumes(faults, fused):
     kinds, losses = zip(*faults, strict=True)
     grads = grads_of([*kinds, *["healthy"] * AFTERWARDS])
     values = [*losses, *[1.0] * AFTERWARDS]
@@ -77,6 +78,9 @@ def test_any_sequence_leaves_everything_finite(faults, fused):
         skipped = np.asarray(seen["skipped"])
         moved = np.any(np.diff(np.asarray(trail["b"]), axis=0) != 0, axis=1)
         assert not moved[skipped[1:]].any()  # A skipped step moves nothing.
+        # Training resumes: healthy steps are taken, whole, at a rate that regrows.
+        assert not skipped[-40:].any() and not seen["halted"][-1]
+        assert moved[-40:].all() and (np.asarray(seen["clip_scale"])[-40:] > 0.5).all()
         scale = np.asarray(seen["lr_scale"])
         assert ((scale > 0) & (scale <= 1)).all()
 

@@ -236,7 +236,6 @@ def test_the_compiled_step_never_calls_the_host():
     state = tx.init(PARAMS)
     lowered = jax.jit(tx.update).lower(PARAMS, state, PARAMS, value=1.0)
     program = lowered.compile().as_text()
-    assert "custom-call" not in program or "callback" not in program
     for word in ("callback", "infeed", "outfeed", "send(", "recv("):
         assert word not in program
 

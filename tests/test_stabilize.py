@@ -121,3 +121,15 @@ def test_every_setting_reaches_its_response():
     np.testing.assert_array_equal(seen["skipped"][30:], [1, 1, 0, 0, 1, 1])
     np.testing.assert_array_equal(seen["halted"][30:], [0, 0, 0, 0, 0, 1])
     assert np.min(seen["lr_scale"]) == 0.75
+
+
+@pytest.mark.parametrize("at", [1, 2, 10])
+@pytest.mark.parametrize("size", [1e4, 1e17])
+def test_a_finite_spike_during_warm_up_does_not_freeze_adam(size, at):
+    # Adam's second moment would remember 1e17 for 80,000 steps.
+    norms, values = healthy(120)
+    norms[at] = size
+    tx = sg.stabilize(optax.adam(0.01))
+    _, state, (_, seen, _) = scan(tx, of_norm(norms), PARAMS, values)
+    assert seen["skipped"][at] and sg.metrics(state)["skipped_steps"] == 1
+    assert (np.asarray(seen["update_norm"])[-40:] > 0.005).all()

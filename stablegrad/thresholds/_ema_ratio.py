@@ -6,9 +6,13 @@ import jax
 import jax.numpy as jnp
 
 from .._checks import require, require_count
-from .._signals import Signal, check_signal
+from .._signals import Signal, check_signal, is_norm
 from . import _statistics as stats
 from ._core import Threshold
+
+
+# How much wider the limit on norms is during warm-up.
+EARLY_FACTOR = 10.0
 
 
 class EmaRatioState(NamedTuple):
@@ -34,8 +38,9 @@ def ema_ratio(
         limit_t = m + (ratio - 1) |m|                      (ratio * m where m > 0)
         m_t = d m + (1 - d) w_t
 
-    The first `warmup_steps` finite values set m to their median; before, nothing is
-    flagged. A value counts at no more than twice the mean (or `ratio` times, if that is
+    The first `warmup_steps` finite values set m to their median. Meanwhile a norm may be
+    ten times as large, so that only the very first is taken on trust; other signals
+    are not flagged yet. A value counts at no more than twice the mean (or `ratio` times, if that is
     more), so one outlier moves it by a few per cent, while a lasting rise lifts it by
     the factor 1 + (1 - d) a step or more. From the `patience`-th value in a row on that
     is above the limit, or below m - (1 - 1 / ratio) |m|, m follows the median M of the
@@ -45,8 +50,8 @@ def ema_ratio(
     Args:
         ratio: Tolerated multiple of the mean. Dimensionless, > 1.
         decay: Weight d of the past, in [0, 1). Half-life 34 steps at 0.98.
-        warmup_steps: Finite steps before anything is flagged, and values remembered,
-            >= 1.
+        warmup_steps: Finite steps before the limit is in full force, and values
+            remembered, >= 1.
         patience: Values in a row on one side, outside the limits, after which the mean
             starts again, >= warmup_steps.
         of: What is measured, as for `fixed`.
@@ -81,20 +86,18 @@ def ema_ratio(
 
     def limit(state: EmaRatioState, groups: int) -> jax.Array:
         mean = state.running_mean
-        unarmed = stats.warming(state.recent) | (mean == 0)
-        return jnp.where(unarmed, jnp.inf, mean + (ratio - 1) * jnp.abs(mean))
+        normal = mean + (ratio - 1) * jnp.abs(mean)
+        early = EARLY_FACTOR * normal if is_norm(of) else jnp.inf
+        normal = jnp.where(stats.warming(state.recent), early, normal)
+        return jnp.where(mean == 0, jnp.inf, normal)
 
     def update(state: EmaRatioState, signal, exceeded) -> EmaRatioState:
         value = stats.to_scale(signal, in_log=False)
         mean = state.running_mean
         warming = stats.warming(state.recent)
         below = ~warming & (value < mean - (1 - 1 / ratio) * jnp.abs(mean))
-        recent = stats.remember(state.recent, value, exceeded, below, patience)
-        moved = jnp.abs(recent.outside_run) >= patience
-        level, _ = stats.where_needed(
-            warming | moved,
-            lambda: stats.median_of_recent(recent),
-            like=(mean, mean),
+        recent, moved, level, _ = stats.remember(
+            state.recent, value, exceeded, below, patience, like=(mean, mean)
         )
         reach = jnp.maximum(ratio - 1, 1.0) * jnp.abs(mean)
         bounded = jnp.clip(value, mean - reach, mean + reach)

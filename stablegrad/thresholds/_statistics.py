@@ -17,6 +17,9 @@ MAD_TO_STD = 1.4826
 # Residuals enter at no more than this many spreads: far enough out to leave a normal
 # law's spread within 2 % of the truth, and to let the spread grow at every outlier.
 WINSOR = 2.5
+# While a statistic of norms warms up, its spread counts as no less than this, in log
+# units: a factor of e per deviation, which healthy first steps stay well below.
+EARLY_SPREAD = 1.0
 # Keeps squares and differences of any two values inside float32.
 BOUND = 1e37
 
@@ -39,27 +42,34 @@ def init_recent(groups: int, width: int) -> Recent:
     return Recent(jnp.zeros((groups, width), jnp.float32), none, none)
 
 
-def remember(recent: Recent, value, above, below, patience: int) -> Recent:
-    """Takes one more value, which lay above what is normal, or below, or neither."""
+def remember(recent: Recent, value, above, below, patience: int, like):
+    """Takes one more value, which lay above what is normal, or below, or neither.
+
+    Returns the new `Recent`; which groups have been on one side for `patience` steps;
+    and the median and spread of what is remembered, or `like` if no group needs them.
+    """
     run = recent.outside_run
     longer = jnp.where(above, jnp.maximum(run, 0) + 1, jnp.minimum(run, 0) - 1)
     longer = jnp.clip(longer, -patience, patience)
     width = recent.recent_values.shape[-1]
-    return Recent(
+    fresh = Recent(
         write(recent.recent_values, recent.finite_seen % width, value),
         increment(recent.finite_seen),
         jnp.where(above | below, longer, 0),
     )
+    moved = jnp.abs(fresh.outside_run) >= patience
+    # Sorting is not for free, so it runs only while a group needs it.
+    level, spread = lax.cond(
+        jnp.any(moved | warming(recent)),
+        lambda: median_and_spread(fresh.recent_values, fresh.finite_seen),
+        lambda: like,
+    )
+    return fresh, moved, level, spread
 
 
 def warming(recent: Recent) -> jax.Array:
     """Which groups have not yet filled their ring."""
     return recent.finite_seen < recent.recent_values.shape[-1]
-
-
-def median_of_recent(recent: Recent) -> tuple[jax.Array, jax.Array]:
-    """Median and spread of the remembered values."""
-    return median_and_spread(recent.recent_values, recent.finite_seen)
 
 
 def follow(center, level, reach) -> jax.Array:
@@ -105,6 +115,12 @@ def from_scale(value, in_log) -> jax.Array:
     return jnp.exp(value) if in_log else value
 
 
+def early_limit(seen, center, spread, deviations) -> jax.Array:
+    """A wide limit on norms while few values, on the log scale, have been seen."""
+    wide = jnp.exp(center + deviations * jnp.maximum(spread, EARLY_SPREAD))
+    return jnp.where(seen > 0, wide, jnp.inf)
+
+
 def write(buffer, slot, value) -> jax.Array:
     """Writes one value a group at `slot`; a slot beyond the width writes nothing."""
     at = jnp.arange(buffer.shape[-1])[None, :] == slot[:, None]
@@ -118,8 +134,3 @@ def where_groups(mask, on_true, on_false):
         return jnp.where(mask.reshape(mask.shape + (1,) * (old.ndim - 1)), new, old)
 
     return jax.tree.map(choose, on_true, on_false)
-
-
-def where_needed(mask, compute, like):
-    """`compute()` if any group is in `mask`, else `like`: sorting is not for free."""
-    return lax.cond(jnp.any(mask), compute, lambda: like)

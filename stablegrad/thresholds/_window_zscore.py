@@ -35,7 +35,8 @@ def window_zscore(
 
         limit_t = median(y) + sigma * max(1.4826 * MAD(y), floor)  (norms: exponential)
 
-    Nothing is flagged before half the window is filled. Raw values enter, and half of
+    Before half the window is filled, the deviation of norms counts as 1 at least, so
+    that only the very first is taken on trust; other signals are not flagged yet. Raw values enter, and half of
     them may be outliers: one huge value neither moves the limit nor hides the next,
     and a lasting shift is the new median after window // 2 + 1 steps at the latest.
 
@@ -82,7 +83,10 @@ def window_zscore(
         center, spread = stats.median_and_spread(state.ring, state.finite_seen)
         spread = stats.floored(spread, center, spread_floor, in_log)
         normal = stats.from_scale(center + sigma * spread, in_log)
-        return jnp.where(state.finite_seen >= window // 2, normal, jnp.inf)
+        early: jax.Array | float = jnp.inf
+        if in_log:
+            early = stats.early_limit(state.finite_seen, center, spread, sigma)
+        return jnp.where(state.finite_seen >= window // 2, normal, early)
 
     def update(state: WindowZScoreState, signal, exceeded) -> WindowZScoreState:
         del exceeded

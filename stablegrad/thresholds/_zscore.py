@@ -45,8 +45,9 @@ def zscore(
         s_t^2 = d (s*^2 + (1 - d) r_t^2);    s_t = s* if y_t < m_{t-1} - z s*
 
     The first `warmup_steps` finite values set m to their median M and s to 1.4826 times
-    their median absolute deviation D: up to half of them may be outliers. Before,
-    nothing is flagged. A clipped residual means that one outlier, however huge, widens
+    their median absolute deviation D: up to half of them may be outliers. Meanwhile a
+    norm is held against exp(M + z max(D, 1)) of those before it, so that only the very
+    first is taken on trust; other signals are not flagged yet. A clipped residual means that one outlier, however huge, widens
     s by 5 %, so it cannot hide the next; yet s does grow at every outlier
     (d (1 + 6.25 (1 - d)) > 1), so no level is refused for ever. From the `patience`-th
     value in a row on that is flagged, or lies below m - z s*, m and s follow M and D of
@@ -63,8 +64,8 @@ def zscore(
         z: Tolerated standard deviations above the level, > 0. One-sided: 2.5 flags 0.5
             to 0.9 % of healthy lognormal steps, whatever their spread.
         decay: Weight d of the past, in (0.5, 1). Half-life 34 steps at 0.98.
-        warmup_steps: Finite steps before anything is flagged, and values remembered,
-            >= 3.
+        warmup_steps: Finite steps before the limit is in full force, and values
+            remembered, >= 3.
         spread_floor: Smallest s*: in log units (0.05 is 5 %), relative to |m| on the
             linear scale. > 0: a constant signal must not flag its last digit.
         patience: Values in a row on one side, outside z s*, after which the statistics
@@ -114,19 +115,20 @@ def zscore(
         if linear:
             both = jnp.maximum(log, linear[0])
             log = jnp.where(state.always_positive, both, linear[0])
-        return jnp.where(stats.warming(state.tracks[0].recent), jnp.inf, log)
+        track = state.tracks[0]
+        early: jax.Array | float = jnp.inf
+        if is_norm(of):
+            seen = track.recent.finite_seen
+            early = stats.early_limit(seen, track.center, track.spread, z)
+        return jnp.where(stats.warming(track.recent), early, log)
 
     def follow(track: Track, in_log: bool, signal, exceeded) -> Track:
         value = stats.to_scale(signal, in_log)
         center, spread = track.center, floored(track, in_log)
         warming = stats.warming(track.recent)
         below = ~warming & (value < center - z * spread)
-        recent = stats.remember(track.recent, value, exceeded, below, patience)
-        moved = jnp.abs(recent.outside_run) >= patience
-        level, deviation = stats.where_needed(
-            warming | moved,
-            lambda: stats.median_of_recent(recent),
-            like=(center, spread),
+        recent, moved, level, deviation = stats.remember(
+            track.recent, value, exceeded, below, patience, like=(center, spread)
         )
         reach = z * stats.floored(deviation, level, spread_floor, in_log)
         residual = jnp.clip(

@@ -21,6 +21,10 @@ def oracle(signals, sigma, window, floor, log):
             spread = 1.4826 * np.median(np.abs(y - center))
             limit = center + sigma * max(spread, floor * (1.0 if log else abs(center)))
             limit = np.exp(limit) if log else limit
+        elif past and log:
+            y = np.array(past)
+            spread = 1.4826 * np.median(np.abs(y - np.median(y)))
+            limit = np.exp(np.median(y) + sigma * max(spread, 1.0))
         seen_limits.append(limit)
         if np.isfinite(x):
             past.append(np.log(x) if log else x)
