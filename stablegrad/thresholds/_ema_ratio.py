@@ -10,7 +10,6 @@ from .._signals import Signal, check_signal, is_norm
 from . import _statistics as stats
 from ._core import Threshold
 
-
 # How much wider the limit on norms is during warm-up.
 EARLY_FACTOR = 10.0
 
@@ -38,13 +37,14 @@ def ema_ratio(
         limit_t = m + (ratio - 1) |m|                      (ratio * m where m > 0)
         m_t = d m + (1 - d) w_t
 
-    The first `warmup_steps` finite values set m to their median. Meanwhile a norm may be
-    ten times as large, so that only the very first is taken on trust; other signals
-    are not flagged yet. A value counts at no more than twice the mean (or `ratio` times, if that is
-    more), so one outlier moves it by a few per cent, while a lasting rise lifts it by
-    the factor 1 + (1 - d) a step or more. From the `patience`-th value in a row on that
-    is above the limit, or below m - (1 - 1 / ratio) |m|, m follows the median M of the
-    last `warmup_steps` values instead: half of the way each step, all of it once
+    The first `warmup_steps` finite values set m to their median. Meanwhile a norm may
+    be ten times as large, so that only the very first is taken on trust; other signals
+    are not flagged yet. A value counts at no more than twice the mean (or `ratio`
+    times, if that is more), so one outlier moves it by a few per cent, while a lasting
+    rise lifts it by the factor 1 + (1 - d) a step or more. From the `patience`-th value
+    in a row on that is above the limit, or below m - (1 - 1 / ratio) |m|, m follows the
+    median M of the last `warmup_steps` values instead: half of the way each step, all
+    of it once
     |M - m| <= 2 (ratio - 1) |M|. A mean of zero flags nothing: it would never recover.
 
     Args:

@@ -47,13 +47,13 @@ def zscore(
     The first `warmup_steps` finite values set m to their median M and s to 1.4826 times
     their median absolute deviation D: up to half of them may be outliers. Meanwhile a
     norm is held against exp(M + z max(D, 1)) of those before it, so that only the very
-    first is taken on trust; other signals are not flagged yet. A clipped residual means that one outlier, however huge, widens
-    s by 5 %, so it cannot hide the next; yet s does grow at every outlier
-    (d (1 + 6.25 (1 - d)) > 1), so no level is refused for ever. From the `patience`-th
-    value in a row on that is flagged, or lies below m - z s*, m and s follow M and D of
-    the last `warmup_steps` values instead: s = D, and m goes half of the way to M each
-    step, all of it once |M - m| <= 2 z D. A lasting shift by any factor is normal after
-    `patience` and at most 12 steps.
+    first is taken on trust; other signals are not flagged yet. A clipped residual means
+    that one outlier, however huge, widens s by 5 %, so it cannot hide the next; yet s
+    does grow at every outlier (d (1 + 6.25 (1 - d)) > 1), so no level is refused for
+    ever. From the `patience`-th value in a row on that is flagged, or lies below m - z
+    s*, m and s follow M and D of the last `warmup_steps` values instead: s = D, and m
+    goes half of the way to M each step, all of it once |M - m| <= 2 z D. A lasting
+    shift by any factor is normal after `patience` and at most 12 steps.
 
     Norms are close to lognormal. Other signals can be negative, so they are followed
     with y_t = x_t as well, and the limit is the larger of the two, or the linear one
