@@ -3,6 +3,7 @@
 from importlib.metadata import version as _version
 
 from ._apply import apply as apply
+from ._groups import units as units
 from ._guard import GuardedTransformation as GuardedTransformation, guard as guard
 from ._observe import (
     TrainingHalted as TrainingHalted,
@@ -13,12 +14,24 @@ from ._observe import (
 )
 from ._reasons import Reason as Reason
 from ._stabilize import stabilize as stabilize
+from .clipping._direction import limit_direction as limit_direction
+from .clipping._ema import clip_by_ema as clip_by_ema
+from .clipping._max import clip_by_max as clip_by_max
+from .clipping._norm import clip_by_norm as clip_by_norm
+from .clipping._param_norm import clip_by_param_norm as clip_by_param_norm
+from .clipping._percentile import clip_by_percentile as clip_by_percentile
+from .clipping._second_moment import clip_by_second_moment as clip_by_second_moment
+from .clipping._update_rms import clip_update_rms as clip_update_rms
+from .clipping._zscore import clip_by_zscore as clip_by_zscore
 from .responses._back_off import back_off as back_off
 from .responses._clip import clip as clip
 from .responses._halt import halt as halt
 from .responses._skip import skip as skip
+from .skipping._skip_bad_steps import skip_bad_steps as skip_bad_steps
 from .thresholds._ema_ratio import ema_ratio as ema_ratio
 from .thresholds._limits import fixed as fixed, nonfinite as nonfinite
+from .thresholds._param_ratio import param_ratio as param_ratio
+from .thresholds._percentile import percentile as percentile
 from .thresholds._window_zscore import window_zscore as window_zscore
 from .thresholds._zscore import zscore as zscore
 

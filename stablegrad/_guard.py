@@ -16,9 +16,10 @@ import optax
 from jax import lax
 
 from . import _checks, _judging, _record, _trees
-from ._measure import Measurement, measure, newly_nonfinite, unmeasured
+from ._groups import group
+from ._measure import Measurement, measure, newly_nonfinite, scaled_norm, unmeasured
 from ._reasons import Reason, first_reason
-from ._signals import groups_of, scalar_signal
+from ._signals import scalar_signal
 from .responses._core import Response, Verdict
 
 
@@ -44,6 +45,8 @@ class _Taken(NamedTuple):
     result: Any  # Updates or parameters, whichever the caller asked for.
     inner_state: Any
     update: Measurement  # Of the inner transformation's own update.
+    applied_norm: jax.Array  # The norm of what the caller gets to add.
+    words: _judging.Words  # What every threshold said in the end.
     verdict: Verdict  # A reason of 0 if the step was taken.
 
 
@@ -101,7 +104,7 @@ def guard(
     def init_fn(params) -> Any:
         names = _trees.leaf_names(params)
         watched = tuple(
-            tuple(t.init(groups_of(t.per, len(names))) for t in r.thresholds)
+            tuple(t.init(group(t.per, params).count) for t in r.thresholds)
             for r in responses
         )
         answers = tuple(response.init() for response in responses)
@@ -116,15 +119,12 @@ def guard(
         """One step: `commit(update, params)` if taken, `held(params)` if not."""
         _checks.same_leaves(_trees.names_in(state.layout), _trees.leaf_names(updates))
         gradient = measure(updates)
+        states = state.threshold_states
+        scopes = _judging.scopes_of(responses, updates, params)
         incoming = _judging.judge_incoming(
-            responses, state.threshold_states, gradient, updates, params, extra
+            responses, states, scopes, gradient, updates, params, extra
         )
         before = _judging.verdict_on(responses, state.response_states, incoming)
-
-        def completed(update: Measurement) -> _judging.Words:
-            return _judging.judge_outgoing(
-                responses, state.threshold_states, incoming, update
-            )
 
         def take(updates, inner_state, params) -> _Taken:
             clipped = _trees.scale_leaves(updates, before.gradient_scale, updates)
@@ -133,9 +133,15 @@ def guard(
             )
             _checks.same_state(inner_state, new_inner)
             measured = measure(update, like=updates)
-            after = _judging.verdict_on(
-                responses, state.response_states, completed(measured)
+            words = _judging.judge_outgoing(
+                responses,
+                states,
+                scopes,
+                incoming,
+                measured,
+                _trees.inexact_leaves(update, updates),
             )
+            after = _judging.verdict_on(responses, state.response_states, words)
             broken = newly_nonfinite(new_inner, inner_state)
             reason = first_reason(
                 (
@@ -144,8 +150,8 @@ def guard(
                     jnp.where(broken, int(Reason.NONFINITE_STATE), 0),
                 )
             )
-            scale = after.update_scale * after.lr_scale
-            step = _trees.scale_leaves(update, scale, updates)
+            scales = _trees.times(after.update_scale, after.lr_scale)
+            step = _trees.scale_leaves(update, scales, updates)
             if params is not None:
                 # Scaling, adding, or the parameters' dtype may still overflow.
                 spoilt = newly_nonfinite(optax.apply_updates(params, step), params)
@@ -156,17 +162,21 @@ def guard(
                 _trees.select(fine, commit(step, params), held(params)),
                 _trees.select(fine, new_inner, inner_state),
                 measured,
+                scaled_norm(measured, scales, update, updates),
+                words,
                 after._replace(reason=reason),
             )
 
         def hold(updates, inner_state, params) -> _Taken:
             del updates
             nothing = unmeasured(gradient.leaf_norms.shape[0])
-            return _Taken(held(params), inner_state, nothing, before)
+            return _Taken(
+                held(params), inner_state, nothing, nothing.norm, incoming, before
+            )
 
         reached = before.reason == 0
         taken = lax.cond(reached, take, hold, updates, state.guarded_inner, params)
-        words = _trees.select(reached, completed(taken.update), incoming)
+        words = taken.words
         reason = taken.verdict.reason
         settled = tuple(
             response.settle(response_state, own, reason)
@@ -182,11 +192,13 @@ def guard(
             gradient,
             taken.update,
             taken.verdict,
+            clipped_norm=scaled_norm(gradient, taken.verdict.gradient_scale, updates),
+            applied_norm=taken.applied_norm,
             limits=dict(zip(limit_names, limits, strict=True)),
             loss=None if loss is None else scalar_signal("value", loss)[0],
             halted=jnp.any(jnp.stack(halted)) if halted else jnp.zeros((), bool),
         )
-        learned = _judging.learned(responses, state.threshold_states, words)
+        learned = _judging.learned(responses, states, words)
         return taken.result, GuardState(
             taken.inner_state, learned, settled, record, state.layout
         )

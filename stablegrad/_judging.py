@@ -5,66 +5,80 @@ from typing import Any
 
 import jax
 
-from . import _checks
-from ._measure import Measurement
-from ._signals import (
-    groups_of,
-    is_norm,
-    is_outgoing,
-    norm_signal,
-    scalar_signal,
-    signal_name,
-)
+from . import _checks, _trees
+from ._groups import group, group_norms
+from ._measure import Measurement, measure
+from ._signals import is_norm, is_outgoing, scalar_signal, signal_name
 from .responses._core import Response, Verdict, combine
-from .thresholds._core import Judgement, Threshold, judge, learn, unobserved
+from .thresholds._core import Judgement, Scope, Threshold, judge, learn, unobserved
 
 # For each response, one judgement a threshold.
 Words = list[tuple[Judgement, ...]]
 
 
+def scopes_of(responses: tuple[Response, ...], updates, params) -> list[tuple]:
+    """What each threshold of each response is applied to, in this step."""
+    leaves, measured = [], None
+    if any(t.of_params for response in responses for t in response.thresholds):
+        if params is None:
+            raise _checks.missing_params("`param_ratio`")
+        leaves = _trees.inexact_leaves(params, updates)
+        measured = measure(params, updates)
+
+    def scope(threshold: Threshold, _) -> Scope:
+        grouping = group(threshold.per, updates)
+        if not threshold.of_params or measured is None:
+            return Scope(grouping)
+        return Scope(grouping, group_norms(grouping, measured, leaves))
+
+    return _each(scope, responses, [response.thresholds for response in responses])
+
+
 def judge_incoming(
     responses: tuple[Response, ...],
     states: tuple,
+    scopes: list[tuple],
     gradient: Measurement,
     updates: Any,
     params: Any,
     extra: dict[str, Any],
 ) -> Words:
     """What every threshold says before the inner optimizer has run."""
-    leaves = gradient.leaf_norms.shape[0]
+    leaves = _trees.inexact_leaves(updates)
 
-    def word(threshold: Threshold, state) -> Judgement:
-        groups = groups_of(threshold.per, leaves)
+    def word(threshold: Threshold, item) -> Judgement:
+        state, scope = item
         if is_outgoing(threshold.of):
-            return unobserved(threshold, state, groups)
+            return unobserved(threshold, state, scope)
         if is_norm(threshold.of):
-            signal = norm_signal(threshold.per, gradient)
+            signal = group_norms(scope.grouping, gradient, leaves)
         else:
             signal = _scalar(threshold, updates, params, extra)
         if signal is None:
-            return unobserved(threshold, state, groups)
-        return judge(threshold, state, signal, groups)
+            return unobserved(threshold, state, scope)
+        return judge(threshold, state, signal, scope)
 
-    return _each(word, responses, states)
+    return _each(word, responses, _paired(states, scopes))
 
 
 def judge_outgoing(
-    responses: tuple[Response, ...], states: tuple, words: Words, update: Measurement
+    responses: tuple[Response, ...],
+    states: tuple,
+    scopes: list[tuple],
+    words: Words,
+    update: Measurement,
+    leaves: list[jax.Array],
 ) -> Words:
     """The same words, completed by those on the inner optimizer's update."""
 
-    def word(threshold: Threshold, pair) -> Judgement:
-        state, earlier = pair
+    def word(threshold: Threshold, item) -> Judgement:
+        state, scope, earlier = item
         if not is_outgoing(threshold.of):
             return earlier
-        signal = norm_signal(threshold.per, update)
-        return judge(threshold, state, signal, signal.shape[0])
+        signal = group_norms(scope.grouping, update, leaves)
+        return judge(threshold, state, signal, scope)
 
-    pairs = tuple(
-        tuple(zip(own, earlier, strict=True))
-        for own, earlier in zip(states, words, strict=True)
-    )
-    return _each(word, responses, pairs)
+    return _each(word, responses, _paired(states, scopes, words))
 
 
 def verdict_on(responses, response_states, words: Words) -> Verdict:
@@ -78,15 +92,11 @@ def verdict_on(responses, response_states, words: Words) -> Verdict:
 def learned(responses, states, words: Words) -> tuple:
     """The threshold states after this step."""
 
-    def after(threshold: Threshold, pair):
-        state, judgement = pair
+    def after(threshold: Threshold, item):
+        state, judgement = item
         return learn(threshold, state, judgement)
 
-    pairs = tuple(
-        tuple(zip(own, judged, strict=True))
-        for own, judged in zip(states, words, strict=True)
-    )
-    return tuple(_each(after, responses, pairs))
+    return tuple(_each(after, responses, _paired(states, words)))
 
 
 def limit_names(responses: Iterable[Response]) -> list[str]:
@@ -99,6 +109,11 @@ def limit_names(responses: Iterable[Response]) -> list[str]:
             repeats = sum(name.startswith(base) for name in names)
             names.append(f"{base}_{repeats + 1}" if repeats else base)
     return names
+
+
+def _paired(*nested) -> list[tuple]:
+    """Zips what each threshold of each response has several of."""
+    return [tuple(zip(*own, strict=True)) for own in zip(*nested, strict=True)]
 
 
 def _each(function, responses, items) -> list:

@@ -55,11 +55,48 @@ def unmeasured(leaves: int) -> Measurement:
     )
 
 
-def scaled_norm(measured: Measurement, scales) -> jax.Array:
-    """The norm after leaf i, or the whole tree if rank-0, is multiplied by `scales`."""
-    if scales.ndim == 0:
+def scaled_norm(measured: Measurement, scales, tree, like=None) -> jax.Array:
+    """The norm of `tree`, of which `measured` tells, after `scale_leaves`."""
+    if not isinstance(scales, tuple):
         return scales * measured.norm
-    return _norm_of_norms(scales * measured.leaf_norms)
+    if all(scale.ndim == 0 for scale in scales):
+        return _norm_of_norms(
+            jnp.stack([*scales, jnp.ones(())])[:-1] * measured.leaf_norms
+        )
+    return measure(
+        _trees.scale_leaves(tree, scales, tree if like is None else like), like
+    ).norm
+
+
+def unguarded(tree) -> Measurement:
+    """The same norms as published methods take them: sqrt(sum |x|^2) in float32.
+
+    Squares may overflow to inf, and a nan or inf goes where it goes.
+    """
+    leaves = _trees.inexact_leaves(tree)
+    if not leaves:
+        return unmeasured(0)
+    return _from_squares(jnp.stack([_sum_of_squares(leaf) for leaf in leaves]), leaves)
+
+
+def unguarded_over(leaf, axes: tuple[int, ...]) -> jax.Array:
+    """The norms of `norms_over` as published methods take them."""
+    return jnp.sqrt(_squares_over(leaf, axes))
+
+
+def norms_over(leaf, axes: tuple[int, ...]) -> jax.Array:
+    """L2 norms over some axes of a leaf, which stay with size 1; float32.
+
+    As in `measure`, a finite slice has its right norm whatever its size, a nan or inf
+    makes its own slice nan, and only overflow pays for a second pass.
+    """
+    square = _squares_over(leaf, axes)
+    return lax.cond(
+        jnp.all(jnp.isfinite(square)),
+        lambda leaf: jnp.sqrt(square),
+        lambda leaf: _rescaled_over(leaf, axes),
+        leaf,
+    )
 
 
 def newly_nonfinite(new, old) -> jax.Array:
@@ -102,6 +139,21 @@ def _rescaled(squares, leaves) -> Measurement:
     first = jnp.where(jnp.any(bad), jnp.argmax(bad), -1).astype(jnp.int32)
     norm = jnp.where(jnp.any(bad), jnp.nan, _norm_of_norms(norms))
     return Measurement(norms, norm, first)
+
+
+def _squares_over(leaf, axes) -> jax.Array:
+    wide = leaf.astype(np.promote_types(leaf.dtype, np.float32))
+    square = jnp.real(wide * jnp.conj(wide))
+    return jnp.sum(square, axis=axes, keepdims=True).astype(jnp.float32)
+
+
+def _rescaled_over(leaf, axes) -> jax.Array:
+    size = jnp.abs(leaf).astype(jnp.float32)
+    fine = jnp.isfinite(leaf)
+    peak = jnp.max(jnp.where(fine, size, 0), axis=axes, keepdims=True, initial=0)
+    unit = jnp.where(peak > 0, jnp.minimum(peak, LARGEST), 1)
+    norm = _saturate(unit * jnp.sqrt(_squares_over(size / unit, axes)))
+    return jnp.where(jnp.all(fine, axis=axes, keepdims=True), norm, jnp.nan)
 
 
 def _norm_of_norms(norms) -> jax.Array:

@@ -10,6 +10,7 @@ from . import _trees
 from ._guard import GuardState
 from ._reasons import Reason
 from ._record import ENCODED, Event, EventKind, Record, decode, init_record
+from .clipping._core import ENCODED_READINGS, ClipReadings
 
 
 class TrainingHalted(RuntimeError):
@@ -41,10 +42,14 @@ def metrics(state: Any) -> dict[str, jax.Array]:
         Since `init`: `guarded_steps`, `clipped_steps`, `skipped_steps`,
         `backed_off_steps`, `halted_steps`; and `consecutive_skips` up to now.
 
-        Of several guards the names are prefixed `guard_0_`, `guard_1_`, and so on.
+        Of several guards the names are prefixed `guard_0_`, `guard_1_`, and so on. Each
+        `clip_by_...` of a chain adds `<its name>_raw_norm`, `_clipped_norm`, `_limit`,
+        `_scale` (the smallest factor), and since `init` `_clipped_steps` and
+        `_dropped_steps` (not finite, hence zeros); a second one of the same name is
+        `<its name>_2_...`.
 
     Raises:
-        ValueError: If there is no guard in the state.
+        ValueError: If there is neither a guard nor a clip in the state.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -57,14 +62,16 @@ def metrics(state: Any) -> dict[str, jax.Array]:
         >>> now["grad_norm"].item(), round(now["clipped_grad_norm"].item(), 6)
         (5.0, 1.0)
     """
-    found = _guards(state)
-    if len(found) == 1:
-        return _flat(found[0])
-    return {
-        f"guard_{i}_{name}": number
-        for i, guard_state in enumerate(found)
+    found, clips = _search(state), _clips(state)
+    if not clips or found:
+        found = _guards(state)
+    prefixes = [""] if len(found) == 1 else [f"guard_{i}_" for i in range(len(found))]
+    of_guards = {
+        prefix + name: number
+        for prefix, guard_state in zip(prefixes, found, strict=True)
         for name, number in _flat(guard_state).items()
     }
+    return {**of_guards, **clips}
 
 
 def events(state: Any, params: Any = None) -> list[Event]:
@@ -211,6 +218,26 @@ def _search(state: Any) -> list[GuardState]:
             found.append(leaf._replace(record=_plain(leaf.record)))
             found += _search(leaf.guarded_inner)
     return found
+
+
+def _clips(state: Any) -> dict[str, jax.Array]:
+    """What every clip of a chain, inside `state` or a guard, has to tell."""
+    found: dict[str, jax.Array] = {}
+    for node in jax.tree.leaves(state, is_leaf=_is_clip):
+        if _is_clip(node):
+            ((name, readings),) = node.clip_readings.items()
+            repeats = sum(f"{name}{i}_scale" in found for i in ("", "_2", "_3", "_4"))
+            prefix = f"{name}_{repeats + 1}" if repeats else name
+            readings = ClipReadings(*jax.tree.leaves(readings))
+            for field, number in readings._asdict().items():
+                number = decode(number) if field in ENCODED_READINGS else number
+                found[f"{prefix}_{field}"] = number
+            found |= _clips(getattr(node, "clip_inner", ()))
+    return found
+
+
+def _is_clip(node: Any) -> bool:
+    return isinstance(getattr(node, "clip_readings", None), dict)
 
 
 def _is_guard(node: Any) -> bool:

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ._measure import LARGEST, Measurement, scaled_norm
-from ._trees import increment
+from ._measure import LARGEST, Measurement
+from ._trees import count_if, increment, least
 from .responses._core import Verdict
 
 EVENTS_KEPT = 64
@@ -108,6 +108,8 @@ def update_record(
     gradient: Measurement,
     update: Measurement,
     verdict: Verdict,
+    clipped_norm,
+    applied_norm,
     limits: dict[str, jax.Array],
     loss,
     halted,
@@ -116,14 +118,13 @@ def update_record(
     skipped = verdict.reason > 0
     norms = gradient.leaf_norms
     largest = jnp.argmax(norms).astype(jnp.int32) if norms.size else jnp.int32(-1)
-    clip_scale = jnp.min(verdict.gradient_scale, initial=1.0)
-    update_clip = jnp.min(verdict.update_scale, initial=1.0)
-    applied = scaled_norm(update, verdict.update_scale * verdict.lr_scale)
     last = LastStep(
         grad_norm=encode(gradient.norm),
-        clipped_grad_norm=encode(scaled_norm(gradient, verdict.gradient_scale)),
-        clip_scale=jnp.minimum(clip_scale, update_clip),
-        update_norm=jnp.where(skipped, 0.0, applied),
+        clipped_grad_norm=encode(clipped_norm),
+        clip_scale=jnp.minimum(
+            least(verdict.gradient_scale), least(verdict.update_scale)
+        ),
+        update_norm=jnp.where(skipped, 0.0, applied_norm),
         raw_update_norm=encode(update.norm),
         loss_value=encode(jnp.nan if loss is None else loss),
         lr_scale=verdict.lr_scale,
@@ -172,8 +173,7 @@ def count(totals: Totals, last: LastStep, clipped, backed_off) -> Totals:
         "halted_steps": last.halted,
     }
     added = {
-        name: jnp.where(flag, increment(getattr(totals, name)), getattr(totals, name))
-        for name, flag in flags.items()
+        name: count_if(flag, getattr(totals, name)) for name, flag in flags.items()
     }
     run = jnp.where(last.skipped, increment(totals.consecutive_skips), 0)
     return Totals(**added, consecutive_skips=run)

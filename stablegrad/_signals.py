@@ -7,16 +7,16 @@ import jax
 import jax.numpy as jnp
 
 from . import _checks
-from ._measure import LARGEST, Measurement
+from ._groups import Granularity, check_granularity
+from ._measure import LARGEST
 
 # "grad_norm", "value", "update_norm", or a function (updates, params, extra) -> scalar.
 Signal = str | Callable[[Any, Any, dict[str, Any]], jax.Array]
 
 NAMES = ("grad_norm", "value", "update_norm")
-GRANULARITIES = ("global", "leaf")
 
 
-def check_signal(of: Signal, per: str) -> None:
+def check_signal(of: Signal, per: Granularity) -> None:
     """Raises ValueError unless `of` can be measured at the granularity `per`."""
     _checks.require(
         "of",
@@ -24,11 +24,11 @@ def check_signal(of: Signal, per: str) -> None:
         f"one of {NAMES} or a function (updates, params, extra) -> scalar",
         lambda x: callable(x) or x in NAMES,
     )
-    _checks.require("per", per, f"one of {GRANULARITIES}", lambda x: x in GRANULARITIES)
+    check_granularity(per)
     if per != "global" and not is_norm(of):
         raise ValueError(
             f"`per` must be 'global' for of={signal_name(of)!r}, which is one number a "
-            f"step; got {per!r}. Only norms are measured leaf by leaf."
+            f"step; got {per!r}. Only norms are measured leaf by leaf or unit by unit."
         )
 
 
@@ -46,16 +46,6 @@ def signal_name(of: Signal) -> str:
     """A word for the signal, for the names of metrics and for messages."""
     name = of if isinstance(of, str) else getattr(of, "__name__", "signal")
     return name if name.isidentifier() else "signal"
-
-
-def groups_of(per: str, leaves: int) -> int:
-    """How many numbers a step has at a granularity."""
-    return leaves if per == "leaf" else 1
-
-
-def norm_signal(per: str, measured: Measurement) -> jax.Array:
-    """A norm at a granularity, shape (groups,)."""
-    return measured.leaf_norms if per == "leaf" else measured.norm[None]
 
 
 def scalar_signal(name: str, value) -> jax.Array:

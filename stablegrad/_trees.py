@@ -1,5 +1,8 @@
 """Pytrees of arrays: which leaves count, what they are called, scaling, selecting."""
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,42 +24,75 @@ def inexact_leaves(tree, like=None) -> list[jax.Array]:
     return [jnp.asarray(leaf) for leaf, judge in pairs if is_inexact(judge)]
 
 
-def leaf_names(tree) -> tuple[str, ...]:
-    """Dotted names of the leaves of `inexact_leaves`, as `layers.0.kernel`.
+def paths_and_leaves(tree) -> list[tuple[Any, Any]]:
+    """Key path and leaf, for the leaves of `inexact_leaves`.
 
     Flax NNX hands `init` its variables and `update` their plain arrays; both get one
-    name, since a variable's own `.value` is left out.
+    path, since a variable's own `.value` is left out.
     """
-    names = []
+    found = []
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         if is_inexact(leaf):
             if path and path[-1] == jax.tree_util.GetAttrKey("value"):
                 path = path[:-1]
-            name = jax.tree_util.keystr(path, simple=True, separator=".")
-            names.append(name or "params")
-    return tuple(names)
+            found.append((path, leaf))
+    return found
 
 
-def scale_leaves(tree, scales, like):
-    """Multiplies leaf i by `scales[i]`, or every leaf by a rank-0 `scales`.
+def path_name(path) -> str:
+    """The dotted name of a key path, as `layers.0.kernel`."""
+    return jax.tree_util.keystr(path, simple=True, separator=".") or "params"
+
+
+def leaf_names(tree) -> tuple[str, ...]:
+    """Dotted names of the leaves of `inexact_leaves`."""
+    return tuple(path_name(path) for path, _ in paths_and_leaves(tree))
+
+
+def scale_leaves(tree, scales, like, keep=None):
+    """Multiplies every leaf by a rank-0 array, or leaf i by `scales[i]` of a tuple.
 
     Only leaves that are floating point in `like` count. The product is taken in the
     wider dtype and returned in the leaf's own: one scalar factor a leaf is what XLA
-    fuses into the optimizer's kernels.
+    fuses into the optimizer's kernels. Where a rank-0 `keep` is given and false, the
+    leaves become zeros instead.
     """
     leaves, treedef = jax.tree.flatten(tree)
     scaled, index = [], 0
     for leaf, judge in zip(leaves, jax.tree.leaves(like), strict=True):
         if is_inexact(judge):
             leaf = jnp.asarray(leaf)
-            scale = scales if scales.ndim == 0 else scales[index]
+            scale = scales[index] if isinstance(scales, tuple) else scales
             wide = np.promote_types(np.float32, leaf.dtype)
             product = scale.astype(wide) * leaf.astype(wide)
-            scaled.append(product.astype(leaf.dtype))
+            product = product.astype(leaf.dtype)
+            scaled.append(product if keep is None else jnp.where(keep, product, 0))
             index += 1
         else:
             scaled.append(leaf)
     return treedef.unflatten(scaled)
+
+
+def smallest(*scales):
+    """The smallest of several scales, leaf by leaf where any of them is a tuple."""
+    leaves = [len(scale) for scale in scales if isinstance(scale, tuple)]
+    if not leaves:
+        return functools.reduce(jnp.minimum, scales)
+    rows = [s if isinstance(s, tuple) else (s,) * leaves[0] for s in scales]
+    return tuple(functools.reduce(jnp.minimum, row) for row in zip(*rows, strict=True))
+
+
+def times(scales, factor):
+    """Every scale multiplied by one rank-0 factor."""
+    return jax.tree.map(lambda scale: scale * factor, scales)
+
+
+def least(scales) -> jax.Array:
+    """The smallest factor in a tree's scales, 1 if there is none."""
+    rows = scales if isinstance(scales, tuple) else (scales,)
+    return jnp.min(
+        jnp.stack([jnp.ones(()), *[jnp.min(row, initial=1.0) for row in rows]])
+    )
 
 
 def select(pred, on_true, on_false):
@@ -113,3 +149,23 @@ def names_in(layout: dict[str, None]) -> tuple[str, ...]:
 def increment(steps) -> jax.Array:
     """`steps + 1`, staying at the dtype's maximum instead of wrapping."""
     return jnp.where(steps < jnp.iinfo(steps.dtype).max, steps + 1, steps)
+
+
+def count_if(flag, steps) -> jax.Array:
+    """`steps`, one more if `flag`."""
+    return jnp.where(flag, increment(steps), steps)
+
+
+def map_inexact(function, like, *trees):
+    """`function` over the leaves that are floating point in `like`; keeps the others.
+
+    The first tree gives the structure, and the leaves that are kept.
+    """
+    structure = jax.tree.structure(trees[0])
+    rows = zip(*[jax.tree.leaves(tree) for tree in trees], strict=True)
+    judges = jax.tree.leaves(like)
+    done = [
+        function(*row) if is_inexact(judge) else row[0]
+        for judge, row in zip(judges, rows, strict=True)
+    ]
+    return structure.unflatten(done)

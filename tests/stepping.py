@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stablegrad.thresholds._core import judge, learn
+from stablegrad._groups import independent
+from stablegrad.thresholds._core import Scope, judge, learn
 
 
 def limits(threshold, signals):
@@ -16,9 +17,10 @@ def limits(threshold, signals):
     signals = jnp.asarray(signals, jnp.float32)
     table = signals if signals.ndim == 2 else signals[:, None]
     groups = table.shape[1]
+    scope = Scope(independent(groups))
 
     def step(state, signal):
-        word = judge(threshold, state, signal, groups)
+        word = judge(threshold, state, signal, scope)
         return learn(threshold, state, word), (word.limit, word.exceeded)
 
     run = jax.jit(lambda state, xs: jax.lax.scan(step, state, xs))

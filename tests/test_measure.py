@@ -97,9 +97,13 @@ def test_a_tree_without_numbers_has_norm_zero_and_is_finite(tree):
 def test_scaled_norm_is_the_norm_of_the_scaled_tree():
     tree = {"a": jnp.array([3.0, 4.0]), "b": jnp.array([12.0])}
     seen = measured(tree)
-    np.testing.assert_allclose(scaled_norm(seen, jnp.float32(0.5)), 6.5, rtol=RTOL)
-    scales = jnp.array([2.0, 0.0])
-    np.testing.assert_allclose(scaled_norm(seen, scales), 10.0, rtol=RTOL)
+    np.testing.assert_allclose(
+        scaled_norm(seen, jnp.float32(0.5), tree), 6.5, rtol=RTOL
+    )
+    scales = (jnp.float32(2.0), jnp.float32(0.0))
+    np.testing.assert_allclose(scaled_norm(seen, scales, tree), 10.0, rtol=RTOL)
+    scales = (jnp.array([0.0, 2.0]), jnp.float32(0.5))
+    np.testing.assert_allclose(scaled_norm(seen, scales, tree), 10.0, rtol=RTOL)
 
 
 def test_only_what_was_finite_before_counts_as_newly_broken():

@@ -1,10 +1,19 @@
 """Clip: shrink a step to the largest size that is still normal."""
 
+import jax
 import jax.numpy as jnp
 
+from .._groups import leaf_factors
 from .._signals import is_outgoing
-from ..thresholds._core import Threshold
+from ..thresholds._core import Judgement, Threshold
 from ._core import Response, check_thresholds, proceed
+
+
+def factors(judgement: Judgement) -> jax.Array:
+    """What each group is multiplied by to meet its limit: in [0, 1], (groups,)."""
+    shrink = judgement.exceeded & (judgement.signal > 0)
+    signal = jnp.where(shrink, judgement.signal, 1.0)
+    return jnp.where(shrink, jnp.maximum(judgement.limit, 0.0), 1.0) / signal
 
 
 def clip(threshold: Threshold) -> Response:
@@ -14,9 +23,9 @@ def clip(threshold: Threshold) -> Response:
 
     The gradient is multiplied by s_t for of="grad_norm" and for a function (whose value
     must be proportional to the gradient, such as its largest element); the optimizer's
-    update for of="update_norm". With per="leaf" every leaf has its own factor, and a
-    leaf that explodes does not shrink the others. Several clips apply the smallest of
-    their factors: each limit is a limit on the raw norm.
+    update for of="update_norm". Every group of the threshold's granularity has its own
+    factor: with per="leaf", a leaf that explodes does not shrink the others. Several
+    clips apply the smallest of their factors: each limit is a limit on the raw norm.
 
     Args:
         threshold: What is normal. Not of="value": a large loss says nothing of a size.
@@ -47,11 +56,7 @@ def clip(threshold: Threshold) -> Response:
     def propose(state, judgements):
         del state
         (judgement,) = judgements
-        shrink = judgement.exceeded & (judgement.signal > 0)
-        signal = jnp.where(shrink, judgement.signal, 1.0)
-        limit = jnp.where(shrink, jnp.maximum(judgement.limit, 0.0), 1.0)
-        scale = limit / signal
-        scale = scale if threshold.per == "leaf" else scale[0]
+        scale = leaf_factors(judgement.grouping, factors(judgement))
         if is_outgoing(threshold.of):
             return proceed(update_scale=scale)
         return proceed(gradient_scale=scale)

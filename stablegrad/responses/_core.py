@@ -14,14 +14,15 @@ import jax.numpy as jnp
 
 from .._checks import described
 from .._reasons import first_reason
+from .._trees import smallest
 from ..thresholds._core import Judgement, Threshold
 
 
 class Verdict(NamedTuple):
     """What a response asks for in this step."""
 
-    gradient_scale: jax.Array  # float32 in [0, 1], () or (leaves,): on the gradient.
-    update_scale: jax.Array  # float32 in [0, 1], () or (leaves,): on the update.
+    gradient_scale: Any  # In [0, 1], on the gradient: float32 (), or one a leaf.
+    update_scale: Any  # In [0, 1], on the update: float32 (), or one a leaf.
     lr_scale: jax.Array  # float32 in (0, 1], (): on the update, as a learning rate.
     reason: jax.Array  # int32, (): why the step must not be taken; 0 takes it.
 
@@ -53,8 +54,8 @@ def combine(verdicts) -> Verdict:
     strictest = proceed()
     for verdict in verdicts:
         strictest = Verdict(
-            jnp.minimum(strictest.gradient_scale, verdict.gradient_scale),
-            jnp.minimum(strictest.update_scale, verdict.update_scale),
+            smallest(strictest.gradient_scale, verdict.gradient_scale),
+            smallest(strictest.update_scale, verdict.update_scale),
             strictest.lr_scale * verdict.lr_scale,
             first_reason((strictest.reason, verdict.reason)),
         )

@@ -1,6 +1,6 @@
 """A threshold: what is normal, learned from the past steps alone.
 
-It watches one signal (`of=`), for the whole tree or leaf by leaf (`per=`), and states
+It watches one signal (`of=`), for each group of a granularity (`per=`), and states
 the largest value that it still calls normal. Statistics learn in one place, `learn`:
 from the raw signal, finite values only.
 """
@@ -11,8 +11,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from .._groups import Granularity, Grouping
 from .._signals import Signal, is_norm
 from ._statistics import where_groups
+
+
+class Scope(NamedTuple):
+    """What a threshold is applied to, besides the signal."""
+
+    grouping: Grouping
+    param_norms: Any = None  # float32 (groups,), if `of_params`.
 
 
 class Threshold(NamedTuple):
@@ -20,11 +28,13 @@ class Threshold(NamedTuple):
 
     name: str
     of: Signal
-    per: str
+    per: Granularity
     init: Callable[[int], Any]  # groups -> state, every array with that leading axis.
-    limit: Callable[[Any, int], jax.Array]  # float32 (groups,); inf while unarmed.
+    limit: Callable[[Any, Scope], jax.Array]  # float32 (groups,); inf while unarmed.
     update: Callable[[Any, jax.Array, jax.Array], Any]  # state, signal, exceeded.
     required: bool = True  # Whether a step without the signal is an error.
+    of_params: bool = False  # Whether the limit depends on the parameters' norms.
+    learns_all: bool = False  # Whether it learns from nan, inf and zero as they come.
 
 
 class Judgement(NamedTuple):
@@ -34,23 +44,25 @@ class Judgement(NamedTuple):
     limit: jax.Array  # float32, the largest normal value; inf while unarmed.
     exceeded: jax.Array  # bool: finite and above the limit.
     nonfinite: jax.Array  # bool: nan or inf, which no threshold calls normal.
+    grouping: Grouping
 
 
-def judge(threshold: Threshold, state, signal, groups: int) -> Judgement:
+def judge(threshold: Threshold, state, signal, scope: Scope) -> Judgement:
     """Holds a step's signal, shape (groups,), against the past."""
-    limit = jnp.broadcast_to(threshold.limit(state, groups), (groups,))
+    grouping = scope.grouping
+    limit = jnp.broadcast_to(threshold.limit(state, scope), (grouping.count,))
     limit = limit.astype(jnp.float32)
     finite = jnp.isfinite(signal)
-    return Judgement(signal, limit, finite & ~(signal <= limit), ~finite)
+    exceeded = finite & ~(signal <= limit)
+    return Judgement(signal, limit, exceeded, ~finite, grouping)
 
 
-def unobserved(threshold: Threshold, state, groups: int) -> Judgement:
+def unobserved(threshold: Threshold, state, scope: Scope) -> Judgement:
     """The word on a step that the signal was not measured on: nothing to say."""
-    quiet = judge(threshold, state, jnp.zeros((groups,), jnp.float32), groups)
-    no = jnp.zeros((groups,), bool)
-    return quiet._replace(
-        signal=jnp.full((groups,), jnp.nan, jnp.float32), exceeded=no, nonfinite=no
-    )
+    nothing = jnp.zeros((scope.grouping.count,), jnp.float32)
+    quiet = judge(threshold, state, nothing, scope)
+    no = nothing > 0
+    return quiet._replace(signal=nothing + jnp.nan, exceeded=no, nonfinite=no)
 
 
 def learn(threshold: Threshold, state, judgement: Judgement):
@@ -60,7 +72,9 @@ def learn(threshold: Threshold, state, judgement: Judgement):
     step at all, as between the updates of `optax.MultiSteps`, or of an unused leaf.
     """
     teaches = jnp.isfinite(judgement.signal)
-    if is_norm(threshold.of):
+    if threshold.learns_all:
+        teaches |= judgement.nonfinite
+    elif is_norm(threshold.of):
         teaches &= judgement.signal > 0
     signal = jnp.where(teaches, judgement.signal, 1.0)
     new = threshold.update(state, signal, judgement.exceeded)

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from .._checks import require, require_count
+from .._groups import Granularity
 from .._signals import Signal, check_signal, is_norm
 from . import _statistics as stats
-from ._core import Threshold
+from ._core import Scope, Threshold
 
 # How much wider the limit on norms is during warm-up.
 EARLY_FACTOR = 10.0
@@ -28,7 +29,7 @@ def ema_ratio(
     warmup_steps: int = 25,
     patience: int = 50,
     of: Signal = "grad_norm",
-    per: str = "global",
+    per: Granularity = "global",
 ) -> Threshold:
     """Calls a signal normal up to `ratio` times its own running mean.
 
@@ -55,7 +56,7 @@ def ema_ratio(
         patience: Values in a row on one side, outside the limits, after which the mean
             starts again, >= warmup_steps.
         of: What is measured, as for `fixed`.
-        per: "global" or "leaf", as for `fixed`.
+        per: For what, as for `fixed`.
 
     Returns:
         A threshold for a response. A nan or inf is never normal, and never enters the
@@ -84,7 +85,8 @@ def ema_ratio(
             stats.init_recent(groups, warmup_steps), jnp.zeros((groups,), jnp.float32)
         )
 
-    def limit(state: EmaRatioState, groups: int) -> jax.Array:
+    def limit(state: EmaRatioState, scope: Scope) -> jax.Array:
+        del scope
         mean = state.running_mean
         normal = mean + (ratio - 1) * jnp.abs(mean)
         early = EARLY_FACTOR * normal if is_norm(of) else jnp.inf

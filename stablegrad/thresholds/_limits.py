@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from .._checks import require
+from .._groups import Granularity
 from .._signals import Signal, check_signal, is_norm
 from ._core import Threshold
 
@@ -14,13 +15,13 @@ def _stateless(name, of, per, limit) -> Threshold:
         of,
         per,
         init=lambda groups: (),
-        limit=lambda state, groups: jnp.full((groups,), limit, jnp.float32),
+        limit=lambda state, scope: jnp.asarray(limit, jnp.float32),
         update=lambda state, signal, exceeded: state,
     )
 
 
 def fixed(
-    limit: float | jax.Array, *, of: Signal = "grad_norm", per: str = "global"
+    limit: float | jax.Array, *, of: Signal = "grad_norm", per: Granularity = "global"
 ) -> Threshold:
     """Calls a signal normal up to a fixed limit.
 
@@ -30,7 +31,10 @@ def fixed(
         limit: Largest normal value, in the signal's unit. Finite; >= 0 for a norm.
         of: What is measured: "grad_norm", "value" (the loss), "update_norm", or a
             function `(updates, params, extra) -> scalar`.
-        per: "global" for one number a step, "leaf" for one a leaf (norms only).
+        per: For what: "global" for one number a step, "leaf" for one a leaf, "unit" or
+            `units(...)` for one an output neuron, or a function `(path, leaf)` that
+            gives leaves of a group the same label, and None to those left out. Norms
+            only, but for "global".
 
     Returns:
         A threshold for a response. It has no state, so nothing can poison it. A nan
@@ -59,14 +63,14 @@ def fixed(
     return _stateless("fixed", of, per, limit)
 
 
-def nonfinite(*, of: Signal = "grad_norm", per: str = "global") -> Threshold:
+def nonfinite(*, of: Signal = "grad_norm", per: Granularity = "global") -> Threshold:
     """Calls every finite signal normal, and no nan or inf.
 
         exceeded_t = not isfinite(x_t)
 
     Args:
         of: What is measured, as for `fixed`.
-        per: "global" or "leaf", as for `fixed`.
+        per: For what, as for `fixed`.
 
     Returns:
         A threshold for a response, without state.

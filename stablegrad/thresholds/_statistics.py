@@ -81,15 +81,30 @@ def follow(center, level, reach) -> jax.Array:
     return jnp.where(near, level, center + (level - center) / 2)
 
 
-def median(values, seen) -> jax.Array:
-    """Median over the last axis of the first `seen` entries of each group."""
+def quantiles(values, seen, *fractions) -> tuple[jax.Array, ...]:
+    """Quantiles over the last axis of the first `seen` entries of each group.
+
+    Linearly interpolated between the two nearest entries; zero where none is seen.
+    """
     width = values.shape[-1]
     valid = jnp.arange(width)[None, :] < seen[:, None]
     ordered = jnp.sort(jnp.where(valid, values, jnp.inf), axis=-1)
     last = jnp.maximum(jnp.minimum(seen, width) - 1, 0)
-    low = jnp.take_along_axis(ordered, (last // 2)[:, None], axis=-1)[:, 0]
-    high = jnp.take_along_axis(ordered, ((last + 1) // 2)[:, None], axis=-1)[:, 0]
-    return jnp.where(seen > 0, low + (high - low) / 2, 0.0)
+    found = []
+    for fraction in fractions:
+        place = last.astype(jnp.float32) * fraction
+        below = jnp.floor(place).astype(jnp.int32)
+        above = jnp.minimum(below + 1, last)
+        low = jnp.take_along_axis(ordered, below[:, None], axis=-1)[:, 0]
+        high = jnp.take_along_axis(ordered, above[:, None], axis=-1)[:, 0]
+        value = low + (high - low) * (place - below)
+        found.append(jnp.where(seen > 0, value, 0.0).astype(values.dtype))
+    return tuple(found)
+
+
+def median(values, seen) -> jax.Array:
+    """Median over the last axis of the first `seen` entries of each group."""
+    return quantiles(values, seen, 0.5)[0]
 
 
 def median_and_spread(values, seen) -> tuple[jax.Array, jax.Array]:

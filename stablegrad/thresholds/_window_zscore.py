@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 
 from .._checks import require, require_count
+from .._groups import Granularity
 from .._signals import Signal, check_signal, is_norm
 from .._trees import increment
 from . import _statistics as stats
-from ._core import Threshold
+from ._core import Scope, Threshold
 
 
 class WindowZScoreState(NamedTuple):
@@ -26,7 +27,7 @@ def window_zscore(
     window: int = 128,
     spread_floor: float | jax.Array = 0.05,
     of: Signal = "grad_norm",
-    per: str = "global",
+    per: Granularity = "global",
 ) -> Threshold:
     """Calls a signal normal up to `sigma` robust deviations above a window's median.
 
@@ -48,7 +49,7 @@ def window_zscore(
         spread_floor: Smallest deviation: in log units for norms (0.05 is 5 %),
             relative to |median| for other signals. > 0.
         of: What is measured, as for `fixed`.
-        per: "global" or "leaf", as for `fixed`.
+        per: For what, as for `fixed`.
 
     Returns:
         A threshold for a response. A nan or inf is never normal, and never enters the
@@ -80,7 +81,8 @@ def window_zscore(
             ring_slot=jnp.zeros((groups,), jnp.int32),
         )
 
-    def limit(state: WindowZScoreState, groups: int) -> jax.Array:
+    def limit(state: WindowZScoreState, scope: Scope) -> jax.Array:
+        del scope
         center, spread = stats.median_and_spread(state.ring, state.finite_seen)
         spread = stats.floored(spread, center, spread_floor, in_log)
         normal = stats.from_scale(center + sigma * spread, in_log)

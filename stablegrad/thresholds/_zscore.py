@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from .._checks import require, require_count
+from .._groups import Granularity
 from .._signals import Signal, check_signal, is_norm
 from . import _statistics as stats
-from ._core import Threshold
+from ._core import Scope, Threshold
 
 
 class Track(NamedTuple):
@@ -34,7 +35,7 @@ def zscore(
     spread_floor: float | jax.Array = 0.05,
     patience: int = 50,
     of: Signal = "grad_norm",
-    per: str = "global",
+    per: Granularity = "global",
 ) -> Threshold:
     """Calls a signal normal up to `z` robust standard deviations above its level.
 
@@ -71,7 +72,7 @@ def zscore(
         patience: Values in a row on one side, outside z s*, after which the statistics
             start again, >= warmup_steps.
         of: What is measured, as for `fixed`.
-        per: "global" or "leaf", as for `fixed`.
+        per: For what, as for `fixed`.
 
     Returns:
         A threshold for a response. A nan or inf is never normal, and never enters the
@@ -107,7 +108,8 @@ def zscore(
     def floored(track: Track, in_log: bool) -> jax.Array:
         return stats.floored(track.spread, track.center, spread_floor, in_log)
 
-    def limit(state: ZScoreState, groups: int) -> jax.Array:
+    def limit(state: ZScoreState, scope: Scope) -> jax.Array:
+        del scope
         log, *linear = (
             stats.from_scale(track.center + z * floored(track, in_log), in_log)
             for track, in_log in zip(state.tracks, scales, strict=True)

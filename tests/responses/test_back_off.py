@@ -8,7 +8,8 @@ import pytest
 from training import of_norm, scan
 
 import stablegrad as sg
-from stablegrad.thresholds._core import unobserved
+from stablegrad._groups import independent
+from stablegrad.thresholds._core import Scope, unobserved
 
 RTOL = 1e-5  # float32 products over a few hundred steps.
 PARAMS = {"w": jnp.zeros(2)}
@@ -91,7 +92,11 @@ def test_a_run_of_rejected_steps_cuts_once():
 def test_a_slow_regrowth_is_not_lost_to_rounding():
     # One step of it is less than float32 can add to 1.
     rule = sg.back_off(sg.nonfinite(), factor=0.99, hold_steps=0, regrow_steps=10**6)
-    calm = (unobserved(rule.thresholds[0], (), 1)._replace(signal=jnp.ones(1)),)
+    calm = (
+        unobserved(rule.thresholds[0], (), Scope(independent(1)))._replace(
+            signal=jnp.ones(1)
+        ),
+    )
     state = rule.init()._replace(
         scale_at_cut=jnp.float32(0.99), regrown_steps=jnp.int32(10**6 - 1)
     )

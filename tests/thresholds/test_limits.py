@@ -6,7 +6,10 @@ import pytest
 from stepping import limits
 
 import stablegrad as sg
-from stablegrad.thresholds._core import judge
+from stablegrad._groups import independent
+from stablegrad.thresholds._core import Scope, judge
+
+ONE = Scope(independent(1))
 
 
 def test_fixed_flags_what_is_above_its_limit_and_not_what_is_at_it():
@@ -23,7 +26,7 @@ def test_fixed_flags_what_is_above_its_limit_and_not_what_is_at_it():
 )
 def test_no_threshold_calls_a_nonfinite_signal_normal(threshold, bad):
     signal = jnp.array([bad], jnp.float32)
-    assert judge(threshold, threshold.init(1), signal, 1).nonfinite.item()
+    assert judge(threshold, threshold.init(1), signal, ONE).nonfinite.item()
 
 
 def test_nonfinite_calls_every_finite_signal_normal():

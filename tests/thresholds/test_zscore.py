@@ -8,6 +8,10 @@ import pytest
 from stepping import limits, lognormal
 
 import stablegrad as sg
+from stablegrad._groups import independent
+from stablegrad.thresholds._core import Scope, judge, learn
+
+ONE = Scope(independent(1))
 
 RTOL = 2e-4  # float32 logarithms and exponentials against float64, 400 recurrent steps.
 
@@ -229,10 +233,8 @@ def test_the_level_and_decay_may_be_traced():
         return limits_of(sg.zscore(z, decay=decay), norms)[-1]
 
     def limits_of(threshold, signals):
-        from stablegrad.thresholds._core import judge, learn
-
         def step(state, x):
-            word = judge(threshold, state, x[None], 1)
+            word = judge(threshold, state, x[None], ONE)
             return learn(threshold, state, word), word.limit[0]
 
         xs = jnp.asarray(signals, jnp.float32)
@@ -261,4 +263,4 @@ def test_the_larger_of_both_limits_holds_for_a_positive_loss():
     exponent = log.center[0] + 4 * max(log.spread[0], 0.05)
     straight = linear.center[0] + 4 * linear.spread[0]
     assert straight > 1.2 * np.exp(exponent)
-    np.testing.assert_allclose(tx.limit(state, 1)[0], straight, rtol=1e-5)
+    np.testing.assert_allclose(tx.limit(state, ONE)[0], straight, rtol=1e-5)

@@ -1,0 +1,1 @@
+"""Clipping for an `optax.chain`: the published methods, repaired and as published."""

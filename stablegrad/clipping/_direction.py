@@ -1,0 +1,128 @@
+"""Limit the direction of a gradient against that of the steps before."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from .. import _trees
+from .._checks import require, require_count
+from .._measure import measure
+from . import _moments
+from ._core import ClipReadings, init_readings, read
+
+NAME = "limit_direction"
+
+
+class DirectionState(NamedTuple):
+    """State of `limit_direction`."""
+
+    mean_direction: Any  # float32, shaped like the parameters: of unit gradients.
+    direction_steps: jax.Array  # int32: steps in the mean, saturating.
+    clip_readings: dict[str, ClipReadings]
+
+
+def limit_direction(
+    min_cosine: float | jax.Array = -0.5,
+    *,
+    decay: float | jax.Array = 0.9,
+    warmup_steps: int = 25,
+) -> optax.GradientTransformationExtraArgs:
+    """Turns a gradient that points against the running mean direction, and no further.
+
+        m_t = d m_{t-1} + (1 - d) g_t / ||g_t||;    c_t = cos(g_t, m_{t-1})
+        if c_t < C:  g_t <- the nearest vector in span(g_t, m) of cosine C, no longer
+
+    Only the part of g along m changes. The mean learns from the direction of every
+    finite gradient, as it came: no outlier's size can bend it, and a lasting turn is
+    the new direction within log(2) / (1 - d) steps.
+
+    Args:
+        min_cosine: Smallest cosine C that is still normal, in (-1, 1). Independent
+            gradients of many elements have cosines near 0.
+        decay: Weight d of the past, in [0, 1). Half-life 7 steps at 0.9.
+        warmup_steps: Finite steps before anything is turned, >= 1.
+
+    Returns:
+        A transformation for `optax.chain`. A step with a nan or inf anywhere becomes
+        all zeros, and is counted. The state holds one float32 a parameter.
+
+    Raises:
+        ValueError: If a concrete argument is out of range.
+
+    Example:
+        >>> import optax
+        >>> import stablegrad as sg
+        >>> tx = optax.chain(sg.limit_direction(-0.5), optax.sgd(0.1))
+
+    Reference:
+        Own work; the direction is that of momentum, Polyak (1964).
+    """
+    require("min_cosine", min_cosine, "in (-1, 1)", lambda x: -1 < x < 1)
+    require("decay", decay, "in [0, 1)", lambda x: 0 <= x < 1)
+    require_count("warmup_steps", warmup_steps)
+
+    def init_fn(params) -> DirectionState:
+        own = (jnp.zeros((), jnp.int32), init_readings(NAME))
+        return DirectionState(_moments.zeros(params), *_trees.distinct(own))
+
+    def update_fn(updates, state, params=None, **extra):
+        del params, extra
+        measured = measure(updates)
+        mean = state.mean_direction
+        usable = jnp.isfinite(measured.norm) & (measured.norm > 0)
+        norm = jnp.where(usable, measured.norm, 1.0)
+        unit = _trees.map_inexact(
+            lambda g: jnp.real(g).astype(jnp.float32) / norm, updates, updates
+        )
+        length = measure(mean, updates).norm
+        cosine = _dot(unit, mean, updates) / jnp.where(length > 0, length, 1.0)
+        cosine = jnp.clip(cosine, -1.0, 1.0)
+        armed = usable & (state.direction_steps >= warmup_steps) & (length > 0)
+        turns = armed & (cosine < min_cosine)
+        across = jnp.sqrt(1 - jnp.square(cosine))
+        side = jnp.sqrt(1 - jnp.square(jnp.asarray(min_cosine, jnp.float32)))
+        along = min_cosine * across / side
+        # A positive C may lengthen the gradient, which is not ours to do.
+        shorter = jnp.where(
+            turns, jnp.minimum(1.0, side / jnp.maximum(across, 1e-12)), 1.0
+        )
+        added = jnp.where(
+            turns, (along - cosine) * norm / jnp.maximum(length, 1e-30), 0.0
+        )
+
+        def turned(g, m):
+            new = shorter * (g.astype(jnp.float32) + added * m)
+            return jnp.where(turns, new, g).astype(g.dtype)
+
+        out = _trees.map_inexact(turned, updates, updates, mean)
+        finite = jnp.isfinite(measured.norm)
+        out = _trees.scale_leaves(out, jnp.ones(()), updates, keep=finite)
+        followed = _trees.map_inexact(
+            lambda m, u: decay * m + (1 - decay) * u, updates, mean, unit
+        )
+        left = jnp.where(turns, shorter * jnp.hypot(across, along), 1.0)
+        readings = read(
+            state.clip_readings,
+            raw=measured.norm,
+            clipped=jnp.where(finite, left * measured.norm, 0.0),
+            limit=jnp.asarray(min_cosine, jnp.float32),
+            scale=left,
+            finite=finite,
+            shrunk=turns,
+        )
+        return out, DirectionState(
+            _trees.select(usable, followed, mean),
+            _trees.count_if(usable, state.direction_steps),
+            readings,
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _dot(a, b, like) -> jax.Array:
+    pairs = zip(
+        _trees.inexact_leaves(a, like), _trees.inexact_leaves(b, like), strict=True
+    )
+    return sum((jnp.sum(x * y) for x, y in pairs), jnp.zeros((), jnp.float32))

@@ -1,0 +1,1 @@
+"""Skipping bad steps: the rules of the large trainers, repaired and as published."""

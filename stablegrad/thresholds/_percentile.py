@@ -1,0 +1,128 @@
+"""A percentile of a window of past steps: AutoClip's idea of what is normal."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from .._checks import require, require_count
+from .._groups import Granularity
+from .._signals import Signal, check_signal, is_norm
+from . import _statistics as stats
+from ._core import Scope, Threshold
+
+# During warm-up, a norm of up to this multiple of the median is normal.
+EARLY_FACTOR = 12.0
+
+
+class PercentileState(NamedTuple):
+    """State of `percentile`."""
+
+    recent: stats.Recent
+    window: jax.Array  # float32 (groups, window): a ring of bounded values.
+    filled: jax.Array  # int32 (groups,), in [0, window]: entries in use.
+    window_slot: jax.Array  # int32 (groups,), in [0, window): where the next one goes.
+
+
+def percentile(
+    q: float | jax.Array,
+    *,
+    window: int = 1000,
+    warmup_steps: int = 25,
+    patience: int = 50,
+    of: Signal = "grad_norm",
+    per: Granularity = "global",
+) -> Threshold:
+    """Calls a signal normal up to a percentile of its own past.
+
+    With x* what has entered the window of the last `window` finite steps:
+
+        limit_t = percentile(x*, q), linearly interpolated
+        x*_t = min(x_t, limit_t + |limit_t|)
+
+    Until `warmup_steps` values have been seen, a norm is held against 12 times their
+    median, other signals are not flagged yet. A value enters at no more than twice the
+    limit, so a window that one huge outlier enters does not hide the next. After
+    `patience` values in a row above both limit and median, or below the median, the
+    window begins anew with the last `warmup_steps` values as they were: a lasting shift
+    by any factor is normal after `patience` steps.
+
+    Args:
+        q: Per cent, in [0, 100]. A share of about 100 - q per cent of healthy steps is
+            flagged.
+        window: Steps that are remembered, >= warmup_steps. The state holds one float32
+            a step and group, which every step sorts.
+        warmup_steps: Finite steps before the limit is in full force, >= 2.
+        patience: Values in a row on one side after which the window begins anew,
+            >= warmup_steps.
+        of: What is measured, as for `fixed`.
+        per: For what, as for `fixed`.
+
+    Returns:
+        A threshold for a response. A nan or inf is never normal, and never enters the
+        state.
+
+    Raises:
+        ValueError: If a concrete argument is out of range.
+
+    Example:
+        >>> import optax
+        >>> import stablegrad as sg
+        >>> tx = sg.guard(optax.adam(1e-3), sg.clip(sg.percentile(99.5)))
+
+    Reference:
+        Seetharaman et al., AutoClip (2020), https://arxiv.org/abs/2007.14469, with the
+        tenth percentile of the whole history: nine of ten steps are clipped, a shift
+        at step T is normal after step 10 T, and one nan makes all later steps nan.
+    """
+    check_signal(of, per)
+    require("q", q, "in [0, 100]", lambda x: 0 <= x <= 100)
+    require_count("warmup_steps", warmup_steps, 2)
+    require_count("window", window, warmup_steps)
+    require_count("patience", patience, warmup_steps)
+
+    def init(groups: int) -> PercentileState:
+        none = jnp.zeros((groups,), jnp.int32)
+        return PercentileState(
+            stats.init_recent(groups, warmup_steps),
+            jnp.zeros((groups, window), jnp.float32),
+            none,
+            none,
+        )
+
+    def normal(state: PercentileState) -> tuple[jax.Array, jax.Array]:
+        """The limit, and the median."""
+        value, middle = stats.quantiles(state.window, state.filled, q / 100, 0.5)
+        early: jax.Array | float = EARLY_FACTOR * middle if is_norm(of) else jnp.inf
+        early = jnp.where(state.filled > 0, early, jnp.inf)
+        return jnp.where(stats.warming(state.recent), early, value), middle
+
+    def update(state: PercentileState, signal, exceeded) -> PercentileState:
+        value = stats.to_scale(signal, in_log=False)
+        limit, middle = normal(state)
+        settled = ~stats.warming(state.recent)
+        recent, moved, _, _ = stats.remember(
+            state.recent,
+            value,
+            settled & exceeded & (value > middle),
+            settled & (value < middle),
+            patience,
+            like=(middle, middle),
+        )
+        bounded = jnp.minimum(value, limit + jnp.abs(limit))
+        written = stats.write(state.window, state.window_slot, bounded)
+        anew = jnp.zeros_like(written).at[:, :warmup_steps].set(recent.recent_values)
+        filled = jnp.minimum(state.filled + 1, window)
+        slot = (state.window_slot + 1) % window
+        return PercentileState(
+            recent._replace(outside_run=jnp.where(moved, 0, recent.outside_run)),
+            window=jnp.where(moved[:, None], anew, written),
+            filled=jnp.where(moved, warmup_steps, filled),
+            window_slot=jnp.where(moved, warmup_steps % window, slot),
+        )
+
+    def limit(state: PercentileState, scope: Scope) -> jax.Array:
+        del scope
+        return normal(state)[0]
+
+    return Threshold("percentile", of, per, init, limit, update)

@@ -1,0 +1,191 @@
+"""The published faces against float64 restatements that share no code with them."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracles
+import pytest
+from running import gradients, leaf_norms, run
+
+import stablegrad as sg
+
+STEPS = 600
+RTOL = 2e-4  # float32 against float64, over 600 recurrent steps.
+FLAT = gradients(STEPS)
+NORMS = np.linalg.norm(np.asarray(FLAT, np.float64), axis=1)
+LEAVES = leaf_norms(FLAT)
+ZCLIP = {
+    "adaptive": {},
+    "mean": {"option": "mean"},
+    "percentile": {"mode": "percentile"},
+    "no fixed limit": {"max_norm": None},
+    "mean, no fixed limit": {"option": "mean", "max_norm": None},
+    "percentile, no fixed limit": {"mode": "percentile", "max_norm": None},
+    "factor": {"clip_factor": 0.7, "max_norm": None},
+    "frozen by spikes": {"skip_update_on_spike": True, "max_norm": None},
+}
+
+
+def per_leaf(factors):
+    """One factor a leaf as one an element."""
+    return np.repeat(factors, (6, 4, 1), axis=1)
+
+
+@pytest.mark.parametrize("q", [10.0, 50.0, 90.0])
+def test_autoclip(q):
+    out, _ = run(sg.clip_by_percentile(q, window=STEPS, published=True), FLAT)
+    expected = oracles.autoclip(NORMS, q)[:, None] * FLAT
+    np.testing.assert_allclose(out, expected, rtol=RTOL)
+
+
+@pytest.mark.parametrize("name", ZCLIP)
+def test_zclip(name):
+    out, state = run(sg.clip_by_zscore(2.5, published=True, **ZCLIP[name]), FLAT)
+    factors, means, variances = oracles.zclip(NORMS, **ZCLIP[name])
+    np.testing.assert_allclose(out, factors[:, None] * FLAT, rtol=RTOL)
+    rule = state.clip_rule_state
+    np.testing.assert_allclose(rule.norm_mean[0], means[-1], rtol=RTOL)
+    np.testing.assert_allclose(rule.norm_variance[0], variances[-1], rtol=1e-2)
+
+
+def test_zclip_reproduces_the_golden_vector():
+    tx = sg.clip_by_zscore(2.0, published=True, warmup_steps=3, max_norm=None)
+    state = tx.init(jnp.zeros(1))
+    rule = state.clip_rule_state._replace(
+        steps_seen=jnp.array([3]),
+        norm_mean=jnp.array([1.0]),
+        norm_variance=jnp.array([0.25]),
+    )
+    out, state = jax.jit(tx.update)(
+        jnp.array([3.0]), state._replace(clip_rule_state=rule)
+    )
+    np.testing.assert_allclose(out, 1.500001, rtol=1e-6)
+    np.testing.assert_allclose(state.clip_rule_state.norm_mean, 1.01500003, rtol=1e-6)
+    np.testing.assert_allclose(state.clip_rule_state.norm_variance, 0.249557, rtol=1e-5)
+
+
+@pytest.mark.parametrize("warmup", [2, 100])
+def test_adagc(warmup):
+    out, state = run(sg.clip_by_ema(published=True, warmup_steps=warmup), FLAT)
+    factors, gammas = oracles.adagc(LEAVES, warmup=warmup)
+    np.testing.assert_allclose(out, per_leaf(factors) * FLAT, rtol=RTOL)
+    np.testing.assert_allclose(
+        state.clip_rule_state.running_norm, gammas[-1], rtol=RTOL
+    )
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-4, 1.0])
+def test_adaptive_gradient_clipping(scale):
+    rng = np.random.default_rng(0)
+    params = {
+        "dense": {"kernel": rng.normal(size=(5, 3)), "bias": rng.normal(size=3)},
+        "conv": {"kernel": rng.normal(size=(3, 3, 4, 2))},
+        "gain": rng.normal(size=()),
+    }
+    params = jax.tree.map(lambda x: jnp.asarray(scale * x, jnp.float32), params)
+    grads = jax.tree.map(lambda x: 0.02 * jnp.asarray(rng.normal(size=x.shape)), params)
+    grads = jax.tree.map(lambda x: x.astype(jnp.float32), grads)
+    tx = sg.clip_by_param_norm(published=True)
+    out, _ = jax.jit(tx.update)(grads, tx.init(params), params)
+    axes = {"dense": {"kernel": 0, "bias": None}, "conv": {"kernel": (0, 1, 2)}}
+    axes["gain"] = None
+    for found, grad, param, axis in zip(
+        jax.tree.leaves(out),
+        jax.tree.leaves(grads),
+        jax.tree.leaves(params),
+        jax.tree.leaves(axes, is_leaf=lambda x: not isinstance(x, dict)),
+        strict=True,
+    ):
+        expected = oracles.agc(np.float64(grad), np.float64(param), axis)
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+    peer = optax.adaptive_grad_clip(0.01)
+    chex.assert_trees_all_close(
+        out, peer.update(grads, peer.init(params), params)[0], rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("period, warmup", [(500, 150), (100, 30), (0, 0)])
+def test_spam(period, warmup):
+    flat = FLAT.copy()
+    flat[::97, 3] *= 1e4  # Single elements that the rule is made for.
+    inner = optax.adam(1.0, eps=1e-20)
+    tx = sg.clip_by_second_moment(
+        inner=inner, published=True, reset_every=period, rewarmup_steps=warmup
+    )
+    out, state = run(tx, flat)
+    expected, clipped = oracles.spam(flat, reset_every=period, warmup=warmup, eps=1e-20)
+    assert (clipped != flat).sum() >= 4
+    np.testing.assert_allclose(out, expected, rtol=2e-3, atol=1e-5)
+    assert state.moment_resets == (STEPS // period if period else 0)
+    alone, _ = run(sg.clip_by_second_moment(published=True, reset_every=period), flat)
+    np.testing.assert_allclose(alone, clipped, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("period", [0, 100, 1000])
+def test_adaclip_of_stable_spam(period):
+    out, _ = run(sg.clip_by_max(published=True, reset_every=period), FLAT)
+    parts = np.split(FLAT, [6, 10], axis=1)
+    expected = [oracles.stable_spam_adaclip(x, reset_every=period) for x in parts]
+    np.testing.assert_allclose(out, np.concatenate(expected, axis=1), rtol=1e-3)
+
+
+@pytest.mark.parametrize("d", [1.0, 0.5])
+def test_stable_adamw(d):
+    inner = optax.adam(1.0, b1=0.9, b2=0.99, eps=1e-6)
+    out, _ = run(sg.clip_update_rms(d, inner=inner, published=True), FLAT)
+    parts = np.split(FLAT, [6, 10], axis=1)
+    expected = [oracles.stable_adamw(x, d=d)[0] for x in parts]
+    np.testing.assert_allclose(
+        out, np.concatenate(expected, axis=1), rtol=2e-3, atol=1e-5
+    )
+
+
+def test_a_nan_poisons_what_it_poisons_as_published():
+    flat = FLAT.copy()
+    flat[200, 2] = np.nan
+    norms = np.linalg.norm(np.asarray(flat, np.float64), axis=1)
+    out, _ = run(sg.clip_by_percentile(window=STEPS, published=True), flat)
+    np.testing.assert_array_equal(
+        np.isnan(out), np.isnan(oracles.autoclip(norms, 10)[:, None] * flat)
+    )
+    assert np.isnan(out[201:]).all()
+    out, _ = run(sg.clip_by_zscore(published=True, max_norm=None), flat)
+    expected = oracles.zclip(norms, max_norm=None)[0][:, None] * flat
+    np.testing.assert_allclose(out, expected, rtol=RTOL)
+    np.testing.assert_array_equal(out[201:], flat[201:])  # Off for ever.
+
+
+def test_an_inf_turns_into_zeros_and_a_nan_as_published():
+    flat = FLAT.copy()
+    flat[200, 2] = np.inf
+    out, state = run(sg.clip_by_zscore(published=True), flat)
+    norms = np.linalg.norm(np.asarray(flat, np.float64), axis=1)
+    with np.errstate(invalid="ignore"):
+        expected = oracles.zclip(norms)[0][:, None] * flat
+    np.testing.assert_allclose(out, expected, rtol=RTOL)
+    assert np.isnan(out[200, 2]) and (np.delete(out[200], 2) == 0).all()
+    chex.assert_tree_all_finite(state)
+
+
+def test_optax_agrees_where_both_are_defined():
+    for max_norm in (0.1, 1.0, 30.0):
+        out, _ = run(sg.clip_by_norm(max_norm), FLAT)
+        np.testing.assert_allclose(
+            out, run(optax.clip_by_global_norm(max_norm), FLAT)[0], rtol=1e-5
+        )
+        expected = oracles.global_norm_clip(NORMS, max_norm)
+        np.testing.assert_allclose(out, expected[:, None] * FLAT, rtol=1e-5)
+
+
+def test_a_fixed_norm_per_leaf_is_optax_block_rms():
+    # The root mean square of a leaf is its norm over the root of its size.
+    sizes = {"a": 6**0.5, "b": 2.0, "c": 1.0}
+    labels = {"a": 0, "b": 1, "c": 2}
+    tx = optax.partition(
+        {labels[k]: sg.clip_by_norm(0.2 * n) for k, n in sizes.items()}, labels
+    )
+    np.testing.assert_allclose(
+        run(tx, FLAT)[0], run(optax.clip_by_block_rms(0.2), FLAT)[0], rtol=1e-5
+    )

@@ -1,0 +1,127 @@
+"""Tests for `stablegrad.skip_bad_steps`: decisions as published, and repaired."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracles
+import pytest
+from training import of_norm, scan
+
+import stablegrad as sg
+
+PARAMS = {"w": jnp.array([1.0, 2.0])}
+STEPS = 700
+RULES = ["olmo", "levanter", "maxtext", "axlearn_mean", "axlearn_deviation"]
+
+
+def history(seed=0):
+    """Norms and losses with outliers, a burst, and a lasting rise of both."""
+    rng = np.random.default_rng(seed)
+    norms, values = rng.lognormal(0, 0.2, STEPS), 3 + 0.1 * rng.normal(size=STEPS)
+    norms[[80, 200, 230, 560]] = [9.0, 40.0, 3.1, 60.0]
+    values[[90, 300, 320]] = [9.0, 30.0, 6.0]
+    norms[400:410] *= 8.0
+    norms[600:] *= 4.0
+    return norms.astype(np.float32), values.astype(np.float32)
+
+
+def decisions(tx, norms, values):
+    """Which steps are skipped."""
+    _, state, (_, seen, _) = scan(tx, of_norm(norms), PARAMS, values)
+    return np.asarray(seen["skipped"]), state
+
+
+def as_published(rule, norms, values):
+    if rule == "axlearn_mean":
+        return oracles.axlearn_drop(norms, kind="ema")[0]
+    if rule == "axlearn_deviation":
+        return oracles.axlearn_drop(norms, kind="stddev")[0]
+    return getattr(oracles, f"{rule}_skip")(values, norms)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_published_decisions_match_the_float64_oracle(rule):
+    norms, values = history()
+    tx = sg.skip_bad_steps(optax.sgd(1e-9), rule, published=True)
+    skipped, _ = decisions(tx, norms, values)
+    expected = as_published(rule, norms, values)
+    assert expected.sum() >= 2
+    np.testing.assert_array_equal(skipped, expected)
+
+
+def test_without_a_loss_the_published_rule_judges_norms_alone():
+    norms, _ = history()
+    tx = sg.skip_bad_steps(optax.sgd(1e-9), published=True)
+
+    def step(state, norm):
+        _, state = tx.update({"w": norm * jnp.ones(2) / 2**0.5}, state, PARAMS)
+        return state, sg.metrics(state)["skipped"]
+
+    _, skipped = jax.jit(lambda s, xs: jax.lax.scan(step, s, xs))(
+        tx.init(PARAMS), jnp.asarray(norms)
+    )
+    np.testing.assert_array_equal(skipped, oracles.olmo_skip(None, norms))
+
+
+@pytest.mark.parametrize("rule, streak", [("olmo", 129), ("levanter", 129)])
+def test_one_nan_loss_skips_129_steps_as_published_and_one_by_default(rule, streak):
+    norms, values = (
+        np.ones(STEPS),
+        3 + 0.1 * np.random.default_rng(0).normal(size=STEPS),
+    )
+    values[300] = np.nan
+    published = sg.skip_bad_steps(optax.sgd(1e-9), rule, published=True)
+    assert decisions(published, norms, values)[0].sum() == streak
+    repaired = sg.skip_bad_steps(optax.sgd(1e-9), rule)
+    skipped, state = decisions(repaired, norms, values)
+    np.testing.assert_array_equal(np.flatnonzero(skipped), [300])
+    chex.assert_tree_all_finite(state)
+
+
+def test_an_outlier_hides_the_next_as_published_and_not_by_default():
+    norms, values = history()
+    values = np.full(STEPS, 3.0)
+    norms = np.random.default_rng(0).lognormal(0, 0.2, STEPS)
+    norms[200], norms[230] = 40.0, 6.0
+    published = sg.skip_bad_steps(optax.sgd(1e-9), published=True)
+    repaired = sg.skip_bad_steps(optax.sgd(1e-9))
+    assert decisions(published, norms, values)[0][[200, 230]].tolist() == [True, False]
+    assert decisions(repaired, norms, values)[0][[200, 230]].tolist() == [True, True]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_lasting_shift_is_taken_within_100_steps_by_default(rule):
+    norms = np.random.default_rng(0).lognormal(0, 0.1, 900)
+    norms[600:] *= 50.0
+    tx = sg.skip_bad_steps(optax.sgd(1e-9), rule)
+    skipped, _ = decisions(tx, norms, np.full(900, 3.0))
+    assert skipped[600] and not skipped[700:].any()
+
+
+def test_a_lasting_shift_is_refused_for_ever_by_axlearn_as_published():
+    norms = np.random.default_rng(0).lognormal(0, 0.1, 900)
+    norms[600:] *= 50.0
+    tx = sg.skip_bad_steps(optax.sgd(1e-9), "axlearn_deviation", published=True)
+    assert decisions(tx, norms, np.full(900, 3.0))[0][600:].all()
+
+
+@pytest.mark.parametrize("published", [True, False])
+def test_a_nan_gradient_never_reaches_the_parameters(published):
+    norms = np.ones(40)
+    norms[20:30] = np.nan
+    tx = sg.skip_bad_steps(optax.adam(0.1), published=published)
+    _, state, (params, seen, _) = scan(tx, of_norm(norms), PARAMS, np.full(40, 3.0))
+    assert seen["skipped"][20:30].all()
+    chex.assert_tree_all_finite(params)
+    chex.assert_trees_all_equal(params["w"][19], params["w"][29])
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [({"rule": "mean"}, "`rule` must be one of"), ({"multiplier": 1.0}, "must be > 1")],
+)
+def test_rejects_arguments_out_of_range(settings, message):
+    with pytest.raises(ValueError, match=message):
+        sg.skip_bad_steps(optax.sgd(0.1), **settings)
