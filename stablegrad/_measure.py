@@ -61,7 +61,7 @@ def scaled_norm(measured: Measurement, scales, tree, like=None) -> jax.Array:
         return scales * measured.norm
     if all(scale.ndim == 0 for scale in scales):
         return _norm_of_norms(
-            jnp.stack([*scales, jnp.ones(())])[:-1] * measured.leaf_norms
+            jnp.stack([*scales, jnp.ones((), jnp.float32)])[:-1] * measured.leaf_norms
         )
     return measure(
         _trees.scale_leaves(tree, scales, tree if like is None else like), like

@@ -91,7 +91,9 @@ def least(scales) -> jax.Array:
     """The smallest factor in a tree's scales, 1 if there is none."""
     rows = scales if isinstance(scales, tuple) else (scales,)
     return jnp.min(
-        jnp.stack([jnp.ones(()), *[jnp.min(row, initial=1.0) for row in rows]])
+        jnp.stack(
+            [jnp.ones((), jnp.float32), *[jnp.min(row, initial=1.0) for row in rows]]
+        )
     )
 
 

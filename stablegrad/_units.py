@@ -68,9 +68,7 @@ def unit_axes(
     pairs = paths_and_leaves(tree)
     # The keys of a flat dictionary may be dotted or slashed.
     names = [tuple(re.split(r"[./]", path_name(path))) for path, _ in pairs]
-    shapes = {
-        name: np.shape(leaf) for name, (_, leaf) in zip(names, pairs, strict=True)
-    }
+    shapes = dict(zip(names, [np.shape(leaf) for _, leaf in pairs], strict=True))
     leaves = [_described(name, shapes) for name in names]
     if stacked is None:
         declared, depths = [0] * len(leaves), _inferred_depths(leaves)
@@ -119,10 +117,8 @@ def _declared_depths(
         lambda rule: callable(rule) or any(rule in leaf.module for leaf in leaves),
     )
     if isinstance(stacked, str):
-        depths = [int(stacked in leaf.module) for leaf in leaves]
-    else:
-        depths = [int(stacked(*pair)) for pair in pairs]
-    return [min(n, len(leaf.shape)) for n, leaf in zip(depths, leaves, strict=True)]
+        return [int(stacked in leaf.module) for leaf in leaves]
+    return [int(stacked(*pair)) for pair in pairs]
 
 
 def _inferred_depths(leaves: list[_Leaf]) -> list[int | None]:
@@ -180,8 +176,6 @@ def _described(name: Parts, shapes: dict[Parts, Axes]) -> _Leaf:
         depth = max(rank - 1, 0)
     elif _is_attention(module, kind, shapes):
         depth = rank - 3
-    elif kind == "embedding":
-        depth = max(rank - 2, 0)
     elif kind in ("kernel", "w") and rank == 2:
         depth = 0
     outputs = _named_outputs(module, kind, shapes)
@@ -239,7 +233,7 @@ def _inferred_axes(leaf: _Leaf, depth: int, sure: bool) -> Axes | None:
         return tuple(range(depth + 1, rank)) if sure or len(rest) != 3 else None
     if len(rest) == 2:
         return (depth,)
-    if max(leaf.bias, default=1) > 1:
+    if leaf.bias:
         return None  # No layer known here has such a bias.
     if leaf.kind not in _BIAS_OF and sum(size > 1 for size in rest) <= 1:
         return tuple(range(depth, rank))  # A vector, as a class token (1, 1, features).

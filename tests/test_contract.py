@@ -11,6 +11,11 @@ import pytest
 
 import stablegrad as sg
 
+
+def chained(clip):
+    return optax.chain(clip, optax.sgd(0.1))
+
+
 # name -> a factory of the transformation around (or beside) plain SGD
 TRANSFORMATIONS = {
     "guard": lambda: sg.guard(
@@ -22,9 +27,29 @@ TRANSFORMATIONS = {
         sg.halt(after=5),
     ),
     "stabilize": lambda: sg.stabilize(optax.sgd(0.1)),
+    "skip_bad_steps": lambda: sg.skip_bad_steps(optax.sgd(0.1), window=16),
+    "clip_by_norm": lambda: chained(sg.clip_by_norm(1.0)),
+    "clip_by_percentile": lambda: chained(sg.clip_by_percentile(window=30)),
+    "clip_by_zscore": lambda: chained(sg.clip_by_zscore()),
+    "clip_by_ema": lambda: chained(sg.clip_by_ema()),
+    "clip_by_param_norm": lambda: chained(sg.clip_by_param_norm()),
+    "clip_by_second_moment": lambda: chained(sg.clip_by_second_moment()),
+    "clip_update_rms": lambda: chained(sg.clip_update_rms()),
+    "clip_by_max": lambda: chained(sg.clip_by_max()),
+    "limit_direction": lambda: chained(sg.limit_direction()),
 }
+NEED_PARAMS = {"clip_by_param_norm"}
 # Public names that are not transformations.
-PIECES = {"fixed", "nonfinite", "zscore", "ema_ratio", "window_zscore"}
+PIECES = {
+    "fixed",
+    "nonfinite",
+    "zscore",
+    "ema_ratio",
+    "window_zscore",
+    "percentile",
+    "param_ratio",
+    "units",
+}
 RESPONSES = {"clip", "skip", "back_off", "halt"}
 READERS = {"metrics", "events", "is_healthy", "raise_if_halted", "apply"}
 
@@ -145,4 +170,8 @@ def test_works_for_an_ensemble_under_vmap(name):
 @every
 def test_needs_no_parameters_unless_the_inner_optimizer_does(name):
     tx, params = TRANSFORMATIONS[name](), {"w": jnp.ones(3)}
-    tx.update(params, tx.init(params), value=1.0)
+    if name in NEED_PARAMS:
+        with pytest.raises(ValueError, match="needs the parameters"):
+            tx.update(params, tx.init(params), value=1.0)
+    else:
+        tx.update(params, tx.init(params), value=1.0)

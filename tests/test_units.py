@@ -342,6 +342,44 @@ def test_variables_and_plain_arrays_of_nnx_have_the_same_units():
     assert seen[: len(seen) // 2] == seen[len(seen) // 2 :]
 
 
+def test_attention_without_bias_tells_its_own_layers():
+    attention, x = nn.MultiHeadAttention(2, use_bias=False), jnp.ones((1, 4))
+    keys = jax.random.split(KEY, 3)
+    many = jax.eval_shape(jax.vmap(attention.init, in_axes=(0, None)), keys, x)
+    assert unit_axes(many["params"]) == shifted(initialised(attention, x))
+
+
+def test_projections_named_as_in_attention_may_be_plain_matrices():
+    names = ("query", "key", "value", "out")
+    stack = {name: {"kernel": (3, 4, 4)} for name in names}
+    tree = shaped({"layers": {"norm": {"scale": (3, 4)}, **stack}})
+    assert set(unit_axes(tree)) == {(1,)}
+    single = shaped({name: {"kernel": (4, 4)} for name in names})
+    assert set(unit_axes(single)) == {(0,)}
+    heads = {"value": {"kernel": (4, 2, 2)}, "out": {"kernel": (2, 2, 4)}}
+    mixed = axes_by_name(shaped({"query": {"kernel": (4, 8)}, **heads}))
+    assert mixed == {"query.kernel": (0,), "value.kernel": (0,), "out.kernel": (0, 1)}
+    assert unit_axes({"value": {"w": 1.0}, "out": {"w": 1.0}}) == ((), ())
+
+
+def test_a_stack_ends_where_leaves_begin_with_another_size():
+    stack = {"norm": {"scale": (3, 4)}}
+    beside = shaped({"layers": stack, "a": {"gamma": (3, 4)}, "b": {"gamma": (5,)}})
+    assert axes_by_name(beside)["a.gamma"] == (0,)
+    within = shaped({"layers": {**stack, "a": {"gamma": (3, 4)}}, "b": {"gamma": (5,)}})
+    assert axes_by_name(within)["layers.a.gamma"] == (1,)
+
+
+def test_a_matrix_is_never_a_stack_of_vectors():
+    tree = shaped({"layers": {"scale": (3, 4)}, "head": {"kernel": (3, 7)}})
+    assert axes_by_name(tree)["head.kernel"] == (0,)
+
+
+def test_the_name_of_a_convolution_settles_equal_sizes():
+    tree = shaped({"conv": {"kernel": (3, 2, 3, 4), "bias": (3, 4)}})
+    assert unit_axes(tree) == ((1,), (1, 2))
+
+
 def stacks_of_every_size():
     """Models of stacked or single layers, with the axes of each leaf of one layer."""
     single = {"layers": (), "head": {"kernel": (5, 7)}}
@@ -395,7 +433,8 @@ def test_a_tree_of_any_kind_has_units():
     assert unit_axes({"linear": {"w": w, "b": b}}) == ((0,), (0,))
     assert unit_axes({"b": w, "n": jnp.arange(6)}) == ((0,),)
     assert unit_axes(w) == ((0,),)
-    assert unit_axes(2.0) == ((),)
+    assert unit_axes({"w": w, "b": w}) == ((0, 1), (0,))
+    assert unit_axes({"scale": 2.0}) == unit_axes(2.0) == ((),)
     assert unit_axes({}) == ()
 
 
@@ -488,6 +527,8 @@ def test_a_function_may_count_nested_layers():
 
 OPEN = {
     "rank 3": ({"proj": {"kernel": (3, 4, 5)}}, [(0, 1), (0,), (1,)]),
+    "rank 3, all inputs 1": ({"proj": {"kernel": (1, 1, 5)}}, [(0, 1), (0,), (1,)]),
+    "rank 3, no attention": ({"out": {"kernel": (3, 4, 5)}}, [(0, 1), (0,), (1,)]),
     "rank 3, plain": ({"w": (3, 4, 5)}, [(0, 1), (0,), (1,)]),
     "rank 3, Equinox": ({"proj": {"weight": (3, 4, 5)}}, [(1, 2), (2,)]),
     "rank 3, in a list": ([{"layer": [{"w": (3, 4, 5)}]}], [(0, 1), (0,), (1,)]),
@@ -525,15 +566,23 @@ def test_equal_sizes_are_settled_by_saying_what_is_stacked():
     tree = shaped({"layers": {"proj": {"kernel": (3, 3, 5), "bias": (3, 5)}}})
     said, remedies = complaint(tree)
     assert said == [(0, 1), (1,)]
+    with pytest.raises(ValueError, match=r"it is \(out, out\)\n.* \(layers, out\)"):
+        unit_axes(tree)
     assert remedies["stacked"](None, None) is False
     assert unit_axes(tree, stacked=remedies["stacked"]) == ((0, 1), (0,))
     assert unit_axes(tree, stacked="layers") == ((1,), (1,))
+
+
+def test_a_name_that_the_bias_contradicts_settles_nothing():
+    tree = shaped({"conv": {"kernel": (2, 2, 3, 5), "bias": (2, 3, 5)}})
+    assert complaint(tree)[0] == [(0, 1, 2), (1, 2)]
 
 
 def test_an_open_unit_of_declared_layers_is_one_of_a_single_layer():
     tree = shaped({"layers": {"proj": {"kernel": (2, 3, 4, 5)}}})
     said, remedies = complaint(tree, stacked="layers")
     assert said == [(0, 1), (0,)]
+    assert set(remedies) == {"axis"}
     assert unit_axes(tree, axis=remedies["axis"], stacked="layers") == ((1, 2),)
 
 

@@ -9,7 +9,6 @@ import optax
 from .. import _trees
 from .._checks import require, require_count
 from .._measure import measure
-from . import _moments
 from ._core import ClipReadings, init_readings, read
 
 NAME = "limit_direction"
@@ -18,7 +17,7 @@ NAME = "limit_direction"
 class DirectionState(NamedTuple):
     """State of `limit_direction`."""
 
-    mean_direction: Any  # float32, shaped like the parameters: of unit gradients.
+    mean_direction: Any  # float32 or complex64, shaped like the parameters.
     direction_steps: jax.Array  # int32: steps in the mean, saturating.
     clip_readings: dict[str, ClipReadings]
 
@@ -65,7 +64,7 @@ def limit_direction(
 
     def init_fn(params) -> DirectionState:
         own = (jnp.zeros((), jnp.int32), init_readings(NAME))
-        return DirectionState(_moments.zeros(params), *_trees.distinct(own))
+        return DirectionState(_zeros(params), *_trees.distinct(own))
 
     def update_fn(updates, state, params=None, **extra):
         del params, extra
@@ -73,9 +72,7 @@ def limit_direction(
         mean = state.mean_direction
         usable = jnp.isfinite(measured.norm) & (measured.norm > 0)
         norm = jnp.where(usable, measured.norm, 1.0)
-        unit = _trees.map_inexact(
-            lambda g: jnp.real(g).astype(jnp.float32) / norm, updates, updates
-        )
+        unit = _trees.map_inexact(lambda g: g.astype(_wide(g)) / norm, updates, updates)
         length = measure(mean, updates).norm
         cosine = _dot(unit, mean, updates) / jnp.where(length > 0, length, 1.0)
         cosine = jnp.clip(cosine, -1.0, 1.0)
@@ -93,12 +90,12 @@ def limit_direction(
         )
 
         def turned(g, m):
-            new = shorter * (g.astype(jnp.float32) + added * m)
+            new = shorter * (g.astype(_wide(g)) + added * m)
             return jnp.where(turns, new, g).astype(g.dtype)
 
         out = _trees.map_inexact(turned, updates, updates, mean)
         finite = jnp.isfinite(measured.norm)
-        out = _trees.scale_leaves(out, jnp.ones(()), updates, keep=finite)
+        out = _trees.scale_leaves(out, jnp.ones((), jnp.float32), updates, keep=finite)
         followed = _trees.map_inexact(
             lambda m, u: decay * m + (1 - decay) * u, updates, mean, unit
         )
@@ -121,8 +118,20 @@ def limit_direction(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+def _wide(leaf):
+    """float32, or its complex counterpart."""
+    return jnp.complex64 if jnp.iscomplexobj(leaf) else jnp.float32
+
+
+def _zeros(params):
+    return jax.tree.map(lambda p: jnp.zeros(jnp.shape(p), _wide(p)), params)
+
+
 def _dot(a, b, like) -> jax.Array:
     pairs = zip(
         _trees.inexact_leaves(a, like), _trees.inexact_leaves(b, like), strict=True
     )
-    return sum((jnp.sum(x * y) for x, y in pairs), jnp.zeros((), jnp.float32))
+    return sum(
+        (jnp.real(jnp.sum(x * jnp.conj(y))) for x, y in pairs),
+        jnp.zeros((), jnp.float32),
+    )

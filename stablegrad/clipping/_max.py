@@ -119,7 +119,9 @@ def clip_by_max(
             limit, factor, shrink = word.limit, factors(word), None
         clipped = _clamped(updates, limit, shrink)
         if not published:
-            clipped = _trees.scale_leaves(clipped, jnp.ones(()), updates, keep=finite)
+            clipped = _trees.scale_leaves(
+                clipped, jnp.ones((), jnp.float32), updates, keep=finite
+            )
         readings = read(
             state.clip_readings,
             raw=measured.norm,

@@ -125,7 +125,9 @@ def _clamped(
             known,
         )
         clipped = _moments.clamp(updates, bounds, updates)
-        clipped = _trees.scale_leaves(clipped, jnp.ones(()), updates, keep=finite)
+        clipped = _trees.scale_leaves(
+            clipped, jnp.ones((), jnp.float32), updates, keep=finite
+        )
         left = jnp.where(finite, measure(clipped).norm, 0.0)
         ratio = jnp.where(finite & (measured.norm > 0), left / measured.norm, 1.0)
         out, new_inner = optimizer.update(clipped, inner, params, **extra)

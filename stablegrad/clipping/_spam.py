@@ -56,7 +56,7 @@ def spam(
         clipped = _moments.clamp(updates, bounds, updates)
         if own_moment:
             moment = _trees.map_inexact(
-                lambda v, g: decay * v + (1 - decay) * jnp.square(g),
+                lambda v, g: decay * v + (1 - decay) * jnp.square(jnp.abs(g)),
                 updates,
                 moment,
                 clipped,

@@ -106,9 +106,10 @@ def clip_update_rms(
         """Root mean square of g / sqrt(v), one a leaf."""
 
         def relative(g, v):
-            wide = g.astype(np.promote_types(g.dtype, np.float32))
-            ratio = wide / jnp.sqrt(jnp.maximum(v, jnp.square(eps)))
-            return ratio if published else jnp.clip(ratio, -LARGEST, LARGEST)
+            ratio = jnp.abs(g).astype(jnp.float32) / jnp.sqrt(
+                jnp.maximum(v, jnp.square(eps))
+            )
+            return ratio if published else jnp.minimum(ratio, LARGEST)
 
         ratios = _trees.map_inexact(relative, like, updates, moment)
         leaves = _trees.inexact_leaves(ratios, like)
@@ -119,7 +120,9 @@ def clip_update_rms(
         """As published: the update is shrunk, after the moments have followed."""
         steps = _trees.increment(state.moment_steps)
         moment = _trees.map_inexact(
-            lambda v, g: decay * v + (1 - decay) * jnp.square(g).astype(jnp.float32),
+            lambda v, g: (
+                decay * v + (1 - decay) * jnp.square(jnp.abs(g).astype(jnp.float32))
+            ),
             updates,
             state.clip_moment,
             updates,
@@ -150,7 +153,7 @@ def clip_update_rms(
         clipped = _trees.scale_leaves(updates, scales, updates, keep=finite)
         moment = _moments.track(state.clip_moment, clipped, decay)
         out, held = optimizer.update(clipped, state.clip_inner, params, **extra)
-        out = _trees.scale_leaves(out, jnp.ones(()), updates, keep=finite)
+        out = _trees.scale_leaves(out, jnp.ones((), jnp.float32), updates, keep=finite)
         held = _trees.select(finite, held, state.clip_inner)
         moment = _trees.select(finite, moment, state.clip_moment)
         steps = _trees.count_if(finite, state.moment_steps)

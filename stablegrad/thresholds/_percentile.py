@@ -111,7 +111,7 @@ def percentile(
         )
         bounded = jnp.minimum(value, limit + jnp.abs(limit))
         written = stats.write(state.window, state.window_slot, bounded)
-        anew = jnp.zeros_like(written).at[:, :warmup_steps].set(recent.recent_values)
+        anew = jnp.zeros_like(written).at[:, :warmup_steps].set(stats.in_order(recent))
         filled = jnp.minimum(state.filled + 1, window)
         slot = (state.window_slot + 1) % window
         return PercentileState(

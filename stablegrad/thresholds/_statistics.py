@@ -67,6 +67,13 @@ def remember(recent: Recent, value, above, below, patience: int, like):
     return fresh, moved, level, spread
 
 
+def in_order(recent: Recent) -> jax.Array:
+    """The remembered values of a full ring, oldest first."""
+    width = recent.recent_values.shape[-1]
+    place = (recent.finite_seen[:, None] + jnp.arange(width)[None, :]) % width
+    return jnp.take_along_axis(recent.recent_values, place, axis=-1)
+
+
 def warming(recent: Recent) -> jax.Array:
     """Which groups have not yet filled their ring."""
     return recent.finite_seen < recent.recent_values.shape[-1]

@@ -48,15 +48,16 @@ def test_weights_of_zero_move_by_a_share_of_a_hundredth():
 def test_the_ratio_may_be_traced():
     def size(ratio):
         tx = sg.guard(optax.sgd(1.0), sg.clip(sg.param_ratio(ratio, per="global")))
-        return optax.global_norm(clipped(tx, PARAMS))
+        return jnp.linalg.norm(clipped(tx, PARAMS)["kernel"])
 
     found = jax.vmap(size)(jnp.array([0.1, 0.2]))
-    np.testing.assert_allclose(found / optax.global_norm(PARAMS), [0.1, 0.2], rtol=1e-5)
+    whole = np.linalg.norm(PARAMS["kernel"])
+    np.testing.assert_allclose(found / whole, [0.1, 0.2], rtol=1e-5)
 
 
 def test_a_step_without_parameters_says_how_to_pass_them():
     tx = sg.guard(optax.sgd(1.0), sg.clip(sg.param_ratio(0.1)))
-    with pytest.raises(ValueError, match=r"needs the parameters.*optimizer.update"):
+    with pytest.raises(ValueError, match=r"`param_ratio` needs the parameters"):
         tx.update(PARAMS, tx.init(PARAMS))
 
 

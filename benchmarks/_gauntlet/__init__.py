@@ -1,0 +1,1 @@
+"""The gauntlet: what each method does when training goes wrong, measured."""
