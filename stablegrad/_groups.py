@@ -148,7 +148,7 @@ def group_norms(
 ) -> jax.Array:
     """The L2 norm of each group, float32 (groups,); nan where the group is not finite.
 
-    `over` takes the norms within a leaf, as `norms_over` does.
+    `over` takes the norms within leaves, as `norms_over` does.
     """
     norms = measured.leaf_norms
     if grouping.whole:
@@ -156,30 +156,34 @@ def group_norms(
     if grouping.leafwise:
         return norms
     if not grouping.by_leaf:
-        parts = [
-            over(leaf, axes).ravel()
+        judged = [
+            (leaf, axes)
             for leaf, axes, first in zip(
                 leaves, grouping.axes, grouping.first, strict=True
             )
-            if first is not None and axes is not None
+            if first is not None
         ]
-        return jnp.concatenate(parts) if parts else jnp.zeros((0,), jnp.float32)
+        parts = over([leaf for leaf, _ in judged], [axes for _, axes in judged])
+        return jnp.concatenate(
+            [jnp.zeros((0,), jnp.float32), *[part.ravel() for part in parts]]
+        )
     return _norms_by_label(norms, grouping)
 
 
 def leaf_factors(grouping: Grouping, factors) -> Any:
-    """Factors (groups,) as one for the tree, or for each leaf one that broadcasts."""
+    """Factors (groups,) as `scale_leaves` takes them: (), (leaves,), or a tuple."""
     if grouping.whole:
         return factors[0]
-    one = jnp.ones((), factors.dtype)
+    if grouping.leafwise:
+        return factors
+    if grouping.by_leaf:
+        places = [0 if first is None else first + 1 for first in grouping.first]
+        with_one = jnp.concatenate([jnp.ones((1,), factors.dtype), factors])
+        return with_one[np.array(places, np.int32)]
     spread = []
-    for first, axes, kept in zip(
-        grouping.first, grouping.axes, grouping.kept, strict=True
-    ):
+    for first, kept in zip(grouping.first, grouping.kept, strict=True):
         if first is None:
-            spread.append(one)
-        elif axes is None:
-            spread.append(factors[first])
+            spread.append(jnp.ones((), factors.dtype))
         else:
             last = first + int(np.prod(kept, dtype=np.int64))
             spread.append(factors[first:last].reshape(kept))

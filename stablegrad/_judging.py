@@ -7,7 +7,7 @@ import jax
 
 from . import _checks, _trees
 from ._groups import group, group_norms
-from ._measure import Measurement, measure
+from ._measure import Measurement, unguarded, unguarded_over
 from ._signals import is_norm, is_outgoing, scalar_signal, signal_name
 from .responses._core import Response, Verdict, combine
 from .thresholds._core import Judgement, Scope, Threshold, judge, learn, unobserved
@@ -23,13 +23,14 @@ def scopes_of(responses: tuple[Response, ...], updates, params) -> list[tuple]:
         if params is None:
             raise _checks.missing_params("`param_ratio`")
         leaves = _trees.inexact_leaves(params, updates)
-        measured = measure(params, updates)
+        measured = unguarded(params, updates)
 
     def scope(threshold: Threshold, _) -> Scope:
         grouping = group(threshold.per, updates)
         if not threshold.of_params or measured is None:
             return Scope(grouping)
-        return Scope(grouping, group_norms(grouping, measured, leaves))
+        norms = group_norms(grouping, measured, leaves, unguarded_over)
+        return Scope(grouping, norms)
 
     return _each(scope, responses, [response.thresholds for response in responses])
 

@@ -57,45 +57,47 @@ def unmeasured(leaves: int) -> Measurement:
 
 def scaled_norm(measured: Measurement, scales, tree, like=None) -> jax.Array:
     """The norm of `tree`, of which `measured` tells, after `scale_leaves`."""
-    if not isinstance(scales, tuple):
-        return scales * measured.norm
-    if all(scale.ndim == 0 for scale in scales):
-        return _norm_of_norms(
-            jnp.stack([*scales, jnp.ones((), jnp.float32)])[:-1] * measured.leaf_norms
-        )
-    return measure(
-        _trees.scale_leaves(tree, scales, tree if like is None else like), like
-    ).norm
+    if isinstance(scales, tuple):
+        like = tree if like is None else like
+        return unguarded(_trees.scale_leaves(tree, scales, like), like).norm
+    if scales.ndim == 1:
+        return _norm_of_norms(scales * measured.leaf_norms)
+    return scales * measured.norm
 
 
-def unguarded(tree) -> Measurement:
+def unguarded(tree, like=None) -> Measurement:
     """The same norms as published methods take them: sqrt(sum |x|^2) in float32.
 
     Squares may overflow to inf, and a nan or inf goes where it goes.
     """
-    leaves = _trees.inexact_leaves(tree)
+    leaves = _trees.inexact_leaves(tree, like)
     if not leaves:
         return unmeasured(0)
     return _from_squares(jnp.stack([_sum_of_squares(leaf) for leaf in leaves]), leaves)
 
 
-def unguarded_over(leaf, axes: tuple[int, ...]) -> jax.Array:
+def unguarded_over(leaves, axes) -> list[jax.Array]:
     """The norms of `norms_over` as published methods take them."""
-    return jnp.sqrt(_squares_over(leaf, axes))
+    pairs = zip(leaves, axes, strict=True)
+    return [jnp.sqrt(_squares_over(leaf, over)) for leaf, over in pairs]
 
 
-def norms_over(leaf, axes: tuple[int, ...]) -> jax.Array:
-    """L2 norms over some axes of a leaf, which stay with size 1; float32.
+def norms_over(leaves, axes) -> list[jax.Array]:
+    """L2 norms over some axes of each leaf, which stay with size 1; float32.
 
-    As in `measure`, a finite slice has its right norm whatever its size, a nan or inf
-    makes its own slice nan, and only overflow pays for a second pass.
+    As in `measure`, only overflow pays for a second pass, in which each leaf is divided
+    by its largest element; a nan or inf makes its own slice nan.
     """
-    square = _squares_over(leaf, axes)
+    pairs = list(zip(leaves, axes, strict=True))
+    squares = [_squares_over(leaf, over) for leaf, over in pairs]
+    total = sum((jnp.sum(square) for square in squares), jnp.zeros((), jnp.float32))
     return lax.cond(
-        jnp.all(jnp.isfinite(square)),
-        lambda leaf: jnp.sqrt(square),
-        lambda leaf: _rescaled_over(leaf, axes),
-        leaf,
+        jnp.isfinite(total),
+        lambda _: [jnp.sqrt(square) for square in squares],
+        lambda leaves: [
+            _rescaled_over(leaf, over) for leaf, over in zip(leaves, axes, strict=True)
+        ],
+        list(leaves),
     )
 
 
@@ -132,13 +134,38 @@ def _from_squares(squares, leaves) -> Measurement:
 
 
 def _rescaled(squares, leaves) -> Measurement:
+    """The norms by way of each leaf's largest element, at the price of a second pass.
+
+    Divided by it, squares sum to the leaf's size at most, unless there is a nan or inf.
+    """
     del squares
-    bad = jnp.stack([~jnp.all(jnp.isfinite(leaf)) for leaf in leaves])
-    norms = jnp.stack([_safe_norm(leaf) for leaf in leaves])
-    norms = jnp.where(bad, jnp.nan, norms)
+    parts = [[x.real, x.imag] if jnp.iscomplexobj(x) else [x] for x in leaves]
+    unit = jnp.stack([_peak(part) for part in parts])
+    unit = jnp.where(unit > 0, unit, 1)
+    total = jnp.stack(
+        [
+            sum(jnp.sum(jnp.square(_divided(x, unit[i]))) for x in part)
+            for i, part in enumerate(parts)
+        ]
+    )
+    bad = ~jnp.isfinite(total)
+    norms = jnp.where(bad, jnp.nan, _saturate(unit * jnp.sqrt(total)))
     first = jnp.where(jnp.any(bad), jnp.argmax(bad), -1).astype(jnp.int32)
     norm = jnp.where(jnp.any(bad), jnp.nan, _norm_of_norms(norms))
     return Measurement(norms, norm, first)
+
+
+def _peak(parts) -> jax.Array:
+    """The largest finite magnitude; XLA's CPU maximum may lose a nan among numbers."""
+    sizes = [jnp.where(jnp.isfinite(x), jnp.abs(x), 0) for x in parts]
+    peaks = [jnp.max(size, initial=0) for size in sizes]
+    peak = peaks[0] if len(peaks) == 1 else jnp.maximum(*peaks)
+    return peak.astype(np.promote_types(peak.dtype, np.float32))
+
+
+def _divided(leaf, unit) -> jax.Array:
+    wide = np.promote_types(leaf.dtype, np.float32)
+    return leaf.astype(wide) / unit.astype(wide)
 
 
 def _squares_over(leaf, axes) -> jax.Array:
@@ -148,33 +175,18 @@ def _squares_over(leaf, axes) -> jax.Array:
 
 
 def _rescaled_over(leaf, axes) -> jax.Array:
-    size = jnp.abs(leaf).astype(jnp.float32)
-    fine = jnp.isfinite(leaf)
-    peak = jnp.max(jnp.where(fine, size, 0), axis=axes, keepdims=True, initial=0)
-    unit = jnp.where(peak > 0, jnp.minimum(peak, LARGEST), 1)
-    norm = _saturate(unit * jnp.sqrt(_squares_over(size / unit, axes)))
-    return jnp.where(jnp.all(fine, axis=axes, keepdims=True), norm, jnp.nan)
+    size = jnp.abs(leaf)
+    unit = _peak([size])
+    unit = jnp.where(unit > 0, unit, 1)
+    square = _squares_over(_divided(size, unit), axes)
+    norm = _saturate(unit * jnp.sqrt(square))
+    return jnp.where(jnp.isfinite(square), norm, jnp.nan)
 
 
 def _norm_of_norms(norms) -> jax.Array:
     unit = jnp.max(norms, initial=0.0)
     unit = jnp.where(jnp.isfinite(unit) & (unit > 0), unit, 1.0)
     return _saturate(unit * jnp.sqrt(jnp.sum(jnp.square(norms / unit))))
-
-
-def _safe_norm(leaf) -> jax.Array:
-    """The norm of a finite leaf, at the price of a second reduction."""
-    parts = [leaf.real, leaf.imag] if jnp.iscomplexobj(leaf) else [leaf]
-    # Not max(|x|) alone: XLA's CPU maximum of a large array can lose a nan, and the
-    # caller has asked for finiteness already.
-    peaks = [
-        jnp.max(jnp.where(jnp.isfinite(part), jnp.abs(part), 0), initial=0)
-        for part in parts
-    ]
-    peak = peaks[0] if len(peaks) == 1 else jnp.maximum(*peaks)
-    unit = jnp.where(peak > 0, peak, 1).astype(np.promote_types(peak.dtype, np.float32))
-    total = sum(_sum_of_squares(part.astype(unit.dtype) / unit) for part in parts)
-    return _saturate(unit * jnp.sqrt(total).astype(unit.dtype))
 
 
 def _saturate(norm) -> jax.Array:

@@ -50,7 +50,9 @@ def leaf_names(tree) -> tuple[str, ...]:
 
 
 def scale_leaves(tree, scales, like, keep=None):
-    """Multiplies every leaf by a rank-0 array, or leaf i by `scales[i]` of a tuple.
+    """Multiplies every leaf by a rank-0 array, or leaf i by `scales[i]`.
+
+    `scales` has rank 0, or shape (leaves,), or is a tuple of what broadcasts to a leaf.
 
     Only leaves that are floating point in `like` count. The product is taken in the
     wider dtype and returned in the leaf's own: one scalar factor a leaf is what XLA
@@ -59,10 +61,11 @@ def scale_leaves(tree, scales, like, keep=None):
     """
     leaves, treedef = jax.tree.flatten(tree)
     scaled, index = [], 0
+    per_leaf = isinstance(scales, tuple) or scales.ndim == 1
     for leaf, judge in zip(leaves, jax.tree.leaves(like), strict=True):
         if is_inexact(judge):
             leaf = jnp.asarray(leaf)
-            scale = scales[index] if isinstance(scales, tuple) else scales
+            scale = scales[index] if per_leaf else scales
             wide = np.promote_types(np.float32, leaf.dtype)
             product = scale.astype(wide) * leaf.astype(wide)
             product = product.astype(leaf.dtype)
@@ -74,12 +77,16 @@ def scale_leaves(tree, scales, like, keep=None):
 
 
 def smallest(*scales):
-    """The smallest of several scales, leaf by leaf where any of them is a tuple."""
+    """The smallest of several scales of one tree, leaf by leaf."""
     leaves = [len(scale) for scale in scales if isinstance(scale, tuple)]
     if not leaves:
         return functools.reduce(jnp.minimum, scales)
-    rows = [s if isinstance(s, tuple) else (s,) * leaves[0] for s in scales]
-    return tuple(functools.reduce(jnp.minimum, row) for row in zip(*rows, strict=True))
+    per_leaf = [
+        scale if isinstance(scale, tuple) or scale.ndim else (scale,) * leaves[0]
+        for scale in scales
+    ]
+    rows = [[scale[i] for scale in per_leaf] for i in range(leaves[0])]
+    return tuple(functools.reduce(jnp.minimum, row) for row in rows)
 
 
 def times(scales, factor):
@@ -90,11 +97,8 @@ def times(scales, factor):
 def least(scales) -> jax.Array:
     """The smallest factor in a tree's scales, 1 if there is none."""
     rows = scales if isinstance(scales, tuple) else (scales,)
-    return jnp.min(
-        jnp.stack(
-            [jnp.ones((), jnp.float32), *[jnp.min(row, initial=1.0) for row in rows]]
-        )
-    )
+    flat = [jnp.ones((1,), jnp.float32), *[jnp.ravel(row) for row in rows]]
+    return jnp.min(jnp.concatenate(flat))
 
 
 def select(pred, on_true, on_false):

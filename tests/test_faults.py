@@ -87,6 +87,46 @@ def test_any_sequence_leaves_everything_finite_and_training_resumes(faults, fuse
         assert ((scale > 0) & (scale <= 1)).all()
 
 
+CLIPS = optax.chain(
+    sg.clip_by_percentile(window=30),
+    sg.clip_by_zscore(),
+    sg.clip_by_ema(),
+    sg.clip_by_second_moment(),
+    sg.clip_update_rms(),
+    sg.clip_by_max(),
+    sg.limit_direction(),
+)
+
+
+@settings(
+    max_examples=60,
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=ALL,
+    database=None,
+)
+@given(kinds=st.lists(st.sampled_from(list(NORMS)), min_size=STEPS, max_size=STEPS))
+@example(kinds=["extreme"] * STEPS)
+def test_any_sequence_leaves_a_chain_of_clips_finite_and_lets_healthy_steps_pass(kinds):
+    grads = grads_of([*kinds, *["healthy"] * AFTERWARDS])
+    updates, state = _run_clips(grads)
+    chex.assert_tree_all_finite((updates, state))
+    left = np.linalg.norm(updates["b"][-40:], axis=1)
+    assert (left > 0.5 * np.linalg.norm(grads["b"][-40:], axis=1)).all()
+
+
+@jax.jit
+def _run_clips(grads):
+    """What comes out of every step, and the last state."""
+
+    def step(state, grad):
+        updates, state = CLIPS.update(grad, state, PARAMS)
+        return state, updates
+
+    state, updates = jax.lax.scan(step, CLIPS.init(PARAMS), grads)
+    return updates, state
+
+
 _COMPILED = {}
 
 

@@ -100,7 +100,7 @@ def test_scaled_norm_is_the_norm_of_the_scaled_tree():
     np.testing.assert_allclose(
         scaled_norm(seen, jnp.float32(0.5), tree), 6.5, rtol=RTOL
     )
-    scales = (jnp.float32(2.0), jnp.float32(0.0))
+    scales = jnp.array([2.0, 0.0])
     np.testing.assert_allclose(scaled_norm(seen, scales, tree), 10.0, rtol=RTOL)
     scales = (jnp.array([0.0, 2.0]), jnp.float32(0.5))
     np.testing.assert_allclose(scaled_norm(seen, scales, tree), 10.0, rtol=RTOL)

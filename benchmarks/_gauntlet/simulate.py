@@ -13,6 +13,7 @@ import optax
 import stablegrad as sg
 
 from . import faults, problem
+from .methods import Method
 
 RATE = 2e-3
 # Compiling is most of the work, and the arrays are tiny.
@@ -33,7 +34,7 @@ class Seen(NamedTuple):
 
     @property
     def factor(self) -> np.ndarray:
-        """What the method multiplied each step by; 0 for a skipped or non-finite one."""
+        """What the method multiplied each step by; 0 if skipped or not finite."""
         return _ratio(np.hypot.reduce(self.went, -1), np.hypot.reduce(self.came, -1))
 
     @property
@@ -58,9 +59,9 @@ def _ratio(went, came) -> np.ndarray:
     return np.where(np.isfinite(ratio), ratio, 0.0)
 
 
-def compiled(function: Callable, *args) -> Callable:
-    """The compiled program; compiled fast where that can be asked for."""
-    options = QUICKLY if jax.default_backend() == "cpu" else None
+def compiled(function: Callable, *args, well: bool = False) -> Callable:
+    """The compiled program; compiled in a hurry, where possible, unless `well`."""
+    options = QUICKLY if jax.default_backend() == "cpu" and not well else None
     return jax.jit(function, compiler_options=options).lower(*args).compile()
 
 
@@ -75,37 +76,30 @@ def has_flag(tx: optax.GradientTransformation, params) -> bool:
 class Runs:
     """The runs of one method: state, program, and what was seen."""
 
-    def __init__(self, make: Callable, lanes: dict[str, faults.Lane], width: int):
+    def __init__(self, method: Method, lanes: dict[str, faults.Lane], width: int):
         """Compiles one chunk of steps for `width` lanes."""
-        self.tx = optax.with_extra_args_support(make(optax.sgd(RATE)))
+        self.tx = optax.with_extra_args_support(method.make(optax.sgd(RATE)))
         self.width = width
         self.flagged = has_flag(self.tx, problem.start())
-        args = (self.begin(lanes), *self.inputs(lanes, 0))
-        self.program = compiled(self._chunk, *args)
+        stacked = self._stacked(lanes)
+        args = (self._begin(stacked), *_cut(stacked, 0))
+        self.program = compiled(self._chunk, *args, well=method.sorts)
 
-    def begin(self, lanes: dict[str, faults.Lane]):
-        """Parameters and state of every lane before the first step."""
-
-        def one(empty):
-            params = {k: jnp.asarray(v) for k, v in problem.start().items()}
-            second = jnp.where(empty, 0.0, params["second"])
-            return {**params, "second": second}
-
-        params = jax.vmap(one)(self._stacked(lanes).empty_leaf)
-        return params, jax.vmap(self.tx.init)(params)
-
-    def inputs(self, lanes: dict[str, faults.Lane], start: int):
-        """Batches and faults of the chunk that begins at a step."""
-        steps = slice(start, start + faults.CHUNK)
-        stacked = self._stacked(lanes)._replace(empty_leaf=np.zeros(self.width, bool))
-        cut = [x[:, steps] for x in stacked[:-1]]
-        batches = problem.batches(len(next(iter(lanes.values())).norm))
-        return {k: v[steps] for k, v in batches.items()}, faults.Lane(*cut, None)
-
-    def _stacked(self, lanes) -> faults.Lane:
+    def _stacked(self, lanes: dict[str, faults.Lane]) -> faults.Lane:
+        """All lanes in one, filled up to the width."""
         filled = list(lanes.values())
         filled += filled[:1] * (self.width - len(filled))
         return faults.Lane(*(np.stack(xs) for xs in zip(*filled, strict=True)))
+
+    def _begin(self, stacked: faults.Lane):
+        """Parameters and state of every lane before the first step."""
+
+        def one(empty):
+            params = {name: jnp.asarray(x) for name, x in problem.start().items()}
+            return {**params, "second": jnp.where(empty, 0.0, params["second"])}
+
+        params = jax.vmap(one)(stacked.empty_leaf)
+        return params, jax.vmap(self.tx.init)(params)
 
     def _chunk(self, carry, batches, lanes):
         """One chunk of every lane."""
@@ -144,11 +138,12 @@ class Runs:
 
         return jax.vmap(run)(carry, lanes)
 
-    def run(self, lanes: dict[str, faults.Lane], tick: Callable, save_to=None):
+    def run(self, lanes: dict[str, faults.Lane], save_to: Path | None = None):
         """Runs all lanes; returns what was seen, and how a restored run compares."""
-        carry, parts, same = self.begin(lanes), [], None
-        for start in range(0, len(next(iter(lanes.values())).norm), faults.CHUNK):
-            inputs = self.inputs(lanes, start)
+        stacked, parts, same = self._stacked(lanes), [], None
+        carry = self._begin(stacked)
+        for start in range(0, stacked.norm.shape[1], faults.CHUNK):
+            inputs = _cut(stacked, start)
             new, seen = jax.block_until_ready(self.program(carry, *inputs))
             if save_to is not None and start == faults.SAVE_AT:
                 with _orbax:
@@ -157,7 +152,6 @@ class Runs:
                 same = all(map(_bits, *map(jax.tree.leaves, ((new, seen), again))))
             carry = new
             parts.append(jax.tree.map(np.asarray, seen))
-            tick()
         whole = [np.concatenate(xs, axis=1) for xs in zip(*parts, strict=True)]
         seen = {
             name: Seen(*(np.asarray(x[i], np.float64) for x in whole))
@@ -177,6 +171,14 @@ class Runs:
         pairs = zip(jax.tree.leaves(state), jax.tree.leaves(after), strict=True)
         kept = all(a.shape == b.shape and a.dtype == b.dtype for a, b in pairs)
         return "" if kept else "shapes or dtypes"
+
+
+def _cut(stacked: faults.Lane, start: int):
+    """Batches and faults of the chunk that begins at a step."""
+    steps = slice(start, start + faults.CHUNK)
+    batches = problem.batches(stacked.norm.shape[1])
+    faulty = faults.Lane(*(x[:, steps] for x in stacked[:-1]), None)
+    return {name: x[steps] for name, x in batches.items()}, faulty
 
 
 def through_orbax(carry: Any, folder: Path) -> Any:

@@ -52,43 +52,39 @@ def _half() -> dict[str, np.ndarray]:
     return {name: leaf.astype(np.float16) for name, leaf in problem.start().items()}
 
 
-def half_large(make: Callable) -> Seen:
+def half_large(make: Callable) -> dict[str, Seen]:
     """float16 gradients whose elements are about 300."""
     norms = np.float32(faults.large_norms(faults.STEPS)[:HALF_STEPS])
-    (seen,) = _runs(
-        make(optax.sgd(1.0)), _half(), [norms], _prescribed, moves=False
-    )
-    return seen
+    (seen,) = _runs(make(optax.sgd(1.0)), _half(), [norms], _prescribed, moves=False)
+    return {"half_large": seen}
 
 
-def half_zero(make: Callable) -> Seen:
+def half_zero(make: Callable) -> dict[str, Seen]:
     """float16 Adam: gradients of exactly zero, then healthy ones."""
     norms = np.float32(faults.lognormal(3 * ZERO_STEPS, faults.SIGMA, seed=5))
     norms[:ZERO_STEPS] = 0
     (seen,) = _runs(make(optax.adam(1e-3)), _half(), [norms], _prescribed)
-    return seen
+    return {"half_zero": seen}
 
 
-def accumulated(make: Callable) -> Seen:
+def accumulated(make: Callable) -> dict[str, Seen]:
     """One nan micro-batch; the method sees every micro-batch."""
     factors = np.ones(MICRO_BATCHES, np.float32)
     factors[BAD_MICRO_BATCH] = np.nan
     inner = optax.MultiSteps(optax.sgd(1e-2), ACCUMULATED).gradient_transformation()
     xs = (problem.batches(MICRO_BATCHES), factors)
     (seen,) = _runs(make(inner), problem.start(), [xs], _spoilt)
-    return seen
+    return {"accumulated": seen}
 
 
-def adam_overflow(make: Callable) -> tuple[Seen, Seen]:
+def adam(make: Callable) -> dict[str, Seen]:
     """Adam without a fault, and with one gradient of 1e20."""
     healthy = np.ones(ADAM_STEPS, np.float32)
     spoilt = healthy.copy()
     spoilt[ADAM_FAULT] = 2e21
     several = [(problem.batches(ADAM_STEPS), f) for f in (healthy, spoilt)]
-    clean, seen = _runs(
-        make(optax.adam(2e-3)), problem.start(), several, _spoilt
-    )
-    return clean, seen
+    clean, seen = _runs(make(optax.adam(2e-3)), problem.start(), several, _spoilt)
+    return {"adam_clean": clean, "adam_overflow": seen}
 
 
 def _half() -> dict[str, np.ndarray]:
@@ -107,3 +103,11 @@ def _spoilt(params, x):
     # A nan batch spoils the loss as well; an overflow of the gradient does not.
     bad = jnp.where(jnp.isfinite(factor), 1.0, factor)
     return loss * bad, jax.tree.map(lambda g: g * factor, grads)
+
+
+PROGRAMS = {
+    "half_large": half_large,
+    "half_zero": half_zero,
+    "accumulated": accumulated,
+    "adam": adam,
+}

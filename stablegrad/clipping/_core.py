@@ -112,7 +112,8 @@ def clipping(name: str, rule: Rule) -> optax.GradientTransformationExtraArgs:
             if params is None:
                 raise _checks.missing_params(f"`{name}`")
             leaves = _trees.inexact_leaves(params, updates)
-            param_norms = group_norms(grouping, measure(params, updates), leaves)
+            sizes = unguarded(params, updates)
+            param_norms = group_norms(grouping, sizes, leaves, unguarded_over)
         over = unguarded_over if rule.published else norms_over
         norms = group_norms(grouping, measured, _trees.inexact_leaves(updates), over)
         ruling = rule.rule(state.clip_rule_state, norms, Scope(grouping, param_norms))

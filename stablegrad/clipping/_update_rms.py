@@ -131,7 +131,7 @@ def clip_update_rms(
         factor = 1 / jnp.maximum(rms(updates, known, updates) / top, 1.0)
         out, held = optimizer.update(updates, state.clip_inner, params, **extra)
         measured = measure(out, updates)
-        scales = tuple(factor)
+        scales = factor
         out = _trees.scale_leaves(out, scales, updates)
         limit = jnp.asarray(top, jnp.float32)
         return out, held, moment, steps, (), measured, limit, scales
@@ -149,7 +149,7 @@ def clip_update_rms(
         limit = jnp.maximum(word.limit, top)
         word = word._replace(limit=limit, exceeded=word.exceeded & (ratio > limit))
         watched = learn(threshold, state.rms_state, word)
-        scales = tuple(factors(word))
+        scales = factors(word)
         clipped = _trees.scale_leaves(updates, scales, updates, keep=finite)
         moment = _moments.track(state.clip_moment, clipped, decay)
         out, held = optimizer.update(clipped, state.clip_inner, params, **extra)

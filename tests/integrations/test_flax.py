@@ -136,3 +136,60 @@ def test_flax_serialization_restores_a_guard():
     restored = serialization.from_bytes(tx.init(params), data)
     chex.assert_trees_all_equal(restored, state)
     np.testing.assert_array_equal(sg.metrics(restored)["loss_value"], 3.0)
+
+
+class Attending(nnx.Module):
+    """Embedding, attention, convolution and a head: every layout of a unit."""
+
+    def __init__(self, rngs):
+        self.embed = nnx.Embed(11, 8, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs)
+        self.conv = nnx.Conv(8, 4, (3,), rngs=rngs)
+        self.head = nnx.Linear(4, 3, rngs=rngs)
+
+    def __call__(self, tokens):
+        x = self.attention(self.embed(tokens))
+        return self.head(self.conv(x).mean(axis=1))
+
+
+@pytest.mark.parametrize("guarded", [False, True])
+def test_units_of_a_whole_nnx_model_are_clipped_one_by_one(guarded):
+    model = Attending(nnx.Rngs(0))
+    if guarded:
+        rule = sg.param_ratio(1e-3, per=sg.units(exclude="head"))
+        tx = sg.guard(optax.sgd(1.0), sg.clip(rule))
+    else:
+        clip = sg.clip_by_param_norm(1e-3, exclude="head")
+        tx = optax.chain(clip, optax.sgd(1.0))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    tokens = jnp.arange(22).reshape(2, 11) % 11
+
+    @nnx.jit
+    def step(model, optimizer):
+        grads = nnx.grad(lambda m: 10 * jnp.sum(m(tokens) ** 2))(model)
+        optimizer.update(model, grads)
+        return grads
+
+    before = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    grads = nnx.to_pure_dict(step(model, optimizer))
+    after = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    moved = jax.tree.map(lambda new, old: new - old, after, before)
+    np.testing.assert_allclose(
+        moved["head"]["kernel"], -grads["head"]["kernel"], rtol=1e-3, atol=1e-5
+    )
+    for path, axes in {
+        ("embed", "embedding"): (1,),
+        ("attention", "query", "kernel"): (0,),
+        ("attention", "out", "kernel"): (0, 1),
+        ("conv", "kernel"): (0, 1),
+    }.items():
+        step_taken, weights = moved, before
+        for key in path:
+            step_taken, weights = step_taken[key], weights[key]
+        floor = 0.01 * np.prod([weights.shape[i] for i in axes]) ** 0.5
+        size = np.sqrt(np.sum(np.square(step_taken), axis=axes))
+        limit = 1e-3 * np.maximum(np.sqrt(np.sum(weights**2, axis=axes)), floor)
+        assert (size <= limit * 1.01).all() and (size > 0.99 * limit).any(), path
+    seen = sg.metrics(optimizer.opt_state)
+    key = "clip_scale" if guarded else "clip_by_param_norm_scale"
+    assert 0 < seen[key] < 0.5
