@@ -44,7 +44,6 @@ class Grouping:
     first: tuple[int | None, ...]
     axes: tuple[tuple[int, ...] | None, ...]
     kept: tuple[tuple[int, ...], ...]  # Shape of the leaf's groups, rank of the leaf.
-    sizes: tuple[int, ...]  # How many elements each group has.
 
     @property
     def by_leaf(self) -> bool:
@@ -115,15 +114,13 @@ def check_granularity(per: Granularity) -> None:
 
 def independent(count: int) -> Grouping:
     """One group for each of `count` numbers."""
-    ones = (1,) * count
-    return Grouping(count, tuple(range(count)), (None,) * count, ((),) * count, ones)
+    return Grouping(count, tuple(range(count)), (None,) * count, ((),) * count)
 
 
 def group(per: Granularity, tree) -> Grouping:
     """The groups of a pytree; only names, shapes and dtypes are looked at."""
     leaves = _trees.paths_and_leaves(tree)
     shapes = [tuple(np.shape(leaf)) for _, leaf in leaves]
-    sizes = [int(np.prod(shape, dtype=np.int64)) for shape in shapes]
     kept = tuple((1,) * len(shape) for shape in shapes)
     every: tuple[None, ...] = (None,) * len(leaves)
     if isinstance(per, Units) or per == "unit":
@@ -133,14 +130,10 @@ def group(per: Granularity, tree) -> Grouping:
         known = dict.fromkeys(label for label in labels if label is not None)
         order = {label: i for i, label in enumerate(known)}
         first = tuple(None if label is None else order[label] for label in labels)
-        return Grouping(
-            len(order), first, every, kept, _total_sizes(len(order), first, sizes)
-        )
+        return Grouping(len(order), first, every, kept)
     if per == "leaf":
-        return Grouping(
-            len(leaves), tuple(range(len(leaves))), every, kept, tuple(sizes)
-        )
-    return Grouping(1, (0,) * len(leaves), every, kept, (sum(sizes),))
+        return Grouping(len(leaves), tuple(range(len(leaves))), every, kept)
+    return Grouping(1, (0,) * len(leaves), every, kept)
 
 
 def group_norms(
@@ -193,7 +186,7 @@ def leaf_factors(grouping: Grouping, factors) -> Any:
 def _unit_groups(settings: Units, tree, leaves) -> Grouping:
     axes = list(_units.unit_axes(tree, settings.axis, settings.stacked))
     first: list[int | None] = []
-    kept, sizes, count = [], [], 0
+    kept, count = [], 0
     for (path, leaf), spanned in zip(leaves, axes, strict=True):
         shape = tuple(np.shape(leaf))
         rest = tuple(1 if i in spanned else n for i, n in enumerate(shape))
@@ -201,12 +194,9 @@ def _unit_groups(settings: Units, tree, leaves) -> Grouping:
         if _excluded(settings.exclude, path, leaf):
             first.append(None)
             continue
-        groups = int(np.prod(rest, dtype=np.int64))
-        elements = int(np.prod(shape, dtype=np.int64))
         first.append(count)
-        sizes += [elements // max(groups, 1)] * groups
-        count += groups
-    return Grouping(count, tuple(first), tuple(axes), tuple(kept), tuple(sizes))
+        count += int(np.prod(rest, dtype=np.int64))
+    return Grouping(count, tuple(first), tuple(axes), tuple(kept))
 
 
 def _excluded(exclude, path, leaf) -> bool:
@@ -226,14 +216,6 @@ def _label(per, path, leaf) -> Hashable:
             f"{_trees.path_name(path)!r} it returned {label!r}."
         )
     return label
-
-
-def _total_sizes(count: int, first, sizes) -> tuple[int, ...]:
-    totals = [0] * count
-    for index, size in zip(first, sizes, strict=True):
-        if index is not None:
-            totals[index] += size
-    return tuple(totals)
 
 
 def _norms_by_label(norms, grouping: Grouping) -> jax.Array:

@@ -140,8 +140,7 @@ def _rescaled(squares, leaves) -> Measurement:
     """
     del squares
     parts = [[x.real, x.imag] if jnp.iscomplexobj(x) else [x] for x in leaves]
-    unit = jnp.stack([_peak(part) for part in parts])
-    unit = jnp.where(unit > 0, unit, 1)
+    unit = _unit(jnp.stack([_peak(part) for part in parts]))
     total = jnp.stack(
         [
             sum(jnp.sum(jnp.square(_divided(x, unit[i]))) for x in part)
@@ -163,6 +162,11 @@ def _peak(parts) -> jax.Array:
     return peak.astype(np.promote_types(peak.dtype, np.float32))
 
 
+def _unit(peak) -> jax.Array:
+    """What to divide by: neither it nor its reciprocal, which XLA may use, vanishes."""
+    return jnp.where(peak > 1, peak * 2.0**-20, jnp.where(peak > 0, peak, 1))
+
+
 def _divided(leaf, unit) -> jax.Array:
     wide = np.promote_types(leaf.dtype, np.float32)
     return leaf.astype(wide) / unit.astype(wide)
@@ -176,8 +180,7 @@ def _squares_over(leaf, axes) -> jax.Array:
 
 def _rescaled_over(leaf, axes) -> jax.Array:
     size = jnp.abs(leaf)
-    unit = _peak([size])
-    unit = jnp.where(unit > 0, unit, 1)
+    unit = _unit(_peak([size]))
     square = _squares_over(_divided(size, unit), axes)
     norm = _saturate(unit * jnp.sqrt(square))
     return jnp.where(jnp.isfinite(square), norm, jnp.nan)

@@ -3,6 +3,7 @@
 import jax
 import optax
 
+from ._groups import Granularity
 from ._guard import GuardedTransformation, guard
 from .responses._back_off import back_off
 from .responses._clip import clip
@@ -24,14 +25,15 @@ def stabilize(
     min_scale: float | jax.Array = 0.01,
     max_consecutive: int | jax.Array = 20,
     halt_after: int | jax.Array = 20,
+    per: Granularity = "global",
 ) -> GuardedTransformation:
     """Guards an optimizer with defaults that healthy training hardly notices.
 
     It is this guard, no more:
 
         guard(inner,
-              clip(zscore(clip_z)),
-              clip(zscore(clip_z, of="update_norm")),
+              clip(zscore(clip_z, per=per)),
+              clip(zscore(clip_z, of="update_norm", per=per)),
               skip(nonfinite(), nonfinite(of="value"),
                    zscore(skip_z), zscore(skip_z, of="value"),
                    max_consecutive=max_consecutive),
@@ -42,6 +44,8 @@ def stabilize(
 
     Without `value=` the thresholds on the loss stay silent: outlying and non-finite
     losses are not seen, and the learning rate is never backed off. Pass it if you can.
+    With another `per` than "global", outlying gradients are clipped and not rejected:
+    zscore(skip_z) is left out, and a leaf that explodes costs the others nothing.
 
     Args:
         inner: The optimizer, any optax transformation.
@@ -65,6 +69,8 @@ def stabilize(
             bad shard, short enough to lose little where the data has really changed.
         halt_after: Non-finite steps, with none taken, until `halted` is raised. 20: no
             transient lasts as long.
+        per: For what gradient and update are clipped, as for `fixed`. "global" keeps
+            the gradient's direction.
 
     Returns:
         A guarded transformation, for `update` or `stablegrad.apply`.
@@ -79,12 +85,12 @@ def stabilize(
     """
     return guard(
         inner,
-        clip(zscore(clip_z)),
-        clip(zscore(clip_z, of="update_norm")),
+        clip(zscore(clip_z, per=per)),
+        clip(zscore(clip_z, of="update_norm", per=per)),
         skip(
             nonfinite(),
             optional(nonfinite(of="value")),
-            zscore(skip_z),
+            *([zscore(skip_z)] if per == "global" else []),
             optional(zscore(skip_z, of="value")),
             max_consecutive=max_consecutive,
         ),

@@ -92,7 +92,8 @@ def test_factors_reach_the_elements_of_their_group(name):
     factors = jnp.asarray(RNG.uniform(0.1, 0.9, size=count), jnp.float32)
     scales = leaf_factors(grouping, factors)
     leaves = inexact_leaves(grads)
-    scales = scales if isinstance(scales, tuple) else (scales,) * len(leaves)
+    if not isinstance(scales, tuple):
+        scales = np.broadcast_to(scales, len(leaves))
     scaled = iter([s * x for s, x in zip(scales, leaves, strict=True)])
     done = jax.tree.map(lambda x: x if x.dtype == jnp.int32 else next(scaled), grads)
     expected = factors * np.array(norms_by_hand(name, grads))

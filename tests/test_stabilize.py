@@ -92,6 +92,20 @@ def test_a_learning_rate_that_jumps_is_followed_by_degrees():
     np.testing.assert_allclose(moved[-1], seen["raw_update_norm"][-1], rtol=1e-5)
 
 
+def test_leaf_by_leaf_one_that_explodes_costs_the_others_nothing():
+    params = {"a": jnp.ones(2), "b": jnp.ones(2)}
+    norms, values = healthy(120)
+    grads = {"a": of_norm(norms)["w"], "b": of_norm(norms)["w"]}
+    grads["b"] = grads["b"].at[60:100].multiply(1e3)
+    for per, taken in (("leaf", 40), ("global", 20)):
+        tx = sg.stabilize(optax.sgd(1.0), per=per)
+        _, _, (trail, seen, _) = scan(tx, grads, params, values)
+        assert (~np.asarray(seen["skipped"][60:100])).sum() == taken
+        moved = -np.diff(np.asarray(trail["a"]), axis=0)[59:99]
+        whole = np.isclose(moved, grads["a"][60:100], rtol=1e-3).all(axis=1)
+        assert whole.mean() > 0.95 if per == "leaf" else not whole.any()
+
+
 def test_settings_may_be_swept_under_vmap():
     def clipped(clip_z, skip_z):
         tx = sg.stabilize(optax.sgd(1e-3), clip_z=clip_z, skip_z=skip_z)

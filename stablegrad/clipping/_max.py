@@ -53,7 +53,8 @@ def clip_by_max(
     no reset.
 
     Args:
-        ratio: Tolerated multiple of the usual maximum, > 1. As published 1.
+        ratio: Tolerated multiple of the usual maximum, > 1. Not as published, where it
+            is 1.
         decay: Weight of the past, in [0, 1). None: 0.98; as published 0.999.
         reset_every: As published, steps between resets of the moments that restart the
             correction; 0 for never.
@@ -77,7 +78,7 @@ def clip_by_max(
     require_count("reset_every", reset_every, 0)
     decay = (0.999 if published else 0.98) if decay is None else decay
     require("decay", decay, "in [0, 1)", lambda x: 0 <= x < 1)
-    threshold = ema_ratio(ratio, decay=decay, per="leaf")
+    threshold = ema_ratio(2.0 if published else ratio, decay=decay, per="leaf")
 
     def init_fn(params) -> MaxState:
         leaves = len(_trees.inexact_leaves(params))

@@ -26,16 +26,15 @@ def clip_by_param_norm(
 ) -> optax.GradientTransformationExtraArgs:
     """Shrinks each unit's gradient to a share of that unit's parameters: AGC.
 
-        g_u <- g_u * min(1, ratio * max(||w_u||, floor_u) / ||g_u||)
+        g_u <- g_u * min(1, ratio * max(||w_u||, eps) / ||g_u||)
 
-    Published: floor_u = eps, 1e-3, whatever the size of the unit, so that layers which
-    start at zero hardly move under SGD. Default: floor_u = eps sqrt(n_u), with eps =
-    1e-2 the least root mean square that the n_u parameters of a unit count as.
+    Published: eps = 1e-3, so that layers which start at zero hardly move under SGD.
+    Default: eps = 1, the norm that a unit has under the usual initialisations.
 
     Args:
         ratio: Tolerated share of the parameters' norm, > 0. The paper's 0.01 is for
             batches of 1024 and more; small batches want up to 0.16.
-        eps: The floor, as above, > 0. None: 1e-2; as published 1e-3.
+        eps: What a unit's norm counts as at least, > 0. None: 1; as published 1e-3.
         axis: The axes that one unit spans, as for `units`.
         stacked: Which leaves have a leading layer axis, as for `units`.
         exclude: Which leaves are left alone, as for `units`. The paper leaves out the
@@ -65,7 +64,7 @@ def clip_by_param_norm(
     """
     per = units(axis, stacked, exclude)
     if not published:
-        threshold = param_ratio(ratio, eps=1e-2 if eps is None else eps, per=per)
+        threshold = param_ratio(ratio, eps=1.0 if eps is None else eps, per=per)
         return clipping("clip_by_param_norm", by_threshold(threshold))
     floor = 1e-3 if eps is None else eps
     require("ratio", ratio, "> 0", lambda x: 0 < x < float("inf"))

@@ -31,17 +31,19 @@ def back_off(
 ) -> Response:
     """Multiplies the learning rate by `factor` at an explosion, holds, then regrows.
 
-    With e_t: some threshold is exceeded, or its signal is not finite, for the
-    `confirm_steps`-th time in a row or later; a_t: a step has been taken since the last
+    With e_t: some threshold is exceeded for the `confirm_steps`-th time in a row or
+    later; a_t: a step has been taken since the last
     cut; and c_t: `hold_steps` steps have been taken and calm since the last explosion:
 
         k_t = max(factor * k_{t-1}, min_scale)               if e_t and a_t
         k_t = min(1, k_{t-1} * factor ** (-1 / regrow_steps))  if c_t, else k_{t-1}
 
-    The update of step t is multiplied by the cut k at once, and by the regrown k from
-    the next step on. A run of rejected steps cuts once: a learning rate can only be to
-    blame for steps that were taken. Regrowth undoes one cut in `regrow_steps` calm
-    steps, so the schedule's own rate is reached again; it is never exceeded.
+    A nan or inf is no explosion, nor the end of a run of them: it says nothing of the
+    learning rate. Pass `nonfinite()` to cut at one all the same. The update of step t
+    is multiplied by the cut k at once, and by the regrown k from the next step on. A
+    run of rejected steps cuts once: a learning rate can only be to blame for steps that
+    were taken. Regrowth undoes one cut in `regrow_steps` calm steps, so the schedule's
+    own rate is reached again; it is never exceeded.
 
     Args:
         *thresholds: What counts as an explosion; at least one.
@@ -83,7 +85,13 @@ def back_off(
         )
 
     def explodes(judgements):
-        return any_true(judgements, "exceeded") | any_true(judgements, "nonfinite")
+        asked = [
+            judgement.nonfinite
+            for threshold, judgement in zip(thresholds, judgements, strict=True)
+            if threshold.name == "nonfinite"
+        ]
+        broken = [jnp.any(flags) for flags in asked]
+        return jnp.any(jnp.stack([any_true(judgements, "exceeded"), *broken]))
 
     def scale_now(state: BackOffState, exploded):
         """The factor on this step, whether it explodes for long enough, and cuts."""
@@ -102,8 +110,9 @@ def back_off(
 
     def settle(state: BackOffState, judgements, reason) -> BackOffState:
         exploded, taken = explodes(judgements), reason == 0
+        unknown = any_true(judgements, "nonfinite")
         scale, confirmed, cuts = scale_now(state, exploded)
-        calm = taken & ~exploded
+        calm = taken & ~exploded & ~unknown
         held = jnp.where(calm, jnp.maximum(state.hold_left - 1, 0), state.hold_left)
         regrows = calm & (state.hold_left == 0)
         regrown = jnp.where(
@@ -113,7 +122,11 @@ def back_off(
             scale_at_cut=jnp.where(cuts, scale, state.scale_at_cut),
             regrown_steps=jnp.where(cuts, 0, regrown),
             hold_left=jnp.where(confirmed, hold_steps, held).astype(jnp.int32),
-            explosion_run=jnp.where(exploded, increment(state.explosion_run), 0),
+            explosion_run=jnp.where(
+                exploded,
+                increment(state.explosion_run),
+                jnp.where(unknown, state.explosion_run, 0),
+            ),
             may_cut=taken | (state.may_cut & ~cuts),
         )
 

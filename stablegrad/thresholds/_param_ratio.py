@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from .._checks import require
 from .._groups import Granularity
@@ -13,20 +12,21 @@ from ._core import Scope, Threshold
 def param_ratio(
     ratio: float | jax.Array,
     *,
-    eps: float | jax.Array = 1e-2,
+    eps: float | jax.Array = 1.0,
     of: Signal = "grad_norm",
     per: Granularity = "unit",
 ) -> Threshold:
     """Calls a norm normal up to a share of the norm of the parameters it changes.
 
-    With ||w|| the norm of a group of n parameters:
+    With ||w|| the norm of a group of parameters:
 
-        limit = ratio * max(||w||, eps * sqrt(n))
+        limit = ratio * max(||w||, eps)
 
     Args:
         ratio: Tolerated share of the parameters' norm. Dimensionless, > 0.
-        eps: What the root mean square of a group's parameters counts as at least, > 0:
-            a group that starts at zero must be free to leave it.
+        eps: What ||w|| counts as at least, > 0. 1 is what an output neuron has under
+            the usual initialisations, whatever its fan-in, so that one which starts at
+            zero may leave it as fast as others move.
         of: "grad_norm" or "update_norm".
         per: For what: by default for each output neuron; else as for `fixed`.
 
@@ -45,8 +45,8 @@ def param_ratio(
 
     Reference:
         Brock et al., High-performance large-scale image recognition without
-        normalization (2021), https://arxiv.org/abs/2102.06171, where a unit of norm
-        below 1e-3 counts as 1e-3 whatever its size, and a zero layer hardly moves.
+        normalization (2021), https://arxiv.org/abs/2102.06171, with eps = 1e-3,
+        so that a layer of zeros hardly moves.
     """
     check_signal(of, per)
     if not is_norm(of):
@@ -58,8 +58,7 @@ def param_ratio(
 
     def limit(state, scope: Scope) -> jax.Array:
         del state
-        least = eps * np.sqrt(np.array(scope.grouping.sizes, np.float32))
-        return ratio * jnp.maximum(scope.param_norms, least)
+        return ratio * jnp.maximum(scope.param_norms, eps)
 
     return Threshold(
         "param_ratio",

@@ -14,9 +14,11 @@ from .._trees import increment
 
 # Turns a median absolute deviation into the standard deviation of a normal law.
 MAD_TO_STD = 1.4826
-# Residuals enter at no more than this many spreads: far enough out to leave a normal
-# law's spread within 2 % of the truth, and to let the spread grow at every outlier.
+# Residuals enter at no more than this many spreads: far enough out to keep most of a
+# normal law, and to let the spread grow at every outlier.
 WINSOR = 2.5
+# Makes up for what bounded and left-out residuals take from a normal law's variance.
+CONSISTENCY = 1.06
 # While a statistic of norms warms up, its spread counts as no less than this, in log
 # units: a factor of e per deviation, which healthy first steps stay well below.
 EARLY_SPREAD = 1.0

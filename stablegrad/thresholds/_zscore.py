@@ -43,14 +43,14 @@ def zscore(
 
         limit_t = exp(m_{t-1} + z s*)
         m_t = m_{t-1} + (1 - d) r_t
-        s_t^2 = d (s*^2 + (1 - d) r_t^2);    s_t = s* if y_t < m_{t-1} - z s*
+        s_t^2 = d (s*^2 + 1.06 (1 - d) r_t^2);    s_t = s* if y_t < m_{t-1} - z s*
 
     The first `warmup_steps` finite values set m to their median M and s to 1.4826 times
     their median absolute deviation D: up to half of them may be outliers. Meanwhile a
     norm is held against exp(M + z max(D, 1)) of those before it, so that only the very
     first is taken on trust; other signals are not flagged yet. A clipped residual means
     that one outlier, however huge, widens s by 5 %, so it cannot hide the next; yet s
-    does grow at every outlier (d (1 + 6.25 (1 - d)) > 1), so no level is refused for
+    does grow at every outlier (d (1 + 6.6 (1 - d)) > 1), so no level is refused for
     ever. From the `patience`-th value in a row on that is flagged, or lies below m - z
     s*, m and s follow M and D of the last `warmup_steps` values instead: s = D, and m
     goes half of the way to M each step, all of it once |M - m| <= 2 z D. A lasting
@@ -63,7 +63,7 @@ def zscore(
 
     Args:
         z: Tolerated standard deviations above the level, > 0. One-sided: 2.5 flags 0.5
-            to 0.9 % of healthy lognormal steps, whatever their spread.
+            to 0.8 % of healthy lognormal steps, whatever their spread.
         decay: Weight d of the past, in (0.5, 1). Half-life 34 steps at 0.98.
         warmup_steps: Finite steps before the limit is in full force, and values
             remembered, >= 3.
@@ -137,7 +137,8 @@ def zscore(
             value - center, -stats.WINSOR * spread, stats.WINSOR * spread
         )
         # Relative to the spread, so that no square overflows.
-        widening = decay * (1 + (1 - decay) * jnp.square(residual / spread))
+        square = stats.CONSISTENCY * jnp.square(residual / spread)
+        widening = decay * (1 + (1 - decay) * square)
         # Low values are no danger: they must not loosen the limit on high ones.
         widened = spread * jnp.where(below, 1.0, jnp.sqrt(widening))
         tracked = center + (1 - decay) * residual

@@ -138,9 +138,18 @@ def test_a_single_bad_batch_costs_nothing_with_two_to_confirm():
     np.testing.assert_array_equal(seen["lr_scale"], 1.0)
 
 
-def test_a_loss_that_is_not_finite_is_an_explosion():
-    seen, _, _ = run(np.ones(3), [1.0, np.nan, 1.0])
-    np.testing.assert_allclose(seen["lr_scale"], [1.0, 0.5, 0.5], rtol=RTOL)
+def test_a_loss_that_is_not_finite_is_an_explosion_only_if_asked_for():
+    values = [1.0, np.nan, np.nan, 1.0]
+    seen, _, _ = run(np.ones(4), values)
+    np.testing.assert_array_equal(seen["lr_scale"], 1.0)
+    tx = sg.guard(optax.sgd(1.0), sg.back_off(sg.nonfinite(of="value"), factor=0.5))
+    _, _, (_, seen, _) = scan(tx, of_norm(np.ones(4)), PARAMS, values)
+    np.testing.assert_allclose(seen["lr_scale"], [1.0, 0.5, 0.25, 0.25], rtol=RTOL)
+
+
+def test_a_loss_that_is_not_finite_does_not_end_a_run_of_explosions():
+    seen, _, _ = run(np.ones(5), [1.0, 9.0, np.nan, 9.0, 1.0], confirm_steps=2)
+    np.testing.assert_allclose(seen["lr_scale"], [1, 1, 1, 0.5, 0.5], rtol=RTOL)
 
 
 def test_settings_may_be_swept_under_vmap():

@@ -25,8 +25,8 @@ def test_each_group_is_held_to_a_share_of_its_own_parameters(per, axis):
     out = clipped(tx, PARAMS | {"bias": jnp.ones(3)})
     kernel = np.asarray(PARAMS["kernel"], np.float64)
     np.testing.assert_allclose(out["kernel"], -0.1 * kernel, rtol=1e-5)
-    # A bias of zeros counts as three elements of 0.01.
-    np.testing.assert_allclose(np.linalg.norm(out["bias"]), 0.001 * 3**0.5, rtol=1e-5)
+    # A bias of zeros counts as one of norm 1.
+    np.testing.assert_allclose(np.linalg.norm(out["bias"]), 0.1, rtol=1e-5)
     small = jax.tree.map(lambda x: 0.05 * x, PARAMS)
     np.testing.assert_allclose(clipped(tx, small)["kernel"], -0.05 * kernel, rtol=1e-5)
 
@@ -37,12 +37,12 @@ def test_it_holds_updates_too():
     np.testing.assert_allclose(out["kernel"], -0.5 * PARAMS["kernel"], rtol=1e-5)
 
 
-def test_weights_of_zero_move_by_a_share_of_a_hundredth():
+def test_weights_of_zero_move_as_if_their_units_had_norm_eps():
     zeros = jax.tree.map(jnp.zeros_like, PARAMS)
-    tx = sg.guard(optax.sgd(1.0), sg.clip(sg.param_ratio(0.1)))
+    tx = sg.guard(optax.sgd(1.0), sg.clip(sg.param_ratio(0.1, eps=0.5)))
     out = clipped(tx, PARAMS, zeros)
     norms = np.linalg.norm(out["kernel"], axis=0)
-    np.testing.assert_allclose(norms, 0.1 * 0.01 * 2.0, rtol=1e-5)  # sqrt(4) elements.
+    np.testing.assert_allclose(norms, 0.05, rtol=1e-5)
 
 
 def test_the_ratio_may_be_traced():

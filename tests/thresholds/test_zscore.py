@@ -50,7 +50,7 @@ class Oracle:
         else:
             r = min(max(y - m, -2.5 * s_star), 2.5 * s_star)
             self.m = m + (1 - self.decay) * r
-            grown = np.sqrt(self.decay * (s_star**2 + (1 - self.decay) * r**2))
+            grown = np.sqrt(self.decay * (s_star**2 + 1.06 * (1 - self.decay) * r**2))
             self.s = s_star if below else grown
 
 
