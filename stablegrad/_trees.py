@@ -65,7 +65,7 @@ def scale_leaves(tree, scales, like, keep=None):
     for leaf, judge in zip(leaves, jax.tree.leaves(like), strict=True):
         if is_inexact(judge):
             leaf = jnp.asarray(leaf)
-            scale = scales[index] if per_leaf else scales
+            scale: Any = scales[index] if per_leaf else scales
             wide = np.promote_types(np.float32, leaf.dtype)
             product = scale.astype(wide) * leaf.astype(wide)
             product = product.astype(leaf.dtype)

@@ -15,35 +15,17 @@ such as a kernel of rank 3 without bias, is an error and never a guess.
 import operator
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
 from ._checks import require
+from ._layouts import BIAS_OF, OUTPUTS_FIRST, Axes, Leaf, Parts, described
 from ._trees import path_name, paths_and_leaves
 
-Axes = tuple[int, ...]
 AxisRule = int | Axes | Callable[[Any, Any], int | Axes | None] | None
 StackRule = str | Callable[[Any, Any], bool | int] | None
-Parts = tuple[str, ...]  # Of a name: `layers.0.kernel` has three.
-
-_BIAS_OF = {"kernel": "bias", "weight": "bias", "w": "b"}
-_OUTPUTS_FIRST = ("weight", "weight_ih", "weight_hh")  # In Equinox and PyTorch.
-_PROJECTIONS = ("query", "key", "value")
-
-
-class _Leaf(NamedTuple):
-    """A leaf, and what its own module says about it."""
-
-    module: Parts
-    kind: str  # The last part of the name, as `kernel`.
-    shape: Axes
-    gain: bool  # A gain or bias: all of it is one unit.
-    bias: Axes  # The shape of the bias beside a weight, () without; a bias has its own.
-    outputs: int | None  # The number of output axes, as far as the layer's name tells.
-    readings: dict[int, Axes]  # The unit by number of layer axes, where the bias fits.
-    depth: int | None  # The number of layer axes, where the module settles it.
 
 
 def unit_axes(
@@ -69,7 +51,7 @@ def unit_axes(
     # The keys of a flat dictionary may be dotted or slashed.
     names = [tuple(re.split(r"[./]", path_name(path))) for path, _ in pairs]
     shapes = dict(zip(names, [np.shape(leaf) for _, leaf in pairs], strict=True))
-    leaves = [_described(name, shapes) for name in names]
+    leaves = [described(name, shapes) for name in names]
     if stacked is None:
         declared, depths = [0] * len(leaves), _inferred_depths(leaves)
     else:
@@ -107,7 +89,7 @@ def _given_axes(given, path, shape: Axes, offset: int) -> Axes:
 
 
 def _declared_depths(
-    stacked: str | Callable[[Any, Any], int], pairs, leaves: list[_Leaf]
+    stacked: str | Callable[[Any, Any], int], pairs, leaves: list[Leaf]
 ) -> list[int]:
     """How many layer axes `stacked` gives each leaf."""
     require(
@@ -121,7 +103,7 @@ def _declared_depths(
     return [int(stacked(*pair)) for pair in pairs]
 
 
-def _inferred_depths(leaves: list[_Leaf]) -> list[int | None]:
+def _inferred_depths(leaves: list[Leaf]) -> list[int | None]:
     """How many layer axes each leaf has, None if two answers fit."""
     shared: dict[Parts, Axes] = {}  # The layer axes of a subtree with a settled leaf.
     settled = [leaf for leaf in leaves if leaf.depth is not None]
@@ -143,7 +125,7 @@ def _inferred_depths(leaves: list[_Leaf]) -> list[int | None]:
     return depths
 
 
-def _enclosing(leaf: _Leaf) -> list[Parts]:
+def _enclosing(leaf: Leaf) -> list[Parts]:
     """The subtrees around a leaf, nearest first."""
     return [leaf.module[:end] for end in range(len(leaf.module), -1, -1)]
 
@@ -156,71 +138,7 @@ def _common_prefix(a: Axes, b: Axes) -> Axes:
     return a[:length]
 
 
-def _described(name: Parts, shapes: dict[Parts, Axes]) -> _Leaf:
-    """A leaf as its module shows it; a bias has as many layers as its weight."""
-    module, kind, shape = name[:-1], name[-1], shapes[name]
-    rank = len(shape)
-    for weight, bias in _BIAS_OF.items():
-        if kind == bias and (*module, weight) in shapes:
-            owner = _described((*module, weight), shapes)
-            whole = {depth: tuple(range(depth, rank)) for depth in owner.readings}
-            return owner._replace(kind=kind, shape=shape, gain=True, readings=whole)
-    bias = shapes.get((*module, _BIAS_OF.get(kind, "")), ())
-    # Equinox's normalisations have a `weight` of the shape of their bias.
-    gain = kind in ("scale", "bias") or (kind == "weight" and shape == bias)
-    readings = _bias_readings(kind, shape, bias)
-    depth = None
-    if len(readings) == 1:
-        (depth,) = readings
-    elif gain:
-        depth = max(rank - 1, 0)
-    elif _is_attention(module, kind, shapes):
-        depth = rank - 3
-    elif kind in ("kernel", "w") and rank == 2:
-        depth = 0
-    outputs = _named_outputs(module, kind, shapes)
-    return _Leaf(module, kind, shape, gain, bias, outputs, readings, depth)
-
-
-def _bias_readings(kind: str, shape: Axes, bias: Axes) -> dict[int, Axes]:
-    """The fan-in axes by number of layer axes, where the bias fits the outputs."""
-    rank, outputs_first, outputs_last = len(shape), {}, {}
-    for depth in range(len(bias) if rank > len(bias) else 0):
-        outputs = bias[depth:]
-        if shape[:depth] != bias[:depth]:
-            break
-        if shape[-len(outputs) :] == outputs:
-            outputs_last[depth] = tuple(range(depth, rank - len(outputs)))
-        # Equinox has (out, 1, 1) beside (out, in, height, width). The first fit will
-        # do: a second one differs by an axis of size 1.
-        if not outputs_first and outputs == (shape[depth], *(1,) * (len(outputs) - 1)):
-            outputs_first[depth] = tuple(range(depth + 1, rank))
-    return (kind in _OUTPUTS_FIRST and outputs_first) or outputs_last
-
-
-def _is_attention(module: Parts, kind: str, shapes: dict[Parts, Axes]) -> bool:
-    """Whether `out` takes in the (heads, features) that `value` puts out."""
-    if not (module and module[-1] in (*_PROJECTIONS, "out")):
-        return False
-    shape = shapes[*module, kind]
-    value, out = (
-        shapes.get((*module[:-1], name, kind), ()) for name in ("value", "out")
-    )
-    return len(shape) == len(value) == len(out) >= 3 and value[-2:] == out[-3:-1]
-
-
-def _named_outputs(module: Parts, kind: str, shapes: dict[Parts, Axes]) -> int | None:
-    """How many axes a layer of this name puts out: attention, convolutions."""
-    if kind not in _BIAS_OF or not module:
-        return None
-    *parent, layer = module
-    if layer in _PROJECTIONS:
-        return 2
-    attending = any((*parent, name, kind) in shapes for name in _PROJECTIONS)
-    return 1 if "conv" in layer.lower() or (layer == "out" and attending) else None
-
-
-def _inferred_axes(leaf: _Leaf, depth: int, sure: bool) -> Axes | None:
+def _inferred_axes(leaf: Leaf, depth: int, sure: bool) -> Axes | None:
     """The unit behind `depth` layer axes, None if more than one answer fits."""
     rank, rest = len(leaf.shape), leaf.shape[depth:]
     if len(rest) <= 1 or leaf.gain:
@@ -229,25 +147,25 @@ def _inferred_axes(leaf: _Leaf, depth: int, sure: bool) -> Axes | None:
         return (rank - 1,)
     if depth in leaf.readings:
         return leaf.readings[depth]
-    if leaf.kind in _OUTPUTS_FIRST:
+    if leaf.kind in OUTPUTS_FIRST:
         return tuple(range(depth + 1, rank)) if sure or len(rest) != 3 else None
     if len(rest) == 2:
         return (depth,)
     if leaf.bias:
         return None  # No layer known here has such a bias.
-    if leaf.kind not in _BIAS_OF and sum(size > 1 for size in rest) <= 1:
+    if leaf.kind not in BIAS_OF and sum(size > 1 for size in rest) <= 1:
         return tuple(range(depth, rank))  # A vector, as a class token (1, 1, features).
     outputs = leaf.outputs if len(rest) == 3 else 1
     return None if outputs is None else tuple(range(depth, rank - outputs))
 
 
-def _undecided(path, leaf: _Leaf, depth: int | None, inferring: bool) -> ValueError:
+def _undecided(path, leaf: Leaf, depth: int | None, inferring: bool) -> ValueError:
     """The error that shows what a leaf could be, and how to say what it is."""
     shape, readings = leaf.shape, list(leaf.readings.items())
     if not inferring:  # Then `axis` counts from behind the layers.
         shape, depth = shape[depth:], 0
     if depth is not None:
-        first = leaf.kind in _OUTPUTS_FIRST
+        first = leaf.kind in OUTPUTS_FIRST
         unit = tuple(range(depth + first, len(shape) - 1 + first))
         readings = [(depth, unit)] + [(depth, unit[:1])] * (not first)
         readings += [(depth + 1, unit[1:])] * inferring
