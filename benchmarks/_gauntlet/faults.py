@@ -27,7 +27,8 @@ class Lane(NamedTuple):
     poison: np.ndarray  # (steps,): added to the very first element of the gradient.
     loss_poison: np.ndarray  # (steps,): added to the loss.
     norm: np.ndarray  # (steps,): prescribed gradient norm; 0 for the real gradient.
-    empty_leaf: np.ndarray | None  # (): whether the second leaf starts at zero.
+    # (): the second leaf starts at this multiple of the truth; nan: as it comes.
+    start_at: np.ndarray | None
 
 
 def lane(steps: int, norm=0.0) -> Lane:
@@ -35,7 +36,7 @@ def lane(steps: int, norm=0.0) -> Lane:
     nothing = np.zeros(steps, np.float32)
     norms = np.broadcast_to(np.asarray(norm, np.float32), (steps,)).copy()
     factors = np.ones((steps, len(LEAVES)), np.float32)
-    return Lane(factors, nothing, nothing.copy(), norms, np.asarray(False))
+    return Lane(factors, nothing, nothing.copy(), norms, np.asarray(np.nan))
 
 
 def lognormal(steps: int, sigma: float, seed: int, level: float = LEVEL) -> np.ndarray:
@@ -68,7 +69,9 @@ def short_lanes() -> dict[str, Lane]:
     first = new("first").leaf_factors
     first[0], first[100] = 30, 8
     new("leaf").leaf_factors[ONSET : ONSET + 50, LEAVES.index("second")] = 1e3
-    lanes["zero_leaf"] = lane(STEPS)._replace(empty_leaf=np.asarray(True))
+    # Equally far from the truth: at zero, and on the other side at twice its size.
+    for name, multiple in (("zero_leaf", 0.0), ("full_leaf", 2.0)):
+        lanes[name] = lane(STEPS)._replace(start_at=np.asarray(multiple))
     stuck = new("stuck")
     stuck.leaf_factors[ONSET : ONSET + 50] = np.nan
     stuck.loss_poison[ONSET : ONSET + 50] = np.nan

@@ -148,7 +148,8 @@ def rows() -> list[Row]:
         Row(
             "zero_leaf",
             "one leaf starts at zero",
-            "it covers half of the way at least that it covers with bare SGD",
+            "it covers half of the way at least that it covers, with the same method, "
+            "from as far on the other side of the truth",
             criteria.zero_leaf,
         ),
         Row(

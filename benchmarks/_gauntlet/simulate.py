@@ -94,11 +94,13 @@ class Runs:
     def _begin(self, stacked: faults.Lane):
         """Parameters and state of every lane before the first step."""
 
-        def one(empty):
+        def one(multiple):
             params = {name: jnp.asarray(x) for name, x in problem.start().items()}
-            return {**params, "second": jnp.where(empty, 0.0, params["second"])}
+            given = multiple * problem.truth()["second"]
+            usual = jnp.isnan(multiple)
+            return {**params, "second": jnp.where(usual, params["second"], given)}
 
-        params = jax.vmap(one)(stacked.empty_leaf)
+        params = jax.vmap(one)(stacked.start_at)
         return params, jax.vmap(self.tx.init)(params)
 
     def _chunk(self, carry, batches, lanes):

@@ -13,6 +13,8 @@ from ._core import Scope, Threshold
 
 # During warm-up, a norm of up to this multiple of the median is normal.
 EARLY_FACTOR = 12.0
+# At its end, no value may lie further above the median.
+RIPE_SPREADS = 6.0
 
 
 class PercentileState(NamedTuple):
@@ -41,11 +43,12 @@ def percentile(
         x*_t = min(x_t, limit_t + |limit_t|)
 
     Until `warmup_steps` values have been seen, a norm is held against 12 times their
-    median, other signals are not flagged yet. A value enters at no more than twice the
-    limit, so a window that one huge outlier enters does not hide the next. After
-    `patience` values in a row above both limit and median, or below the median, the
-    window begins anew with the last `warmup_steps` values as they were: a lasting shift
-    by any factor is normal after `patience` steps.
+    median, other signals are not flagged yet; then values further than 6 spreads (1.48
+    median absolute deviations) above the median are cut to that. A value enters at no
+    more than twice the limit, so a window that one huge outlier enters does not hide
+    the next. After `patience` values in a row above both limit and median, or below the
+    median, the window begins anew with the last `warmup_steps` values as they were: a
+    lasting shift by any factor is normal after `patience` steps.
 
     Args:
         q: Per cent, in [0, 100]. A share of about 100 - q per cent of healthy steps is
@@ -101,7 +104,7 @@ def percentile(
         value = stats.to_scale(signal, in_log=False)
         limit, middle = normal(state)
         settled = ~stats.warming(state.recent)
-        recent, moved, _, _ = stats.remember(
+        recent, moved, level, spread = stats.remember(
             state.recent,
             value,
             settled & exceeded & (value > middle),
@@ -111,6 +114,10 @@ def percentile(
         )
         bounded = jnp.minimum(value, limit + jnp.abs(limit))
         written = stats.write(state.window, state.window_slot, bounded)
+        # The first values came in unjudged: now their own spread is known.
+        ripe = ~settled & ~stats.warming(recent)
+        most = jnp.where(ripe, level + RIPE_SPREADS * spread, jnp.inf)
+        written = jnp.minimum(written, most[:, None])
         anew = jnp.zeros_like(written).at[:, :warmup_steps].set(stats.in_order(recent))
         filled = jnp.minimum(state.filled + 1, window)
         slot = (state.window_slot + 1) % window

@@ -27,6 +27,10 @@ def oracle(signals, q, window, warmup, patience, norm=True):
         run = run + side if side * run > 0 else side
         raw.append(x)
         kept = [*kept, min(x, limit + abs(limit))][-window:]
+        if len(raw) == warmup:
+            middle = np.median(raw)
+            spread = 1.4826 * np.median(np.abs(raw - middle))
+            kept = [min(x, middle + 6 * spread) for x in kept]
         if abs(run) >= patience:
             kept, run = raw[-warmup:], 0
     return np.array(seen_limits)
@@ -79,6 +83,13 @@ def test_one_huge_outlier_hides_no_other():
     assert exceeded[100] and exceeded[150]
     assert limit[101] / limit[100] < 2.01
     chex.assert_tree_all_finite(state)
+
+
+def test_an_outlier_in_the_very_first_step_leaves_the_limit_right():
+    norms = lognormal(120)
+    norms[0] = 30.0
+    limit, _, _ = limits(sg.percentile(99.5), norms)
+    assert limit[24] > 10 and limit[25] < 4
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
