@@ -10,7 +10,7 @@ from . import _trees
 from ._guard import GuardState
 from ._reasons import Reason
 from ._record import ENCODED, Event, EventKind, Record, decode, init_record
-from .clipping._core import ENCODED_READINGS, ClipReadings
+from .clipping._readings import numbers_of_clips
 
 
 class TrainingHalted(RuntimeError):
@@ -62,7 +62,7 @@ def metrics(state: Any) -> dict[str, jax.Array]:
         >>> now["grad_norm"].item(), round(now["clipped_grad_norm"].item(), 6)
         (5.0, 1.0)
     """
-    found, clips = _search(state), _clips(state)
+    found, clips = _search(state), numbers_of_clips(state)
     if not clips or found:
         found = _guards(state)
     prefixes = [""] if len(found) == 1 else [f"guard_{i}_" for i in range(len(found))]
@@ -218,26 +218,6 @@ def _search(state: Any) -> list[GuardState]:
             found.append(leaf._replace(record=_plain(leaf.record)))
             found += _search(leaf.guarded_inner)
     return found
-
-
-def _clips(state: Any) -> dict[str, jax.Array]:
-    """What every clip of a chain, inside `state` or a guard, has to tell."""
-    found: dict[str, jax.Array] = {}
-    for node in jax.tree.leaves(state, is_leaf=_is_clip):
-        if _is_clip(node):
-            ((name, readings),) = node.clip_readings.items()
-            repeats = sum(f"{name}{i}_scale" in found for i in ("", "_2", "_3", "_4"))
-            prefix = f"{name}_{repeats + 1}" if repeats else name
-            readings = ClipReadings(*jax.tree.leaves(readings))
-            for field, number in readings._asdict().items():
-                number = decode(number) if field in ENCODED_READINGS else number
-                found[f"{prefix}_{field}"] = number
-            found |= _clips(getattr(node, "clip_inner", ()))
-    return found
-
-
-def _is_clip(node: Any) -> bool:
-    return isinstance(getattr(node, "clip_readings", None), dict)
 
 
 def _is_guard(node: Any) -> bool:

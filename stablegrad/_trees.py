@@ -175,3 +175,13 @@ def map_inexact(function, like, *trees):
         for judge, row in zip(judges, rows, strict=True)
     ]
     return structure.unflatten(done)
+
+
+def cast_like(tree, like):
+    """The same numbers in the dtypes of `like`: hyperparameters may be wider."""
+    return jax.tree.map(lambda new, old: new.astype(old.dtype), tree, like)
+
+
+def zero_unless(keep, tree, like):
+    """The tree, or zeros where the rank-0 `keep` is false; integers stay."""
+    return map_inexact(lambda leaf: jnp.where(keep, leaf, 0), like, tree)

@@ -20,7 +20,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 def test_rescue_survives_all_faults_and_writes_what_it_says(tmp_path, capsys):
-    status = rescue.main(["--steps", "400", "--out", str(tmp_path)])
+    status = rescue.main(["--steps", "600", "--out", str(tmp_path)])
     assert status == 0
     table = {
         line.split()[0]: line.split()

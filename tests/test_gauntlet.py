@@ -98,7 +98,7 @@ def test_a_method_that_cannot_run_fails_its_rows(gauntlet, tmp_path, capsys):
 
     rows = [row for row in gauntlet.rows() if row.key in ("scan", "half_large")]
     method = gauntlet.Method("broken", "published", broken)
-    seen = gauntlet.column(method, rows, 0, None, tmp_path, lambda: None)
+    seen = gauntlet.column(method, rows, 0, tmp_path, lambda: None)
     cells = [gauntlet.report.Cell(row, seen) for row in rows]
     assert [cell.outcome for cell in cells] == ["FAIL", "FAIL"]
     assert all("TypeError: no such luck" in cell.why() for cell in cells)
@@ -109,7 +109,7 @@ def test_a_state_that_changes_structure_is_a_failure(gauntlet):
     watched = optax.monitor({"norm": optax.global_norm})
     row = next(row for row in gauntlet.rows() if row.key == "scan")
     method = gauntlet.Method("monitor", "optax", lambda i: optax.chain(watched, i))
-    seen = gauntlet.column(method, [row], 0, None, Path(), lambda: None)
+    seen = gauntlet.column(method, [row], 0, Path(), lambda: None)
     assert gauntlet.report.Cell(row, seen).outcome == "FAIL"
 
 

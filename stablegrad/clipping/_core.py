@@ -15,24 +15,9 @@ import optax
 from .. import _checks, _trees
 from .._groups import Granularity, group, group_norms, leaf_factors
 from .._measure import measure, norms_over, scaled_norm, unguarded, unguarded_over
-from .._record import encode
 from ..responses._clip import factors
 from ..thresholds._core import Scope, Threshold, judge, learn
-
-
-class ClipReadings(NamedTuple):
-    """What a clip did, for `metrics`; rank-0, `encode`d so that it stays finite."""
-
-    raw_norm: jax.Array  # float32: L2 norm of what came in.
-    clipped_norm: jax.Array  # float32: L2 norm of what went out.
-    limit: jax.Array  # float32: the strictest limit that the step met.
-    scale: jax.Array  # float32 in [0, 1]: the smallest factor.
-    clipped_steps: jax.Array  # int32: steps that were shrunk, since `init`.
-    dropped_steps: jax.Array  # int32: steps with a nan or inf, which became zeros.
-
-
-# Fields of `ClipReadings` that may stand for a nan or an inf.
-ENCODED_READINGS = ("raw_norm", "clipped_norm", "limit")
+from ._readings import ClipReadings, init_readings, read
 
 
 class ClippingState(NamedTuple):
@@ -71,31 +56,6 @@ def by_threshold(threshold: Threshold) -> Rule:
     return Rule(threshold.per, threshold.init, rule, threshold.of_params)
 
 
-def init_readings(name: str) -> dict[str, ClipReadings]:
-    """Nothing seen yet."""
-    zero, none = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
-    one = jnp.ones((), jnp.float32)
-    return {name: ClipReadings(zero, zero, zero, one, none, none)}
-
-
-def read(
-    readings, *, raw, clipped, limit, scale, finite, shrunk=None
-) -> dict[str, ClipReadings]:
-    """The readings after one step, `shrunk` unless the scale was 1."""
-    ((name, before),) = readings.items()
-    shrunk = finite & (scale < 1 if shrunk is None else shrunk)
-    return {
-        name: ClipReadings(
-            encode(raw),
-            encode(clipped),
-            encode(limit),
-            jnp.where(jnp.isfinite(scale), scale, 0.0).astype(jnp.float32),
-            _trees.count_if(shrunk, before.clipped_steps),
-            _trees.count_if(~finite, before.dropped_steps),
-        )
-    }
-
-
 def clipping(name: str, rule: Rule) -> optax.GradientTransformationExtraArgs:
     """The transformation that applies a rule to the gradients of a chain."""
 
@@ -129,11 +89,7 @@ def clipping(name: str, rule: Rule) -> optax.GradientTransformationExtraArgs:
             scale=_trees.least(scales),
             finite=finite,
         )
-        new = jax.tree.map(
-            lambda after, before: after.astype(before.dtype),
-            ruling.state,
-            state.clip_rule_state,
-        )
+        new = _trees.cast_like(ruling.state, state.clip_rule_state)
         return clipped, ClippingState(new, readings)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -9,9 +9,11 @@ import optax
 from .. import _trees
 from .._checks import require, require_count
 from .._measure import measure
-from ._core import ClipReadings, init_readings, read
+from ._readings import ClipReadings, init_readings, read
 
 NAME = "limit_direction"
+# The mean of unit vectors is as long as they agree: 0.2 if they are independent.
+LEAST_LENGTH = 0.5
 
 
 class DirectionState(NamedTuple):
@@ -31,11 +33,12 @@ def limit_direction(
     """Turns a gradient that points against the running mean direction, and no further.
 
         m_t = d m_{t-1} + (1 - d) g_t / ||g_t||;    c_t = cos(g_t, m_{t-1})
-        if c_t < C:  g_t <- the nearest vector in span(g_t, m) of cosine C, no longer
+        if c_t < C and ||m_{t-1}|| >= 1/2:  the part of g_t along m is changed so that
+            the cosine is C; if that made g_t longer, it is shortened to its old norm
 
-    Only the part of g along m changes. The mean learns from the direction of every
-    finite gradient, as it came: no outlier's size can bend it, and a lasting turn is
-    the new direction within log(2) / (1 - d) steps.
+    The mean learns from the direction of every finite gradient, as it came: no
+    outlier's size can bend it, and a lasting turn is the new direction within ten steps
+    at d = 0.9. Directions that cancel each other have a short mean, and no limit.
 
     Args:
         min_cosine: Smallest cosine C that is still normal, in (-1, 1). Independent
@@ -72,28 +75,25 @@ def limit_direction(
         mean = state.mean_direction
         usable = jnp.isfinite(measured.norm) & (measured.norm > 0)
         norm = jnp.where(usable, measured.norm, 1.0)
-        unit = _trees.map_inexact(lambda g: g.astype(_wide(g)) / norm, updates, updates)
+        unit = _trees.map_inexact(
+            lambda g: (g / norm).astype(_wide(g)), updates, updates
+        )
         length = measure(mean, updates).norm
-        cosine = _dot(unit, mean, updates) / jnp.where(length > 0, length, 1.0)
-        cosine = jnp.clip(cosine, -1.0, 1.0)
-        armed = usable & (state.direction_steps >= warmup_steps) & (length > 0)
-        turns = armed & (cosine < min_cosine)
+        inverse = 1 / jnp.maximum(length, 1e-12)
+        cosine = jnp.clip(_dot(unit, mean, updates) * inverse, -1.0, 1.0)
+        ready = state.direction_steps >= warmup_steps
+        turns = usable & ready & (length >= LEAST_LENGTH) & (cosine < min_cosine)
         across = jnp.sqrt(1 - jnp.square(cosine))
         side = jnp.sqrt(1 - jnp.square(jnp.asarray(min_cosine, jnp.float32)))
         along = min_cosine * across / side
         # A positive C may lengthen the gradient, which is not ours to do.
-        shorter = jnp.where(
-            turns, jnp.minimum(1.0, side / jnp.maximum(across, 1e-12)), 1.0
-        )
-        added = jnp.where(
-            turns, (along - cosine) * norm / jnp.maximum(length, 1e-30), 0.0
-        )
+        shorter = jnp.minimum(1.0, side / jnp.maximum(across, 1e-12))
 
-        def turned(g, m):
-            new = shorter * (g.astype(_wide(g)) + added * m)
+        def turned(g, u, m):
+            new = (shorter * norm) * (u + ((along - cosine) * inverse) * m)
             return jnp.where(turns, new, g).astype(g.dtype)
 
-        out = _trees.map_inexact(turned, updates, updates, mean)
+        out = _trees.map_inexact(turned, updates, updates, unit, mean)
         finite = jnp.isfinite(measured.norm)
         out = _trees.scale_leaves(out, jnp.ones((), jnp.float32), updates, keep=finite)
         followed = _trees.map_inexact(
@@ -110,7 +110,7 @@ def limit_direction(
             shrunk=turns,
         )
         return out, DirectionState(
-            _trees.select(usable, followed, mean),
+            _trees.select(usable, _trees.cast_like(followed, mean), mean),
             _trees.count_if(usable, state.direction_steps),
             readings,
         )
@@ -124,7 +124,7 @@ def _wide(leaf):
 
 
 def _zeros(params):
-    return jax.tree.map(lambda p: jnp.zeros(jnp.shape(p), _wide(p)), params)
+    return jax.tree.map(lambda p: jnp.zeros_like(p, _wide(p)), params)
 
 
 def _dot(a, b, like) -> jax.Array:

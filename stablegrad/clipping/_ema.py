@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from .. import _checks
 from .._checks import require, require_count
 from .._groups import Granularity
 from ..thresholds._core import Scope
@@ -40,9 +41,8 @@ def clip_by_ema(
     `ema_ratio`, which starts at the median, follows bounded norms, and after a lasting
     shift begins anew. As published, h being the factor on the leaf, G the whole:
 
-        before `warmup_steps`: h = min(1, max_norm / (||G|| + 1e-8));  m = min(m, h
-        ||g||) afterwards:            h = min(1, ratio m / ||g||);  m = d m + (1 - d) h
-        ||g||
+        warm-up:  h = min(1, max_norm / (||G|| + 1e-8));  m = min(m, h ||g||)
+        then:     h = min(1, ratio m / ||g||);  m = d m + (1 - d) h ||g||
 
     Args:
         ratio: Tolerated multiple of the mean, > 1. None: 2; as published 1.05.
@@ -68,6 +68,7 @@ def clip_by_ema(
         Wang et al., AdaGC (2025), https://arxiv.org/abs/2502.11034.
     """
     if not published:
+        _checks.only_published(max_norm=(max_norm, 1.0))
         threshold = ema_ratio(
             2.0 if ratio is None else ratio,
             decay=decay,

@@ -6,15 +6,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .. import _trees
+from .. import _checks, _trees
 from .._checks import require, require_count
 from .._groups import independent
-from .._measure import measure, unguarded
+from .._measure import LARGEST, measure, unguarded
 from ..responses._clip import factors
 from ..thresholds._core import Scope, judge, learn
 from ..thresholds._ema_ratio import ema_ratio
 from . import _moments
-from ._core import ClipReadings, init_readings, read
+from ._readings import ClipReadings, init_readings, read
 
 NAME = "clip_by_max"
 
@@ -76,6 +76,8 @@ def clip_by_max(
         Huang et al., Stable-SPAM (2025), https://arxiv.org/abs/2502.17055.
     """
     require_count("reset_every", reset_every, 0)
+    if not published:
+        _checks.only_published(reset_every=(reset_every, 1000))
     decay = (0.999 if published else 0.98) if decay is None else decay
     require("decay", decay, "in [0, 1)", lambda x: 0 <= x < 1)
     threshold = ema_ratio(2.0 if published else ratio, decay=decay, per="leaf")
@@ -105,7 +107,7 @@ def clip_by_max(
         leaves = _trees.inexact_leaves(updates)
         # The sum of squares tells a nan; XLA's maximum may not.
         largest = jnp.stack(
-            [jnp.max(jnp.abs(x), initial=0).astype(jnp.float32) for x in leaves]
+            [_bounded(jnp.max(jnp.abs(x), initial=0)) for x in leaves]
             or [jnp.zeros((), jnp.float32)]
         )[: len(leaves)]
         largest = jnp.where(jnp.isnan(measured.leaf_norms), jnp.nan, largest)
@@ -120,9 +122,7 @@ def clip_by_max(
             limit, factor, shrink = word.limit, factors(word), None
         clipped = _clamped(updates, limit, shrink)
         if not published:
-            clipped = _trees.scale_leaves(
-                clipped, jnp.ones((), jnp.float32), updates, keep=finite
-            )
+            clipped = _trees.zero_unless(finite, clipped, updates)
         readings = read(
             state.clip_readings,
             raw=measured.norm,
@@ -131,9 +131,16 @@ def clip_by_max(
             scale=jnp.minimum(jnp.min(factor, initial=1.0), 1.0),
             finite=finite,
         )
+        rule = _trees.cast_like(rule, state.max_rule_state)
         return clipped, MaxState(rule, readings)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _bounded(largest) -> jax.Array:
+    """In float32, where a finite float64 stays finite."""
+    narrow = largest.astype(jnp.float32)
+    return jnp.where(jnp.isfinite(largest), jnp.minimum(narrow, LARGEST), narrow)
 
 
 def _clamped(updates, limit, shrink):

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .. import _trees
 
@@ -11,7 +12,7 @@ LARGEST_ROOT = 1e18
 
 def zeros(params):
     """A second moment of nothing: float32, shaped like the parameters."""
-    return jax.tree.map(lambda p: jnp.zeros(jnp.shape(p), jnp.float32), params)
+    return jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)
 
 
 def squares(leaf) -> jax.Array:
@@ -41,9 +42,13 @@ def floored(leaf) -> jax.Array:
 
 def shrunk(leaf, bound) -> jax.Array:
     """Each element whose magnitude is above its bound, at the bound; keeps its sign."""
-    size = jnp.abs(leaf).astype(jnp.float32)
+    size = jnp.abs(leaf).astype(np.promote_types(bound.dtype, _real(leaf)))
     factor = jnp.where(size > bound, bound / jnp.where(size > 0, size, 1.0), 1.0)
     return (leaf * factor).astype(leaf.dtype)
+
+
+def _real(leaf):
+    return np.zeros((), leaf.dtype).real.dtype
 
 
 def clamp(updates, bounds, like):
@@ -55,14 +60,17 @@ def _has_moments(node) -> bool:
     return hasattr(node, "mu") and hasattr(node, "nu") and hasattr(node, "_replace")
 
 
-def require_moments(asker: str, state) -> None:
-    """Raises ValueError unless an optimizer's state has one `mu` and one `nu`."""
+def require_moments(asker: str, state, params) -> None:
+    """Raises ValueError unless a state has one `mu` and one `nu`, of all parameters."""
     nodes = jax.tree.leaves(state, is_leaf=_has_moments)
-    found = sum(_has_moments(node) for node in nodes)
-    if found != 1:
+    nodes = [node for node in nodes if _has_moments(node)]
+    whole = jax.tree.structure(params)
+    found = sum(jax.tree.structure(node.nu) == whole for node in nodes)
+    if found != 1 or len(nodes) != 1:
         raise ValueError(
             f"`{asker}` needs an `inner` optimizer with one first moment `mu` and one "
-            f"second moment `nu`, such as `optax.adamw(1e-3)`; this one has {found}."
+            "second moment `nu` of all parameters, such as `optax.adamw(1e-3)`; this "
+            f"one has {found}."
         )
 
 

@@ -40,8 +40,8 @@ def clip_by_percentile(
 
     Args:
         q: Per cent, in [0, 100]. None: 99.5; as published 10.
-        window: Norms remembered, >= 1. None: 1000; as published 10,000, up to which it
-            is the whole history.
+        window: Norms remembered, >= 25, as published >= 1. None: 1000; as published
+            10,000, up to which it is the whole history.
         per: For what, as for `fixed`.
         published: Whether to follow the paper's recurrence exactly.
 

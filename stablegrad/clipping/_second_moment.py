@@ -10,7 +10,7 @@ from .. import _checks, _trees
 from .._checks import require, require_count
 from .._measure import measure
 from . import _moments, _spam
-from ._core import ClipReadings, init_readings, read
+from ._readings import ClipReadings, init_readings, read
 
 NAME = "clip_by_second_moment"
 SPIKE = 0.5  # A step that clipping leaves less than this share of its norm.
@@ -28,7 +28,7 @@ def clip_by_second_moment(
 ) -> optax.GradientTransformationExtraArgs:
     """Clamps each gradient element to a multiple of its own second moment: SPAM.
 
-        v_hat = v / (1 - d^k);    b = sqrt(threshold * max(v_hat, mean(v_hat)))
+        v_hat = v / (1 - d^k);    b = sqrt(threshold * max(v_hat, mean(v_hat_{t-1})))
         g <- g * min(1, b / |g|);    v <- d v + (1 - d) |g|^2
 
     Published: b = sqrt(threshold v), not corrected for its start, so that the limit
@@ -36,10 +36,11 @@ def clip_by_second_moment(
     zero is clamped to zero for ever; the first 20 steps after each reset are free; the
     moments are reset on a clock, their bias correction is not. Default: corrected, held
     against no less than the leaf's mean, in force from the second step, and reset only
-    if asked to, correction included.
+    if asked to, correction included; the leaf's mean outlives a reset. Elements above
+    1e18, whose squares would overflow Adam's moments, never pass.
 
     Args:
-        threshold: Tolerated square in units of the second moment, > 0. 5000 is 71
+        threshold: Tolerated square in units of the second moment, > 1. 5000 is 71
             standard deviations: it catches broken elements, not rough steps.
         inner: An optimizer with moments `mu` and `nu`, such as `optax.adam`, that takes
             the clipped gradient. Its own `nu` is then the yardstick, and a reset means
@@ -49,8 +50,9 @@ def clip_by_second_moment(
             published 500.
         reset_on_spike: Whether to reset after a step of which clipping leaves less than
             half of the norm. Not as published.
-        rewarmup_steps: Steps over which the updates of `inner` grow from 0.01 back to 1
-            after each reset, along a cosine, >= 0. None: 0; as published 150.
+        rewarmup_steps: Steps over which the updates grow from 0.01 back to 1 after each
+            reset, along a cosine, >= 0. None: 0; as published 150, if there is an
+            `inner`.
         published: Whether to follow the paper's recurrence exactly. Its Adam adds `eps`
             before the bias correction of v, which is the affair of `inner`.
 
@@ -70,7 +72,7 @@ def clip_by_second_moment(
     Reference:
         Huang et al., SPAM (2025), https://arxiv.org/abs/2501.06842.
     """
-    require("threshold", threshold, "> 0", lambda x: 0 < x < float("inf"))
+    require("threshold", threshold, "> 1", lambda x: 1 < x < float("inf"))
     require("decay", decay, "in (0, 1)", lambda x: 0 < x < 1)
     period = (500 if published else 0) if reset_every is None else reset_every
     rewarmup = (150 if published else 0) if rewarmup_steps is None else rewarmup_steps
@@ -81,6 +83,7 @@ def clip_by_second_moment(
     optimizer = optax.with_extra_args_support(inner or optax.identity())
     settings = (NAME, threshold, optimizer, inner is None, decay, period, rewarmup)
     if published:
+        require("reset_on_spike", reset_on_spike, "False as published", lambda x: not x)
         return _spam.spam(*settings)
     return _clamped(*settings, reset_on_spike)
 
@@ -92,6 +95,7 @@ class SecondMomentState(NamedTuple):
     clip_moment: Any  # Second moment of the clipped gradient, () if `inner` has it.
     moment_steps: jax.Array  # int32: steps in the moment since its last reset.
     moment_resets: jax.Array  # int32
+    leaf_levels: jax.Array  # float32 (leaves,): mean moments; no reset clears them.
     clip_readings: dict[str, ClipReadings]
 
 
@@ -104,13 +108,33 @@ def _clamped(
         none = jnp.zeros((), jnp.int32)
         inner = _trees.strongly_typed(optimizer.init(params))
         if not own_moment:
-            _moments.require_moments(name, inner)
+            _moments.require_moments(name, inner, params)
         moment = _moments.zeros(params) if own_moment else ()
-        counts = _trees.distinct((none, none, init_readings(name)))
+        levels = jnp.zeros((len(_trees.inexact_leaves(params)),), jnp.float32)
+        counts = _trees.distinct((none, none, levels, init_readings(name)))
         return SecondMomentState(inner, moment, *counts)
 
-    def bound(leaf) -> jax.Array:
-        return jnp.sqrt(jnp.float32(1) * threshold) * jnp.sqrt(_moments.floored(leaf))
+    def bounds_of(known, levels, like):
+        """The largest magnitude of each element; none may square to inf."""
+        level = iter(levels)
+
+        def bound(leaf):
+            floor = next(level)
+            size = jnp.sqrt(jnp.maximum(leaf, floor)) * jnp.sqrt(
+                jnp.asarray(threshold, jnp.float32)
+            )
+            return jnp.where(floor > 0, size, _moments.LARGEST_ROOT)
+
+        return _trees.map_inexact(bound, like, known)
+
+    def levels_of(moment, steps, before, like) -> jax.Array:
+        """The mean of each leaf's moment, or what it was before the moment began."""
+        known = _moments.debiased(moment, decay, steps, like)
+        means = [
+            jnp.mean(v) if v.size else 0.0 for v in _trees.inexact_leaves(known, like)
+        ]
+        now = jnp.stack([*means, jnp.zeros(())])[:-1].astype(jnp.float32)
+        return jnp.where((steps > 0) & (now > 0), now, before)
 
     def update_fn(updates, state, params=None, **extra):
         inner, moment, steps = state.clip_inner, state.clip_moment, state.moment_steps
@@ -118,16 +142,9 @@ def _clamped(
         finite = jnp.isfinite(measured.norm)
         yardstick = moment if own_moment else _moments.second_moment(inner)
         known = _moments.debiased(yardstick, decay, steps, updates)
-        bounds = jax.tree.map(
-            lambda v: jnp.where(
-                (steps > 0) & (jnp.max(v, initial=0) > 0), bound(v), jnp.inf
-            ),
-            known,
-        )
+        bounds = bounds_of(known, state.leaf_levels, updates)
         clipped = _moments.clamp(updates, bounds, updates)
-        clipped = _trees.scale_leaves(
-            clipped, jnp.ones((), jnp.float32), updates, keep=finite
-        )
+        clipped = _trees.zero_unless(finite, clipped, updates)
         left = jnp.where(finite, measure(clipped).norm, 0.0)
         ratio = jnp.where(finite & (measured.norm > 0), left / measured.norm, 1.0)
         out, new_inner = optimizer.update(clipped, inner, params, **extra)
@@ -136,6 +153,8 @@ def _clamped(
         new_inner = _trees.select(finite, new_inner, inner)
         tracked = _trees.select(finite, tracked, moment)
         steps = _trees.count_if(finite, steps)
+        yardstick = tracked if own_moment else _moments.second_moment(new_inner)
+        levels = levels_of(yardstick, steps, state.leaf_levels, updates)
         resets = finite & (steps == period) if period else jnp.zeros((), bool)
         if reset_on_spike:
             resets |= finite & (ratio < SPIKE)
@@ -155,9 +174,10 @@ def _clamped(
         )
         return out, SecondMomentState(
             new_inner,
-            tracked,
+            _trees.cast_like(tracked, moment),
             jnp.where(resets, 0, steps),
             _trees.count_if(resets, state.moment_resets),
+            jnp.where(resets, state.leaf_levels, levels),
             readings,
         )
 

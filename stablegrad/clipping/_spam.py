@@ -9,7 +9,7 @@ import optax
 from .. import _trees
 from .._measure import measure, unguarded
 from . import _moments
-from ._core import ClipReadings, init_readings, read
+from ._readings import ClipReadings, init_readings, read
 
 PROTECTED = 20  # Steps without a limit, at the start and after each reset.
 
@@ -33,7 +33,7 @@ def spam(
         none = jnp.zeros((), jnp.int32)
         inner = _trees.strongly_typed(optimizer.init(params))
         if not own_moment:
-            _moments.require_moments(name, inner)
+            _moments.require_moments(name, inner, params)
         moment = _moments.zeros(params) if own_moment else ()
         counts = _trees.distinct((none, none, init_readings(name)))
         return SpamState(inner, moment, *counts)
@@ -78,7 +78,7 @@ def spam(
         )
         return out, SpamState(
             inner,
-            moment,
+            _trees.cast_like(moment, state.clip_moment),
             step,
             _trees.count_if(resets, state.moment_resets),
             readings,

@@ -15,7 +15,7 @@ from ..responses._clip import factors
 from ..thresholds._core import Scope, judge, learn
 from ..thresholds._zscore import zscore
 from . import _moments
-from ._core import ClipReadings, init_readings, read
+from ._readings import ClipReadings, init_readings, read
 
 NAME = "clip_update_rms"
 
@@ -52,7 +52,8 @@ def clip_update_rms(
 
     Args:
         max_rms: The multiple D of the second moment's root that is always normal, > 0.
-            None: 2; as published 1.
+            None: 2; as published 1. What a huge first gradient leaves in the second
+            moment fades with d: until then, steps below it are normal.
         inner: The optimizer. Needed as published; else optional, the clip being a chain
             member that keeps a second moment of its own.
         decay: Weight d of the past, in (0, 1): that of the optimizer's second moment.
@@ -173,6 +174,7 @@ def clip_update_rms(
             scale=_trees.least(scales),
             finite=finite,
         )
+        moment = _trees.cast_like(moment, state.clip_moment)
         return out, UpdateRmsState(held, moment, steps, watched, readings)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from .. import _checks
 from .._checks import require, require_count
 from .._groups import Granularity
 from ..thresholds._core import Scope
@@ -49,16 +50,17 @@ def clip_by_zscore(
     the clip off for ever. Default: `zscore`, for which a lasting shift by any factor
     is normal within 62 steps. As published, with n the norm, mean m and deviation s:
 
-        zscore:      if (n - m) / (s + eps) > z:   c = clip_factor (m + z^2 s / z_t), or
-        m percentile:  if n > m + z s:               c = m + z s
+        zscore:      z_t = (n - m) / (s + eps);  if z_t > z:  c = f (m + z^2 s / z_t)
+        percentile:  if n > m + z s:  c = m + z s
 
-    for option "adaptive_scaling" or "mean"; then g <- g * min(c, max_norm) / (n + 1e-6)
-    where n is larger; m and s follow c, or n where there is no c.
+    with f the clip factor, or c = m for option="mean"; then where n > min(c, max_norm),
+    g <- g min(c, max_norm) / (n + 1e-6). m and s follow c, or n where there is no c.
 
     Args:
         z: Standard deviations above the mean that are still normal, > 0.
-        decay: Weight of the past, in (0.5, 1). None: 0.98; as published 0.97.
-        warmup_steps: Steps that set the first statistics, >= 3.
+        decay: Weight of the past, in (0.5, 1); as published in (0, 1). None: 0.98; as
+            published 0.97.
+        warmup_steps: Steps that set the first statistics, >= 3; as published >= 1.
         per: For what, as for `fixed`.
         published: Whether to follow the paper's recurrence exactly. All arguments
             below belong to it.
@@ -86,12 +88,13 @@ def clip_by_zscore(
         Kumar et al., ZClip (2025), https://arxiv.org/abs/2504.02507.
     """
     if not published:
-        given = (max_norm, mode, option, clip_factor, skip_update_on_spike, eps)
-        require(
-            "published",
-            published,
-            "True for max_norm, mode, option, clip_factor, skip_update_on_spike or eps",
-            lambda _: given == (1.0, *MODES[:1], *OPTIONS[:1], 1.0, False, 1e-6),
+        _checks.only_published(
+            max_norm=(max_norm, 1.0),
+            mode=(mode, MODES[0]),
+            option=(option, OPTIONS[0]),
+            clip_factor=(clip_factor, 1.0),
+            skip_update_on_spike=(skip_update_on_spike, False),
+            eps=(eps, 1e-6),
         )
         threshold = zscore(
             z,
@@ -103,6 +106,9 @@ def clip_by_zscore(
     decay = 0.97 if decay is None else decay
     require("z", z, "> 0", lambda x: 0 < x < float("inf"))
     require("decay", decay, "in (0, 1)", lambda x: 0 < x < 1)
+    require("clip_factor", clip_factor, "> 0", lambda x: 0 < x < float("inf"))
+    require("eps", eps, "> 0", lambda x: 0 < x < float("inf"))
+    require("max_norm", max_norm, "> 0 or None", lambda x: x is None or x > 0)
     require("mode", mode, f"one of {MODES}", lambda x: x in MODES)
     require("option", option, f"one of {OPTIONS}", lambda x: x in OPTIONS)
     require_count("warmup_steps", warmup_steps)

@@ -32,8 +32,8 @@ def back_off(
     """Multiplies the learning rate by `factor` at an explosion, holds, then regrows.
 
     With e_t: some threshold is exceeded for the `confirm_steps`-th time in a row or
-    later; a_t: a step has been taken since the last
-    cut; and c_t: `hold_steps` steps have been taken and calm since the last explosion:
+    later; a_t: a step has been taken since the last cut; and c_t: `hold_steps` steps
+    have been taken and calm since the last explosion:
 
         k_t = max(factor * k_{t-1}, min_scale)               if e_t and a_t
         k_t = min(1, k_{t-1} * factor ** (-1 / regrow_steps))  if c_t, else k_{t-1}

@@ -3,7 +3,7 @@
 import jax
 import optax
 
-from .._checks import require
+from .._checks import require, require_count
 from .._guard import GuardedTransformation, guard
 from ..responses._halt import halt
 from ..responses._skip import skip
@@ -78,6 +78,8 @@ def skip_bad_steps(
         trainers Levanter, MaxText and AXLearn.
     """
     require("rule", rule, f"one of {RULES}", lambda x: x in RULES)
+    require("sigma", sigma, "> 0", lambda x: 0 < x < float("inf"))
+    require_count("window", window, 4)
     require("multiplier", multiplier, "> 1", lambda x: 1 < x < float("inf"))
     if published and rule in WINDOWS:
         ddof, floor, counts = WINDOWS[rule]

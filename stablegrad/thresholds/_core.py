@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from .._groups import Granularity, Grouping
 from .._signals import Signal, is_norm
+from .._trees import cast_like
 from ._statistics import where_groups
 
 
@@ -79,8 +80,7 @@ def learn(threshold: Threshold, state, judgement: Judgement):
     signal = jnp.where(teaches, judgement.signal, 1.0)
     new = threshold.update(state, signal, judgement.exceeded)
     # Hyperparameters may be wider than the state; the state keeps its dtypes.
-    new = jax.tree.map(lambda after, before: after.astype(before.dtype), new, state)
-    return where_groups(teaches, new, state)
+    return where_groups(teaches, cast_like(new, state), state)
 
 
 def optional(threshold: Threshold) -> Threshold:

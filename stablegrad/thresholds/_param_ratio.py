@@ -32,7 +32,8 @@ def param_ratio(
 
     Returns:
         A threshold for a response, which needs `params` at every step. It has no
-        state. A nan or inf is never normal.
+        state. A nan or inf is never normal, and a group whose parameters are not
+        finite has no limit.
 
     Raises:
         ValueError: If a concrete argument is out of range; when the optimizer is
@@ -58,7 +59,8 @@ def param_ratio(
 
     def limit(state, scope: Scope) -> jax.Array:
         del state
-        return ratio * jnp.maximum(scope.param_norms, eps)
+        known = jnp.isfinite(scope.param_norms)
+        return jnp.where(known, ratio * jnp.maximum(scope.param_norms, eps), jnp.inf)
 
     return Threshold(
         "param_ratio",

@@ -15,7 +15,7 @@ def oracle(flat, least, decay, warmup):
     for t, g in enumerate(flat):
         size = np.linalg.norm(g)
         cosine = g @ mean / (size * np.linalg.norm(mean)) if mean.any() else 1.0
-        if t >= warmup and cosine < least:
+        if t >= warmup and cosine < least and np.linalg.norm(mean) >= 0.5:
             u = mean / np.linalg.norm(mean)
             across = g - (g @ u) * u
             along = least * np.linalg.norm(across) / np.sqrt(1 - least**2)
