@@ -36,12 +36,12 @@ def test_rescue_survives_all_faults_and_writes_what_it_says(tmp_path, capsys):
     assert (tmp_path / "rescue.png").read_bytes().startswith(b"\x89PNG")
     lines = (tmp_path / "telemetry.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
-    assert len(rows) == 4 * 400
+    assert len(rows) == 4 * 600
     guarded = [row for row in rows if row["run"] == "guarded"]
-    plan = faults.Plan.over(400)
+    plan = faults.Plan.over(600)
     for step in (plan.nan_batch, *plan.nan_burst):
         assert guarded[step]["skipped"] and guarded[step]["grad_norm"] is None
-    assert guarded[-1]["guarded_steps"] == 400
+    assert guarded[-1]["guarded_steps"] == 600
 
 
 def test_the_cost_benchmark_compares_every_row_with_bare_adamw(capsys):

@@ -137,8 +137,7 @@ def test_every_setting_reaches_its_response():
     assert np.min(seen["lr_scale"]) == 0.75
 
 
-@pytest.mark.parametrize("at", [1, 2, 10])
-@pytest.mark.parametrize("size", [1e4, 1e17])
+@pytest.mark.parametrize("size, at", [(1e17, 1), (1e4, 2), (1e17, 10)])
 def test_a_finite_spike_during_warm_up_does_not_freeze_adam(size, at):
     # Adam's second moment would remember 1e17 for 80,000 steps.
     norms, values = healthy(120)
