@@ -197,11 +197,18 @@ def _saturate(norm) -> jax.Array:
     return jnp.minimum(norm.astype(jnp.float32), LARGEST)
 
 
+def _explicitly_sharded(leaf) -> bool:
+    sharding = getattr(jax.typeof(leaf), "sharding", None)
+    return sharding is not None and any(axis is not None for axis in sharding.spec)
+
+
 def _sum_of_squares(leaf) -> jax.Array:
     """Sum of |x|^2 in float32. A dot product is XLA's fastest full reduction."""
     if jnp.iscomplexobj(leaf):
         return _sum_of_squares(leaf.real) + _sum_of_squares(leaf.imag)
     leaf = leaf.astype(np.promote_types(leaf.dtype, np.float32))
+    if _explicitly_sharded(leaf):  # Where a dot product would ask for its sharding.
+        return jnp.sum(jnp.square(leaf)).astype(jnp.float32)
     axes = tuple(range(leaf.ndim))
     square = lax.dot_general(
         leaf, leaf, ((axes, axes), ((), ())), precision=lax.Precision.HIGHEST
