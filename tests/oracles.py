@@ -84,26 +84,6 @@ def adagc(leaf_norms, *, lambda_abs=1.0, lambda_rel=1.05, beta=0.98, warmup=100)
 
 
 @np.errstate(all="ignore")
-def adagc_ernie(leaf_norms, *, ratio=1.03, beta=0.98, start=100, eps=1e-8):
-    """AdaGC as Baidu's ERNIE runs it, arXiv 2502.11034: (factors, gammas)."""
-    leaf_norms = np.asarray(leaf_norms, np.float64)
-    factors, gammas = np.ones((2, *leaf_norms.shape))
-    gamma = leaf_norms[0]
-    for t, n in enumerate(leaf_norms):
-        if t + 1 <= start:
-            coef = 1.0 / (np.sqrt(np.sum(n**2)) + eps)
-            factors[t] = coef if coef < 1 else 1.0
-            # The raw norm, unlike kozistr's port.
-            gamma = np.where(n < gamma, n, gamma)
-        else:
-            over = n > ratio * gamma
-            factors[t] = np.where(over, ratio * gamma / (n + eps), 1.0)
-            gamma = beta * gamma + (1 - beta) * np.where(over, ratio * gamma, n)
-        gammas[t] = gamma
-    return factors, gammas
-
-
-@np.errstate(all="ignore")
 def agc(grad, param, axes, *, clipping=0.01, eps=1e-3):
     """AGC, Brock et al. 2021, arXiv 2102.06171; one unit spans `axes`."""
     grad, param = np.asarray(grad, np.float64), np.asarray(param, np.float64)
@@ -166,42 +146,6 @@ def stable_spam_adaclip(grads, *, theta=0.999, reset_every=1000):
         if reset_every and (t + 1) % reset_every == 0:
             step = 1  # Shared with Adam, whose moments restart; m_max does not.
     return clipped
-
-
-@np.errstate(all="ignore")
-def stable_spam(
-    grads,
-    *,
-    b1=0.9,
-    b2=0.999,
-    gamma1=0.7,
-    gamma2=0.9,
-    theta=0.999,
-    eps=1e-8,
-    reset_every=1000,
-    lr=1.0,
-):
-    """Stable-SPAM, arXiv 2502.17055: (updates, gradients as Adam sees them)."""
-    clipped = stable_spam_adaclip(grads, theta=theta, reset_every=reset_every)
-    updates, seen = np.zeros_like(clipped), np.zeros_like(clipped)
-    m = v = np.zeros(clipped.shape[1:])
-    m_norm, v_norm, step = 0.0, 0.0, 0
-    for t, g in enumerate(clipped):
-        step += 1
-        n = np.sqrt(np.sum(g**2))
-        m_norm = gamma1 * m_norm + (1 - gamma1) * n
-        v_norm = gamma2 * v_norm + (1 - gamma2) * n**2
-        mean = m_norm / (1 - gamma1**step)
-        square = v_norm / (1 - gamma2**step)
-        if n > 0:
-            g = g / n * (mean / (np.sqrt(square) + eps))
-        if reset_every and (t + 1) % reset_every == 0:
-            m, v, step = np.zeros_like(g), np.zeros_like(g), 1
-        m = b1 * m + (1 - b1) * g
-        v = b2 * v + (1 - b2) * g**2
-        denominator = np.sqrt(v) / math.sqrt(1 - b2**step) + eps
-        updates[t], seen[t] = -lr / (1 - b1**step) * m / denominator, g
-    return updates, seen
 
 
 @np.errstate(all="ignore")
@@ -276,25 +220,6 @@ def axlearn_drop(norms, *, decay=0.99, kind="ema", multiplier=20, min_count=500)
 
 
 @np.errstate(all="ignore")
-def levanter_update_clip(norms, *, window=128, sigma=3.0):
-    """`clip_update_by_historical_norm` of Levanter, fed unclipped norms: factors."""
-    norms = np.asarray(norms, np.float64)
-    factors = np.ones(len(norms))
-    for t in range(max(2, window // 2), len(norms)):
-        mean, std = _mean_std(norms[max(0, t - window) : t], 0)
-        limit = mean + sigma * np.maximum(std, 1e-6)
-        factors[t] = limit / max(norms[t], 1e-6) if norms[t] > limit else 1.0
-    return factors
-
-
-@np.errstate(all="ignore")
 def global_norm_clip(n, max_norm):
     """`optax.clip_by_global_norm`: factors for one or many norms."""
     return np.where(np.less(n, max_norm), 1.0, np.divide(max_norm, n))
-
-
-@np.errstate(all="ignore")
-def block_rms_clip(u, t):
-    """`optax.clip_by_block_rms`: the clipped update of one tensor."""
-    u = np.asarray(u, np.float64)
-    return u / np.maximum(1.0, np.sqrt(np.mean(u**2)) / t)

@@ -127,57 +127,35 @@ def test_zclip_survives_an_inf():
 
 
 @pytest.mark.parametrize(
-    ("sigma", "share", "strict_share", "level"),
-    [(0.05, 0.19, 0.37, 0.99), (0.2, 0.63, 0.75, 0.91), (0.5, 0.80, 0.87, 0.64)],
+    ("sigma", "share", "level"),
+    [(0.05, 0.19, 0.99), (0.2, 0.63, 0.91), (0.5, 0.80, 0.64)],
 )
-def test_adagc_clips_a_large_share_of_ordinary_norms(sigma, share, strict_share, level):
+def test_adagc_clips_a_large_share_of_ordinary_norms(sigma, share, level):
     norms = lognormal(sigma, 12000)[:, None]
     factors, gammas = oracles.adagc(norms)
     assert clipped_share(factors[2000:]) == pytest.approx(share, abs=0.02)
     assert np.mean(gammas[2000:]) == pytest.approx(level, abs=0.02)
-    factors, _ = oracles.adagc_ernie(norms)
-    assert clipped_share(factors[2000:]) == pytest.approx(strict_share, abs=0.02)
 
 
-@pytest.mark.parametrize(
-    ("method", "half", "full"),
-    [(oracles.adagc, 1600, 2304), (oracles.adagc_ernie, 2700, 3839)],
-)
-def test_adagc_needs_thousands_of_steps_to_follow_a_tenfold_level(method, half, full):
+def test_adagc_needs_thousands_of_steps_to_follow_a_tenfold_level():
     norms = np.ones((4200, 1))
     norms[200:] *= 10
-    factors, gammas = method(norms)
-    assert np.argmax(gammas >= 5) - 200 == pytest.approx(half, rel=0.01)
-    assert np.argmax(factors[200:] >= 1) == pytest.approx(full, rel=0.03)
+    factors, gammas = oracles.adagc(norms)
+    assert np.argmax(gammas >= 5) - 200 == pytest.approx(1600, rel=0.01)
+    assert np.argmax(factors[200:] >= 1) == pytest.approx(2304, rel=0.03)
 
 
-def test_adagc_warms_up_on_clipped_norms_and_ernie_on_raw_ones():
+def test_adagc_warms_up_on_clipped_norms():
     norms = np.array([[3.0, 4.0], [6.0, 8.0], [0.3, 0.4]])
     factors, gammas = oracles.adagc(norms)
     np.testing.assert_allclose(factors, [[0.2] * 2, [0.1] * 2, [1.0] * 2])
     np.testing.assert_allclose(gammas, [[0.6, 0.8], [0.6, 0.8], [0.3, 0.4]])
-    ernie_factors, gammas = oracles.adagc_ernie(norms)
-    np.testing.assert_allclose(ernie_factors, factors)
-    np.testing.assert_allclose(gammas, [[3, 4], [3, 4], [0.3, 0.4]])
 
 
-def test_adagc_warms_up_for_99_steps_and_ernie_for_100():
+def test_adagc_warms_up_for_99_steps():
     norms = np.full((102, 1), 0.5)
     norms[98:] = 0.8  # Less than the absolute limit, more than the relative one.
-    first = lambda factors: np.argmax(factors < 1)
-    assert first(oracles.adagc(norms)[0]) == 99
-    assert first(oracles.adagc_ernie(norms)[0]) == 100
-
-
-def test_adagc_stops_clipping_the_tensor_that_saw_a_nan():
-    norms = np.ones((300, 2))
-    norms[150, 0] = np.nan
-    norms[200] = 100.0
-    factors, gammas = oracles.adagc_ernie(norms)
-    assert np.isnan(gammas[150:, 0]).all()
-    assert np.isfinite(gammas[:, 1]).all()
-    assert factors[200, 0] == 1
-    assert factors[200, 1] < 0.02
+    assert np.argmax(oracles.adagc(norms)[0] < 1) == 99
 
 
 @pytest.mark.parametrize(
@@ -244,27 +222,6 @@ def test_stable_spam_inverts_the_order_of_elements():
     grads[-1] = [10.0, 1.01, 0.99]
     clipped = oracles.stable_spam_adaclip(grads)
     np.testing.assert_allclose(clipped[-1], [1.0, 0.101, 0.99], rtol=RTOL)
-
-
-def test_stable_spam_forgets_its_scale_for_some_steps_after_a_reset():
-    seen = oracles.stable_spam(np.ones((1030, 1)))[1][:, 0]
-    k = np.arange(2, 32)
-    np.testing.assert_allclose(seen[:1000], 1.0, rtol=1e-6)
-    np.testing.assert_allclose(
-        seen[1000:], np.sqrt(1 - 0.9**k) / (1 - 0.7**k), rtol=1e-6
-    )
-
-
-def test_stable_spam_restarts_adam_at_a_reset():
-    grads = np.ones((1000, 1))
-    grads[-1] = -1.0
-    assert oracles.stable_spam(grads)[0][-1, 0] == pytest.approx(1.0, rel=1e-6)
-
-
-def test_stable_spam_never_forgets_a_nan():
-    grads = np.ones((1100, 1))
-    grads[10] = np.nan
-    assert np.isnan(oracles.stable_spam(grads)[0][10:]).all()
 
 
 @pytest.mark.parametrize(("b2", "bound"), [(0.95, 4.47), (0.99, 10), (0.999, 31.6)])
@@ -362,21 +319,6 @@ def test_axlearn_drops_norms_above_twenty_until_a_smaller_one_comes():
     assert (means[3], squares[3]) == (19.0, 361.0)
 
 
-def test_levanter_clips_update_norms_to_three_deviations():
-    norms = np.tile([0.9, 1.1], 40)
-    norms[64] = 10.0
-    factors = oracles.levanter_update_clip(norms)
-    assert np.flatnonzero(factors < 1).tolist() == [64]
-    assert factors[64] == pytest.approx(0.13, rel=RTOL)
-    # One step earlier there is too little history.
-    assert (oracles.levanter_update_clip(norms[1:]) == 1).all()
-
-
-def test_optax_clips_spread_a_nan_or_keep_it_in_its_leaf():
+def test_a_global_norm_spreads_a_nan():
     factors = oracles.global_norm_clip([0.5, 1.0, 4.0, np.inf, np.nan], 1.0)
     np.testing.assert_array_equal(factors, [1, 1, 0.25, 0, np.nan])
-    np.testing.assert_allclose(
-        oracles.block_rms_clip([3.0, 4.0, 5.0, 6.0], 100.0)[0], 3
-    )
-    assert np.mean(oracles.block_rms_clip([3.0, 4.0], 2.0) ** 2) == pytest.approx(4)
-    assert np.isnan(oracles.block_rms_clip([1.0, np.nan], 1.0)).all()

@@ -50,8 +50,14 @@ def test_zclip(name):
     np.testing.assert_allclose(rule.norm_variance[0], variances[-1], rtol=1e-2)
 
 
-def test_zclip_reproduces_the_golden_vector():
-    tx = sg.clip_by_zscore(2.0, published=True, warmup_steps=3, max_norm=None)
+@pytest.mark.parametrize(
+    "mode, clipped, mean, variance",
+    [("zscore", 1.500001, 1.01500003, 0.249557), ("percentile", 2.0, 1.03, 0.270727)],
+)
+def test_zclip_reproduces_the_golden_vectors(mode, clipped, mean, variance):
+    tx = sg.clip_by_zscore(
+        2.0, published=True, warmup_steps=3, max_norm=None, mode=mode
+    )
     state = tx.init(jnp.zeros(1))
     rule = state.clip_rule_state._replace(
         steps_seen=jnp.array([3]),
@@ -61,9 +67,9 @@ def test_zclip_reproduces_the_golden_vector():
     out, state = jax.jit(tx.update)(
         jnp.array([3.0]), state._replace(clip_rule_state=rule)
     )
-    np.testing.assert_allclose(out, 1.500001, rtol=1e-6)
-    np.testing.assert_allclose(state.clip_rule_state.norm_mean, 1.01500003, rtol=1e-6)
-    np.testing.assert_allclose(state.clip_rule_state.norm_variance, 0.249557, rtol=1e-5)
+    np.testing.assert_allclose(out, clipped, rtol=1e-6)
+    np.testing.assert_allclose(state.clip_rule_state.norm_mean, mean, rtol=1e-6)
+    np.testing.assert_allclose(state.clip_rule_state.norm_variance, variance, rtol=1e-5)
 
 
 @pytest.mark.parametrize("warmup", [2, 100])
@@ -104,6 +110,17 @@ def test_adaptive_gradient_clipping(scale):
     chex.assert_trees_all_close(
         out, peer.update(grads, peer.init(params), params)[0], rtol=1e-5
     )
+
+
+@pytest.mark.parametrize(
+    "param, grad, expected",
+    [([3.0, 4.0], [7.0, 24.0], [0.7, 2.4]), ([0.0, 0.0], [1.0, 1.0], [0.0, 0.0])],
+)
+def test_adaptive_gradient_clipping_reproduces_the_golden_values(param, grad, expected):
+    tx = sg.clip_by_param_norm(0.5, eps=0.0, published=True)
+    params, grads = {"bias": jnp.array(param)}, {"bias": jnp.array(grad)}
+    out, _ = jax.jit(tx.update)(grads, tx.init(params), params)
+    np.testing.assert_allclose(out["bias"], expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("period, warmup", [(500, 150), (100, 30), (0, 0)])
