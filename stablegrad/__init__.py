@@ -23,6 +23,19 @@ from .clipping._percentile import clip_by_percentile as clip_by_percentile
 from .clipping._second_moment import clip_by_second_moment as clip_by_second_moment
 from .clipping._update_rms import clip_update_rms as clip_update_rms
 from .clipping._zscore import clip_by_zscore as clip_by_zscore
+from .curvature._critical import critical_learning_rate as critical_learning_rate
+from .curvature._range_test import (
+    learning_rate_range_test as learning_rate_range_test,
+)
+from .curvature._sharpness import sharpness as sharpness
+from .learning_rate._observe_metric import observe_metric as observe_metric
+from .learning_rate._plateau import reduce_on_plateau as reduce_on_plateau
+from .learning_rate._scale_by_schedule import (
+    scale_by_explosion_aware_schedule as scale_by_explosion_aware_schedule,
+)
+from .learning_rate._stateful_schedule import (
+    explosion_aware_schedule as explosion_aware_schedule,
+)
 from .responses._back_off import back_off as back_off
 from .responses._clip import clip as clip
 from .responses._halt import halt as halt

@@ -11,6 +11,7 @@ from ._guard import GuardState
 from ._reasons import Reason
 from ._record import ENCODED, Event, EventKind, Record, decode, init_record
 from .clipping._readings import numbers_of_clips
+from .learning_rate._readings import numbers_of_rates
 
 
 class TrainingHalted(RuntimeError):
@@ -46,10 +47,14 @@ def metrics(state: Any) -> dict[str, jax.Array]:
         `clip_by_...` of a chain adds `<its name>_raw_norm`, `_clipped_norm`, `_limit`,
         `_scale` (the smallest factor), and since `init` `_clipped_steps` and
         `_dropped_steps` (not finite, hence zeros); a second one of the same name is
-        `<its name>_2_...`.
+        `<its name>_2_...`. An explosion-aware schedule adds `schedule_lr_scale`,
+        `schedule_rate`, `schedule_position`, `schedule_cuts` and
+        `schedule_dropped_steps`; a plateau `plateau_scale`, `plateau_best` (nan: none
+        yet), `plateau_bad_evaluations`, `plateau_evaluations`, `plateau_cuts` and
+        `plateau_ignored_metrics`; a second one is `schedule_2_...`, `plateau_2_...`.
 
     Raises:
-        ValueError: If there is neither a guard nor a clip in the state.
+        ValueError: If there is neither a guard nor one of those in the state.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -62,7 +67,8 @@ def metrics(state: Any) -> dict[str, jax.Array]:
         >>> now["grad_norm"].item(), round(now["clipped_grad_norm"].item(), 6)
         (5.0, 1.0)
     """
-    found, clips = _search(state), numbers_of_clips(state)
+    found = _search(state)
+    clips = {**numbers_of_clips(state), **numbers_of_rates(state)}
     if not clips or found:
         found = _guards(state)
     prefixes = [""] if len(found) == 1 else [f"guard_{i}_" for i in range(len(found))]

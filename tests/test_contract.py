@@ -37,6 +37,17 @@ TRANSFORMATIONS = {
     "clip_update_rms": lambda: chained(sg.clip_update_rms()),
     "clip_by_max": lambda: chained(sg.clip_by_max()),
     "limit_direction": lambda: chained(sg.limit_direction()),
+    "scale_by_explosion_aware_schedule": lambda: chained(
+        sg.scale_by_explosion_aware_schedule(
+            optax.cosine_decay_schedule(1.0, 100),
+            sg.ema_ratio(6.0, of="value"),
+            limit=sg.fixed(1.0, per="leaf"),
+        )
+    ),
+    # A plateau lets a nan pass; the clip before it does not.
+    "reduce_on_plateau": lambda: chained(
+        optax.chain(sg.clip_by_norm(9.0), sg.reduce_on_plateau(patience=0))
+    ),
 }
 NEED_PARAMS = {"clip_by_param_norm"}
 # Public names that are not transformations.
@@ -52,6 +63,8 @@ PIECES = {
 }
 RESPONSES = {"clip", "skip", "back_off", "halt"}
 READERS = {"metrics", "events", "is_healthy", "raise_if_halted", "apply"}
+BEFORE_TRAINING = {"critical_learning_rate", "learning_rate_range_test", "sharpness"}
+SCHEDULES = {"explosion_aware_schedule", "observe_metric"}
 
 every = pytest.mark.parametrize("name", TRANSFORMATIONS)
 DTYPES = ["bfloat16", "complex64"]
@@ -87,7 +100,8 @@ def run(tx, params, grads, steps):
 def test_every_public_function_is_in_a_registry():
     functions = {name for name, _ in inspect.getmembers(sg, inspect.isfunction)}
     functions = {name for name in functions if not name.startswith("_")}
-    assert functions == set(TRANSFORMATIONS) | PIECES | RESPONSES | READERS
+    others = PIECES | RESPONSES | READERS | SCHEDULES | BEFORE_TRAINING
+    assert functions == set(TRANSFORMATIONS) | others
 
 
 @every

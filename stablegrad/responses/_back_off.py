@@ -1,24 +1,24 @@
 """Back off: lower the learning rate after an explosion, then let it regrow."""
 
-from typing import NamedTuple
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
 
 from .._checks import require
-from .._trees import increment
-from ..thresholds._core import Threshold
+from .._groups import leaf_factors
+from .._signals import is_outgoing
+from ..learning_rate._explosions import (
+    ExplosionSettings,
+    ExplosionState,
+    after_step,
+    check_settings,
+    init_explosions,
+    scale_now,
+)
+from ..thresholds._core import Judgement, Threshold
+from ._clip import factors
 from ._core import Response, any_true, check_thresholds, proceed
-
-
-class BackOffState(NamedTuple):
-    """State of `back_off`."""
-
-    scale_at_cut: jax.Array  # float32, in [min_scale, 1]: just after the last cut.
-    regrown_steps: jax.Array  # int32: calm steps of regrowth since then, saturating.
-    hold_left: jax.Array  # int32, >= 0: calm steps before it regrows.
-    explosion_run: jax.Array  # int32: explosions in a row so far.
-    may_cut: jax.Array  # bool: a step was taken since the last cut.
 
 
 def back_off(
@@ -28,6 +28,8 @@ def back_off(
     hold_steps: int | jax.Array = 10,
     regrow_steps: int | jax.Array = 1000,
     min_scale: float | jax.Array = 1e-4,
+    limit: Threshold | None = None,
+    limit_below: float | jax.Array = 1.0,
 ) -> Response:
     """Multiplies the learning rate by `factor` at an explosion, holds, then regrows.
 
@@ -43,7 +45,8 @@ def back_off(
     is multiplied by the cut k at once, and by the regrown k from the next step on. A
     run of rejected steps cuts once: a learning rate can only be to blame for steps that
     were taken. Regrowth undoes one cut in `regrow_steps` calm steps, so the schedule's
-    own rate is reached again; it is never exceeded.
+    own rate is reached again; it is never exceeded. Where k_t < `limit_below`, the step
+    is clipped besides, to what `limit` calls normal.
 
     Args:
         *thresholds: What counts as an explosion; at least one.
@@ -53,81 +56,86 @@ def back_off(
         hold_steps: Calm steps before regrowth starts, >= 0.
         regrow_steps: Calm steps that undo one cut, >= 1.
         min_scale: Smallest factor on the learning rate, in (0, 1].
+        limit: A threshold to clip to while the rate is low, as `clip` does; exceeding
+            it is no explosion. None: no clip. A cut by an explosion of the update
+            (of="update_norm") comes too late to clip the gradient of its own step.
+        limit_below: The k_t below which `limit` is in force, in (0, 1]. 1: whenever the
+            rate is lowered at all.
 
     Returns:
         A response for `guard`, whose product is `lr_scale` in `metrics`.
 
     Raises:
         TypeError: If an argument is not a threshold.
-        ValueError: If none is given, or a concrete argument is out of range.
+        ValueError: If none is given, if `limit` watches the loss, or a concrete
+            argument is out of range.
 
     Example:
         >>> import optax
         >>> import stablegrad as sg
-        >>> tx = sg.guard(optax.sgd(0.1), sg.back_off(sg.zscore(6.0, of="value")))
+        >>> rule = sg.back_off(sg.zscore(6.0, of="value"), limit=sg.fixed(1.0))
+        >>> tx = sg.guard(optax.sgd(0.1), rule)
     """
-    check_thresholds("back_off", thresholds)
+    settings = ExplosionSettings(
+        factor, confirm_steps, hold_steps, regrow_steps, min_scale
+    )
+    return explosion_response("back_off", thresholds, settings, limit, limit_below)
+
+
+def explosion_response(
+    asker: str,
+    thresholds: tuple[Threshold, ...],
+    settings: ExplosionSettings,
+    limit: Threshold | None = None,
+    limit_below: float | jax.Array = 1.0,
+) -> Response:
+    """The response of `back_off`, whose errors name `asker`.
+
+    Its thresholds are those given and then `limit`.
+    """
+    clips = () if limit is None else (limit,)
+    check_thresholds(asker, (*thresholds, *clips))
     if not thresholds:
-        raise ValueError("`back_off` must be given at least one threshold, got none.")
-    require("factor", factor, "in (0, 1)", lambda x: 0 < x < 1)
-    require("confirm_steps", confirm_steps, ">= 1", lambda x: 1 <= x < float("inf"))
-    require("hold_steps", hold_steps, ">= 0", lambda x: 0 <= x < float("inf"))
-    require("regrow_steps", regrow_steps, ">= 1", lambda x: 1 <= x < float("inf"))
-    require("min_scale", min_scale, "in (0, 1]", lambda x: 0 < x <= 1)
-
-    def init() -> BackOffState:
-        return BackOffState(
-            scale_at_cut=jnp.ones((), jnp.float32),
-            regrown_steps=jnp.zeros((), jnp.int32),
-            hold_left=jnp.zeros((), jnp.int32),
-            explosion_run=jnp.zeros((), jnp.int32),
-            may_cut=jnp.zeros((), bool),
+        raise ValueError(f"`{asker}` must be given at least one threshold, got none.")
+    if limit is not None and limit.of == "value":
+        raise ValueError(
+            "`limit` must watch a norm, got a threshold with of='value': a large loss "
+            "does not say how far to shrink a gradient."
         )
+    check_settings(settings)
+    require("limit_below", limit_below, "in (0, 1]", lambda x: 0 < x <= 1)
 
-    def explodes(judgements):
-        asked = [
-            judgement.nonfinite
-            for threshold, judgement in zip(thresholds, judgements, strict=True)
-            if threshold.name == "nonfinite"
-        ]
-        broken = [jnp.any(flags) for flags in asked]
-        return jnp.any(jnp.stack([any_true(judgements, "exceeded"), *broken]))
+    def propose(state: ExplosionState, judgements):
+        # The last judgement, if there is one more than thresholds, is the limit's.
+        said = list(zip(thresholds, judgements, strict=False))
+        verdict = proceed(lr_scale=scale_now(settings, state, signs(said)[0])[0])
+        if limit is None:
+            return verdict
+        outgoing = is_outgoing(limit.of)
+        # The gradient can only be clipped for what is known before the optimizer runs.
+        in_time = [word for word in said if outgoing or not is_outgoing(word[0].of)]
+        low = scale_now(settings, state, signs(in_time)[0])[0] < limit_below
+        scales = leaf_factors(judgements[-1].grouping, factors(judgements[-1]))
+        clipped = jax.tree.map(lambda scale: jnp.where(low, scale, 1.0), scales)
+        if outgoing:
+            return verdict._replace(update_scale=clipped)
+        return verdict._replace(gradient_scale=clipped)
 
-    def scale_now(state: BackOffState, exploded):
-        """The factor on this step, whether it explodes for long enough, and cuts."""
-        # From the count, not step by step: float32 would lose a slow regrowth.
-        regrown = state.regrown_steps.astype(jnp.float32) / regrow_steps
-        scale = state.scale_at_cut * jnp.asarray(factor, jnp.float32) ** -regrown
-        # A factor that is traced may turn out to be nan.
-        scale = jnp.where(jnp.isfinite(scale), jnp.minimum(scale, 1.0), 1.0)
-        cut = jnp.maximum(scale * factor, min_scale)
-        confirmed = exploded & (state.explosion_run + 1 >= confirm_steps)
-        cuts = confirmed & state.may_cut & jnp.isfinite(cut)
-        return jnp.where(cuts, cut, scale).astype(jnp.float32), confirmed, cuts
+    def settle(state: ExplosionState, judgements, reason) -> ExplosionState:
+        exploded, unknown = signs(zip(thresholds, judgements, strict=False))
+        return after_step(settings, state, exploded, unknown, taken=reason == 0)
 
-    def propose(state: BackOffState, judgements):
-        return proceed(lr_scale=scale_now(state, explodes(judgements))[0])
+    return Response(asker, (*thresholds, *clips), init_explosions, propose, settle)
 
-    def settle(state: BackOffState, judgements, reason) -> BackOffState:
-        exploded, taken = explodes(judgements), reason == 0
-        unknown = any_true(judgements, "nonfinite")
-        scale, confirmed, cuts = scale_now(state, exploded)
-        calm = taken & ~exploded & ~unknown
-        held = jnp.where(calm, jnp.maximum(state.hold_left - 1, 0), state.hold_left)
-        regrows = calm & (state.hold_left == 0)
-        regrown = jnp.where(
-            regrows, increment(state.regrown_steps), state.regrown_steps
-        )
-        return BackOffState(
-            scale_at_cut=jnp.where(cuts, scale, state.scale_at_cut),
-            regrown_steps=jnp.where(cuts, 0, regrown),
-            hold_left=jnp.where(confirmed, hold_steps, held).astype(jnp.int32),
-            explosion_run=jnp.where(
-                exploded,
-                increment(state.explosion_run),
-                jnp.where(unknown, state.explosion_run, 0),
-            ),
-            may_cut=taken | (state.may_cut & ~cuts),
-        )
 
-    return Response("back_off", thresholds, init, propose, settle)
+def signs(said: Iterable[tuple[Threshold, Judgement]]) -> tuple[jax.Array, jax.Array]:
+    """Whether a step explodes by these words, and whether a signal is not finite."""
+    said = list(said)
+    words = [judgement for _, judgement in said]
+    asked = [
+        jnp.any(judgement.nonfinite)
+        for threshold, judgement in said
+        if threshold.name == "nonfinite"
+    ]
+    exploded = jnp.any(jnp.stack([any_true(words, "exceeded"), *asked]))
+    return exploded, any_true(words, "nonfinite")

@@ -198,3 +198,81 @@ def test_several_back_offs_multiply():
     tx = sg.guard(optax.sgd(1.0), *rules)
     _, _, (_, seen, _) = scan(tx, of_norm(np.ones(2)), PARAMS, [1.0, 9.0])
     np.testing.assert_allclose(seen["lr_scale"], [1.0, 0.25], rtol=RTOL)
+
+
+def limited(norms, values, inner=None, explosion=None, **options):
+    """What a back-off with a limit does to gradients of some norms, step by step."""
+    explosion = explosion or sg.fixed(5.0, of="value")
+    options = {"factor": 0.5, "hold_steps": 0, "regrow_steps": 1, **options}
+    tx = sg.guard(inner or optax.sgd(1.0), sg.back_off(explosion, **options))
+    return scan(tx, of_norm(norms), PARAMS, values)[2][1]
+
+
+def test_the_gradient_is_clipped_only_while_the_rate_is_low():
+    seen = limited(
+        norms=[4.0, 4.0, 4.0, 1.0, 4.0, 4.0],
+        values=[1.0, 9.0, 9.0, 1.0, 1.0, 1.0],
+        limit=sg.fixed(2.0),
+        limit_below=0.3,
+    )
+    scale = [1, 0.5, 0.25, 0.25, 0.5, 1]
+    np.testing.assert_allclose(seen["lr_scale"], scale, rtol=RTOL)
+    # Below 0.3 at the third and the fourth step, the latter of which is small.
+    np.testing.assert_allclose(seen["clip_scale"], [1, 1, 0.5, 1, 1, 1], rtol=RTOL)
+    applied = [4, 2, 0.5, 0.25, 2, 4]
+    np.testing.assert_allclose(seen["update_norm"], applied, rtol=RTOL)
+
+
+def test_a_limit_is_in_force_by_default_whenever_the_rate_is_lowered():
+    seen = limited([4.0] * 3, [1.0, 9.0, 1.0], limit=sg.fixed(2.0), hold_steps=9)
+    np.testing.assert_allclose(seen["clip_scale"], [1, 0.5, 0.5], rtol=RTOL)
+
+
+def test_exceeding_the_limit_is_no_explosion_and_its_nan_no_reason_to_wait():
+    signal = lambda updates, params, extra: jnp.float32(np.nan)
+    seen = limited([9.0] * 3, [1.0] * 3, limit=sg.fixed(2.0))
+    np.testing.assert_array_equal(seen["lr_scale"], 1.0)
+    seen = limited([1.0] * 4, [1.0, 9.0, 1.0, 1.0], limit=sg.fixed(2.0, of=signal))
+    np.testing.assert_allclose(seen["lr_scale"], [1, 0.5, 0.5, 1], rtol=RTOL)
+
+
+def test_a_limit_learns_what_is_normal_from_every_step():
+    norms, values = np.ones(60), np.ones(60)
+    values[50:] = 9.0
+    norms[55] = 100.0
+    seen = limited(norms, values, limit=sg.zscore(2.5), limit_below=0.9)
+    assert seen["clip_scale"][55] < 0.02
+    assert seen["back_off_zscore_grad_norm_limit"][40] < 1.5
+
+
+def test_a_limit_may_be_on_the_update_leaf_by_leaf():
+    seen = limited(
+        [1.0] * 2,
+        [1.0, 9.0],
+        inner=optax.sgd(10.0),
+        limit=sg.fixed(2.0, of="update_norm", per="leaf"),
+    )
+    np.testing.assert_allclose(seen["clip_scale"], [1, 0.2], rtol=RTOL)
+    np.testing.assert_allclose(seen["update_norm"], [10, 0.5 * 2], rtol=RTOL)
+
+
+def test_an_exploding_update_clips_the_update_at_once_and_the_next_gradient():
+    explosion = sg.fixed(5.0, of="update_norm")
+    options = {"explosion": explosion, "hold_steps": 9}
+    norms, values = [1.0, 8.0, 4.0], [1.0] * 3
+    seen = limited(norms, values, limit=sg.fixed(2.0), **options)
+    np.testing.assert_allclose(seen["update_norm"], [1, 4, 1], rtol=RTOL)
+    np.testing.assert_allclose(seen["clip_scale"], [1, 1, 0.5], rtol=RTOL)
+    rule = sg.fixed(2.0, of="update_norm")
+    seen = limited(norms, values, limit=rule, **options)
+    np.testing.assert_allclose(seen["update_norm"], [1, 1, 1], rtol=RTOL)
+
+
+def test_a_limit_on_the_loss_or_out_of_range_is_an_error():
+    rule = sg.nonfinite()
+    with pytest.raises(ValueError, match="`limit` must watch a norm"):
+        sg.back_off(rule, limit=sg.fixed(1.0, of="value"))
+    with pytest.raises(TypeError, match="`back_off` takes thresholds"):
+        sg.back_off(rule, limit=1.0)
+    with pytest.raises(ValueError, match=r"`limit_below` must be in \(0, 1\], got 0"):
+        sg.back_off(rule, limit=sg.fixed(1.0), limit_below=0)

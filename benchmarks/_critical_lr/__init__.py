@@ -1,0 +1,1 @@
+"""The parts of `critical_lr.py`."""

@@ -1,0 +1,1 @@
+"""The learning rate: lowered after explosions and on plateaus, never raised."""

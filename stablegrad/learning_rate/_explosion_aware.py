@@ -1,0 +1,138 @@
+"""A base schedule and a back-off, joined: what the two explosion-aware doors share."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .. import _judging
+from .._checks import require
+from .._measure import Measurement
+from .._reasons import Reason
+from .._record import encode
+from .._trees import count_if, distinct
+from ..responses._back_off import explosion_response, signs
+from ..responses._core import Response
+from ..thresholds._core import Judgement, Threshold
+from ._explosions import ExplosionSettings, ExplosionState
+
+# A number, or a function of the step, such as optax's own schedules.
+BaseSchedule = float | jax.Array | Callable[[Any], Any]
+
+ADVANCES = ("always", "calm")
+
+
+class ScheduleReadings(NamedTuple):
+    """What an explosion-aware schedule did, for `metrics`; rank-0, all finite."""
+
+    schedule_lr_scale: jax.Array  # float32 in (0, 1]: factor on the base schedule.
+    schedule_rate: jax.Array  # float32, `encode`d: the base schedule times that.
+    schedule_position: jax.Array  # int32: the base schedule's next step, saturating.
+    schedule_cuts: jax.Array  # int32: steps that lowered the factor, since `init`.
+    schedule_dropped_steps: jax.Array  # int32: steps not finite, which became zeros.
+
+
+class ScheduleState(NamedTuple):
+    """State of an explosion-aware schedule."""
+
+    explosion_thresholds: tuple  # One state a threshold.
+    explosions: ExplosionState
+    schedule_readings: ScheduleReadings
+
+
+class ExplosionAware(NamedTuple):
+    """A base schedule, the back-off on top of it, and when the former advances."""
+
+    rate: Callable[[jax.Array], jax.Array]  # int32 step -> (), float32 or wider.
+    thresholds: tuple[Threshold, ...]  # Of explosions; the rule's may have one more.
+    rule: Response
+    advance: str
+
+
+def explosion_aware(
+    asker: str,
+    schedule: BaseSchedule,
+    thresholds: tuple[Threshold, ...],
+    settings: ExplosionSettings,
+    advance: str,
+    limit: Threshold | None = None,
+    limit_below: float | jax.Array = 1.0,
+) -> ExplosionAware:
+    """Checks and joins the pieces; errors name `asker`."""
+    numbers = (int, float, np.ndarray, np.generic, jax.Array)
+    number = isinstance(schedule, numbers) and not isinstance(schedule, bool)
+    if not (number or callable(schedule)):
+        raise TypeError(
+            "`schedule` must be a number or a function of the step, such as "
+            f"`optax.cosine_decay_schedule(1e-3, 10_000)`, got {schedule!r}."
+        )
+    rule = explosion_response(asker, thresholds, settings, limit, limit_below)
+    require("advance", advance, f"one of {ADVANCES}", lambda x: x in ADVANCES)
+
+    def rate(position) -> jax.Array:
+        now = jnp.asarray(schedule(position) if callable(schedule) else schedule)
+        inexact = jnp.issubdtype(now.dtype, jnp.floating)
+        return now.astype(np.promote_types(now.dtype if inexact else "f4", "f4"))
+
+    return ExplosionAware(rate, thresholds, rule, advance)
+
+
+def init_schedule(parts: ExplosionAware, groups) -> ScheduleState:
+    """The state before the first step; `groups` counts those of each threshold."""
+    pairs = zip(parts.rule.thresholds, groups, strict=True)
+    watched = tuple(threshold.init(count) for threshold, count in pairs)
+    one, none = jnp.ones((), jnp.float32), jnp.zeros((), jnp.int32)
+    readings = ScheduleReadings(one, jnp.zeros((), jnp.float32), none, none, none)
+    return ScheduleState(*distinct((watched, parts.rule.init(), readings)))
+
+
+def judged(
+    parts: ExplosionAware,
+    state: ScheduleState,
+    measured: Measurement,
+    updates,
+    params,
+    extra: dict[str, Any],
+) -> tuple[Judgement, ...]:
+    """What every threshold of the rule says of a step."""
+    rules = (parts.rule,)
+    scopes = _judging.scopes_of(rules, updates, params)
+    states = (state.explosion_thresholds,)
+    (words,) = _judging.judge_incoming(
+        rules, states, scopes, measured, updates, params, extra
+    )
+    return words
+
+
+def rate_now(parts: ExplosionAware, state: ScheduleState, lr_scale) -> jax.Array:
+    """The base schedule's rate at its position, times the back-off's factor."""
+    rate = parts.rate(state.schedule_readings.schedule_position)
+    return rate * lr_scale.astype(rate.dtype)
+
+
+def after_step(
+    parts: ExplosionAware, state: ScheduleState, words: tuple[Judgement, ...], taken
+) -> ScheduleState:
+    """The state after a step, taken or not, of which `words` tell."""
+    exploded, unknown = signs(zip(parts.thresholds, words, strict=False))
+    calm = taken & ~exploded & ~unknown
+    moves = calm | (parts.advance == "always")
+    reason = jnp.where(taken, 0, int(Reason.NONFINITE_GRADIENT)).astype(jnp.int32)
+    lr_scale = parts.rule.propose(state.explosions, words).lr_scale
+    before = state.schedule_readings
+    cut = lr_scale < before.schedule_lr_scale
+    rules, states = (parts.rule,), (state.explosion_thresholds,)
+    (learned,) = _judging.learned(rules, states, [words])
+    return ScheduleState(
+        learned,
+        parts.rule.settle(state.explosions, words, reason),
+        ScheduleReadings(
+            schedule_lr_scale=lr_scale,
+            schedule_rate=encode(rate_now(parts, state, lr_scale)),
+            schedule_position=count_if(moves, before.schedule_position),
+            schedule_cuts=count_if(cut, before.schedule_cuts),
+            schedule_dropped_steps=count_if(~taken, before.schedule_dropped_steps),
+        ),
+    )

@@ -1,0 +1,93 @@
+"""The state machine of a back-off: explosions cut a factor, calm steps regrow it.
+
+    k at 1 --explosion--> cut --hold_steps calm--> regrow, geometrically --> k at 1
+               ^                                     |
+               +-------------another explosion-------+
+
+`back_off`, `scale_by_explosion_aware_schedule` and `explosion_aware_schedule` are three
+doors to it. It knows nothing of gradients or thresholds: a step is three booleans.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from .._checks import require
+from .._trees import increment
+
+
+class ExplosionState(NamedTuple):
+    """Where a back-off stands."""
+
+    scale_at_cut: jax.Array  # float32, in [min_scale, 1]: just after the last cut.
+    regrown_steps: jax.Array  # int32: calm steps of regrowth since then, saturating.
+    hold_left: jax.Array  # int32, >= 0: calm steps before it regrows.
+    explosion_run: jax.Array  # int32: explosions in a row so far.
+    may_cut: jax.Array  # bool: a step was taken since the last cut.
+
+
+class ExplosionSettings(NamedTuple):
+    """How far to cut, and how fast to regrow; `back_off` documents each."""
+
+    factor: float | jax.Array
+    confirm_steps: int | jax.Array
+    hold_steps: int | jax.Array
+    regrow_steps: int | jax.Array
+    min_scale: float | jax.Array
+
+
+def check_settings(settings: ExplosionSettings) -> None:
+    """Raises ValueError if a concrete setting is out of range."""
+    endless = float("inf")
+    require("factor", settings.factor, "in (0, 1)", lambda x: 0 < x < 1)
+    for name, least in (("confirm_steps", 1), ("hold_steps", 0), ("regrow_steps", 1)):
+        number = getattr(settings, name)
+        require(name, number, f">= {least}", lambda x, low=least: low <= x < endless)
+    require("min_scale", settings.min_scale, "in (0, 1]", lambda x: 0 < x <= 1)
+
+
+def init_explosions() -> ExplosionState:
+    """No explosion so far, and no step to blame for one."""
+    return ExplosionState(
+        scale_at_cut=jnp.ones((), jnp.float32),
+        regrown_steps=jnp.zeros((), jnp.int32),
+        hold_left=jnp.zeros((), jnp.int32),
+        explosion_run=jnp.zeros((), jnp.int32),
+        may_cut=jnp.zeros((), bool),
+    )
+
+
+def scale_now(settings: ExplosionSettings, state: ExplosionState, exploded):
+    """The factor on this step, whether it explodes for long enough, and cuts."""
+    # From the count, not step by step: float32 would lose a slow regrowth.
+    regrown = state.regrown_steps.astype(jnp.float32) / settings.regrow_steps
+    scale = state.scale_at_cut * jnp.asarray(settings.factor, jnp.float32) ** -regrown
+    # A factor that is traced may turn out to be nan.
+    scale = jnp.where(jnp.isfinite(scale), jnp.minimum(scale, 1.0), 1.0)
+    cut = jnp.maximum(scale * settings.factor, settings.min_scale)
+    confirmed = exploded & (state.explosion_run + 1 >= settings.confirm_steps)
+    cuts = confirmed & state.may_cut & jnp.isfinite(cut)
+    return jnp.where(cuts, cut, scale).astype(jnp.float32), confirmed, cuts
+
+
+def after_step(
+    settings: ExplosionSettings, state: ExplosionState, exploded, unknown, taken
+) -> ExplosionState:
+    """The state after a step that exploded, was not finite, was taken, or several."""
+    scale, confirmed, cuts = scale_now(settings, state, exploded)
+    calm = taken & ~exploded & ~unknown
+    held = jnp.where(calm, jnp.maximum(state.hold_left - 1, 0), state.hold_left)
+    regrows = calm & (state.hold_left == 0)
+    regrown = jnp.where(regrows, increment(state.regrown_steps), state.regrown_steps)
+    return ExplosionState(
+        scale_at_cut=jnp.where(cuts, scale, state.scale_at_cut),
+        regrown_steps=jnp.where(cuts, 0, regrown),
+        hold_left=jnp.where(confirmed, settings.hold_steps, held).astype(jnp.int32),
+        explosion_run=jnp.where(
+            exploded,
+            increment(state.explosion_run),
+            jnp.where(unknown, state.explosion_run, 0),
+        ),
+        may_cut=taken | (state.may_cut & ~cuts),
+    )

@@ -1,0 +1,126 @@
+"""The explosion-aware schedule of a chain, which sees the updates that reach it."""
+
+import jax
+import optax
+
+from .. import _trees
+from .._groups import group
+from .._measure import measure
+from .._signals import is_outgoing
+from ..thresholds._core import Threshold
+from ._explosion_aware import (
+    BaseSchedule,
+    ScheduleState,
+    after_step,
+    explosion_aware,
+    init_schedule,
+    judged,
+    rate_now,
+)
+from ._explosions import ExplosionSettings
+
+NAME = "scale_by_explosion_aware_schedule"
+
+
+def scale_by_explosion_aware_schedule(
+    schedule: BaseSchedule,
+    *thresholds: Threshold,
+    factor: float | jax.Array = 0.5,
+    confirm_steps: int | jax.Array = 1,
+    hold_steps: int | jax.Array = 10,
+    regrow_steps: int | jax.Array = 1000,
+    min_scale: float | jax.Array = 1e-4,
+    limit: Threshold | None = None,
+    limit_below: float | jax.Array = 1.0,
+    advance: str = "always",
+    flip_sign: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Multiplies updates by a schedule that backs off at explosions and regrows.
+
+        u_t = schedule(p_t) * k_t * s_t * g_t;    p_{t+1} = p_t + 1
+
+    with k_t in [min_scale, 1] the factor of `back_off` at step t, s_t that of `clip` by
+    `limit` where k_t < limit_below, else 1, and p_0 = 0. The size of a step never
+    exceeds the base schedule's own.
+
+    The sign is that of `optax.scale_by_schedule`: a positive schedule climbs. In a
+    chain that ends here, descend with `flip_sign=True`; before `optax.sgd(1.0)` leave
+    it.
+
+    Inside a guard, a step that the guard rejects leaves this state as it was, whatever
+    `advance`: the schedule waits, and does not learn of the explosion. There, put
+    `back_off` beside `skip` instead.
+
+    Args:
+        schedule: The base schedule: a number, or a function of the step such as
+            `optax.cosine_decay_schedule(...)`.
+        *thresholds: What counts as an explosion; at least one. Here "grad_norm" is the
+            norm of the updates that reach this transformation, before it scales them.
+        factor: One cut. Dimensionless, in (0, 1).
+        confirm_steps: Explosions in a row that it takes to cut, >= 1.
+        hold_steps: Calm steps before regrowth starts, >= 0.
+        regrow_steps: Calm steps that undo one cut, >= 1.
+        min_scale: Smallest k_t, in (0, 1].
+        limit: A threshold to clip to while k_t is low; None: no clip.
+        limit_below: The k_t below which `limit` is in force, in (0, 1].
+        advance: When p_t moves on. "always": at every step, so that a schedule of
+            10,000 steps ends at step 10,000. "calm": not at steps that explode or are
+            not finite, so that every rate of the base schedule is had by a calm step.
+        flip_sign: Whether to multiply by -1 as well, as `optax.scale_by_learning_rate`
+            does.
+
+    Returns:
+        A transformation for `optax.chain`. It keeps structure, shapes and dtypes. A
+        step with a nan or inf anywhere becomes all zeros and is counted: not taken, so
+        it neither ends a hold nor regrows.
+
+    Raises:
+        TypeError: If `schedule` is neither a number nor a function, or an argument is
+            not a threshold.
+        ValueError: If no threshold is given, if one watches what a chain cannot see, or
+            a concrete argument is out of range; at a step without the `value=` or
+            `params` that a threshold needs.
+
+    Example:
+        >>> import optax
+        >>> import stablegrad as sg
+        >>> schedule = optax.cosine_decay_schedule(1e-3, 10_000)
+        >>> rate = sg.scale_by_explosion_aware_schedule(
+        ...     schedule, sg.zscore(6.0, of="value"), flip_sign=True
+        ... )
+        >>> tx = optax.chain(optax.scale_by_adam(), rate)
+
+    Reference:
+        `optax.scale_by_schedule`, which this is while nothing explodes.
+    """
+    settings = ExplosionSettings(
+        factor, confirm_steps, hold_steps, regrow_steps, min_scale
+    )
+    parts = explosion_aware(
+        NAME, schedule, thresholds, settings, advance, limit, limit_below
+    )
+    for threshold in parts.rule.thresholds:
+        if is_outgoing(threshold.of):
+            raise ValueError(
+                f"`{NAME}` cannot watch of='update_norm', got "
+                f"`{threshold.name}(..., of='update_norm')`: in a chain, what reaches "
+                "it is of='grad_norm'. Place it after the optimizer and watch that."
+            )
+
+    def init_fn(params) -> ScheduleState:
+        counts = [group(t.per, params).count for t in parts.rule.thresholds]
+        return init_schedule(parts, counts)
+
+    def update_fn(updates, state, params=None, **extra):
+        measured = measure(updates)
+        words = judged(parts, state, measured, updates, params, extra)
+        verdict = parts.rule.propose(state.explosions, words)
+        rate = rate_now(parts, state, verdict.lr_scale)
+        rate = -rate if flip_sign else rate
+        scales = jax.tree.map(
+            lambda scale: scale.astype(rate.dtype) * rate, verdict.gradient_scale
+        )
+        scaled = _trees.scale_leaves(updates, scales, updates, measured.finite)
+        return scaled, after_step(parts, state, words, measured.finite)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -1,0 +1,156 @@
+"""Sharpness against eigenvalues known in closed form or from NumPy."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import stablegrad as sg
+
+EXACT = 1e-5  # Relative: float32.
+
+
+def quadratic(params, batch):
+    return 0.5 * jnp.sum(batch * params**2)
+
+
+def test_both_ends_of_an_indefinite_spectrum_with_their_signs():
+    found = sg.sharpness(quadratic, jnp.ones(3), jnp.array([3.0, 1.0, -5.0]))
+    assert found.largest == pytest.approx(3.0, rel=EXACT)
+    assert found.smallest == pytest.approx(-5.0, rel=EXACT)
+    assert found.iterations == 3 and found.residual < 1e-5
+    assert found.participation == pytest.approx(1 / 3, rel=1e-3)
+    assert math.isnan(found.unfloored)
+    assert str(found).startswith("The loss curves by 3 at most and -5 at least (resid")
+    with_momentum = sg.sharpness(
+        quadratic, jnp.ones(3), jnp.array([3.0, 1.0, -5.0]), momentum=0.9
+    )
+    assert with_momentum.stable_rate == pytest.approx(3.8 / 3, rel=EXACT)
+
+
+def test_a_large_residual_asks_for_half_as_many_iterations_more():
+    batch = jnp.linspace(-1.0, 1.0, 100)
+    found = sg.sharpness(quadratic, jnp.ones(100), batch, iterations=4)
+    assert found.iterations == 6 and found.residual > 0.01
+    assert abs(found.largest - 1) <= found.residual
+    assert "Not converged: pass more `iterations`." in str(found)
+
+
+def network(params, batch):
+    inputs, targets = batch
+    hidden = jnp.tanh(inputs @ params["in"] + params["bias"][None])
+    return jnp.mean((hidden @ params["out"] - targets) ** 2)
+
+
+def test_lanczos_finds_the_largest_eigenvalue_of_a_network():
+    draw = np.random.default_rng(0)
+    shapes = {"in": (10, 38), "bias": (38,), "out": (38, 2)}
+    params = {k: jnp.asarray(draw.normal(size=s) * 0.5) for k, s in shapes.items()}
+    batch = (
+        jnp.asarray(draw.normal(size=(32, 10))),
+        jnp.asarray(draw.normal(size=(32, 2))),
+    )
+    flat, unravel = jax.flatten_util.ravel_pytree(params)
+    dense = jax.jit(jax.hessian(lambda x: network(unravel(x), batch)))(flat)
+    values = np.linalg.eigvalsh(np.asarray(dense, np.float64))
+    found = sg.sharpness(network, params, batch)
+    assert flat.size == 494
+    assert found.largest == pytest.approx(values[-1], rel=1e-3)
+    assert found.smallest == pytest.approx(values[0], rel=0.05)
+    assert abs(found.largest - values[-1]) <= found.residual + 1e-5 * values[-1]
+
+
+@pytest.mark.parametrize("depth", [2, 4])
+def test_a_deep_scalar_linear_net_has_the_known_spectrum(depth):
+    found = sg.sharpness(
+        lambda w, y: 0.5 * (jnp.prod(w) - y) ** 2, jnp.ones(depth), jnp.float32(1.0)
+    )
+    assert found.largest == pytest.approx(depth, rel=EXACT)
+    assert found.stable_rate == pytest.approx(2 / depth, rel=EXACT)
+
+
+def test_linear_regression_has_the_eigenvalue_of_its_inputs():
+    inputs = np.random.default_rng(0).normal(size=(40, 5))
+    found = sg.sharpness(
+        lambda w, x: 0.5 * jnp.mean((x @ w - 1) ** 2), jnp.zeros(5), jnp.asarray(inputs)
+    )
+    expected = np.linalg.eigvalsh(inputs.T @ inputs / 40)[-1]
+    assert found.largest == pytest.approx(expected, rel=EXACT)
+
+
+def preconditioned(gradients, curvature, b1=0.9, b2=0.999, eps=1e-8):
+    """Largest eigenvalues for a diagonal Hessian: floored, and not; float64."""
+    v, t = 0.0, len(gradients)
+    for g in np.asarray(gradients, np.float64):
+        v = b2 * v + (1 - b2) * g**2
+    p = (1 - b1**t) * (np.sqrt(v / (1 - b2**t)) + eps)
+    floored = np.maximum(p, 1e-2 * np.sqrt(np.mean(p**2)))
+    return np.max(curvature / floored), np.max(curvature / p)
+
+
+@pytest.mark.parametrize("steps_before", [0, 3])
+def test_adams_view_matches_a_float64_oracle_at_any_step(steps_before):
+    size = 200
+    curvature = np.linspace(1.0, 2.0, size)
+    place = np.ones(size)
+    place[7] = 1e-6  # Where the gradient vanishes.
+    batch, params = jnp.asarray(curvature), jnp.asarray(place)
+    tx = optax.adam(1.0)
+    state = tx.init(params)
+    for _ in range(steps_before):
+        _, state = tx.update(batch * params, state)
+    found = sg.sharpness(quadratic, params, batch, tx=tx, state=state)
+    gradients = [curvature * place] * (steps_before + 1)
+    floored, bare = preconditioned(gradients, curvature)
+    assert found.largest == pytest.approx(floored, rel=1e-3)
+    assert found.unfloored == pytest.approx(bare, rel=1e-2)
+    assert found.unfloored_participation == pytest.approx(1 / size, rel=1e-2)
+    assert found.stable_rate == pytest.approx(38 / floored, rel=1e-3)
+    assert "an artefact of vanishing gradients: 0.5 % of the coord" in str(found)
+    assert "trust `critical_learning_rate`" in str(found)
+
+
+def test_an_nnx_optimizer_in_use_gives_its_own_view():
+    model = nnx.Linear(3, 1, use_bias=False, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, optax.adam(0.0), wrt=nnx.Param)
+    inputs = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
+
+    def loss_fn(model, batch):
+        return jnp.mean((model(batch) - 1) ** 2)
+
+    optimizer.update(model, nnx.grad(loss_fn)(model, jnp.asarray(inputs)))
+    found = sg.sharpness(
+        loss_fn, model, jnp.asarray(inputs), tx=optimizer.tx, state=optimizer.opt_state
+    )
+    design, kernel = np.float64(inputs), np.float64(model.kernel[...])
+    gradient = 2 * np.mean(design * (design @ kernel - 1), axis=0)
+    p = (1 - 0.9**2) * np.abs(gradient)  # The second step, with the same gradient.
+    hessian = 2 * design.T @ design / 8
+    expected = np.linalg.eigvalsh(hessian / np.sqrt(np.outer(p, p)))[-1]
+    assert found.largest == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_loss_that_is_not_finite_gives_nan_and_says_so():
+    found = sg.sharpness(quadratic, jnp.ones(3), jnp.array([3.0, jnp.nan, 1.0]))
+    assert math.isnan(found.largest) and "not finite" in str(found)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(iterations=0), "`iterations` must be an integer >= 1, got 0"),
+        (dict(momentum=1.0), r"`momentum` must be in \[0, 1\), got 1.0"),
+        (dict(weight_decay=-1.0), "`weight_decay` must be finite and >= 0"),
+        (dict(b2=1.0), r"`b2` must be in \(0, 1\), got 1.0"),
+        (dict(eps=-1.0), "`eps` must be finite and >= 0"),
+        (dict(state=()), "`state` must come with its `tx`"),
+        (dict(tx=optax.sgd(1.0)), "`tx` must hold one second moment"),
+    ],
+)
+def test_bad_arguments_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        sg.sharpness(quadratic, jnp.ones(3), jnp.ones(3), **settings)
