@@ -40,6 +40,7 @@ from .responses._back_off import back_off as back_off
 from .responses._clip import clip as clip
 from .responses._halt import halt as halt
 from .responses._skip import skip as skip
+from .responses._trust_region import trust_region as trust_region
 from .skipping._skip_bad_steps import skip_bad_steps as skip_bad_steps
 from .thresholds._ema_ratio import ema_ratio as ema_ratio
 from .thresholds._limits import fixed as fixed, nonfinite as nonfinite

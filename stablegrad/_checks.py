@@ -69,6 +69,25 @@ def missing_value(asker: str) -> ValueError:
     )
 
 
+def missing_value_fn(asker: str, name: str) -> ValueError:
+    """The error for a step without what a probe needs, with the cure for each way."""
+    return ValueError(
+        f"{asker} looks along the step, but the step got no `{name}=`. Pass the loss, "
+        "and a function that repeats it on the same batch with the same random "
+        "numbers:\n"
+        "  optax: updates, state = tx.update(grads, state, params, value=loss,\n"
+        "             value_fn=lambda p: loss_fn(p, batch))\n"
+        "  apply: params, state = sg.apply(tx, grads, state, params, value=loss,\n"
+        "             value_fn=lambda p: loss_fn(p, batch))\n"
+        "  NNX:   graphdef, _, rest = nnx.split(model, nnx.Param, ...)\n"
+        "         optimizer.update(model, grads, value=loss, value_fn=lambda p:\n"
+        "             loss_fn(nnx.merge(graphdef, p, rest), batch))\n"
+        "  Linen: updates, opt_state = state.tx.update(\n"
+        "             grads, state.opt_state, state.params, value=loss,\n"
+        "             value_fn=lambda p: loss_fn(p, batch))"
+    )
+
+
 def missing_params(asker: str) -> ValueError:
     """The error for a step without `params`, with the cure for each way to train."""
     return ValueError(

@@ -15,12 +15,11 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from . import _checks, _judging, _record, _trees
+from . import _checks, _judging, _looking, _record, _trees
 from ._groups import group
 from ._measure import Measurement, measure, newly_nonfinite, scaled_norm, unmeasured
 from ._reasons import Reason, first_reason
-from ._signals import scalar_signal
-from .responses._core import Response, Verdict
+from .responses._core import Foresight, Response, Verdict
 
 
 class GuardState(NamedTuple):
@@ -41,6 +40,8 @@ class GuardedTransformation(optax.GradientTransformationExtraArgs):
 
 class _Taken(NamedTuple):
     """What the bracketed part of a step gave."""
+
+    ahead: Foresight  # Of all responses that look along the step.
 
     result: Any  # Updates or parameters, whichever the caller asked for.
     inner_state: Any
@@ -151,6 +152,17 @@ def guard(
                 )
             )
             scales = _trees.times(after.update_scale, after.lr_scale)
+            length = scaled_norm(measured, scales, update, updates)
+            ahead = _looking.look_ahead(
+                responses,
+                state.response_states,
+                updates,
+                _trees.scale_leaves(update, scales, updates),
+                length,
+                params,
+                extra,
+            )
+            scales = _trees.times(scales, ahead.step_scale)
             step = _trees.scale_leaves(update, scales, updates)
             if params is not None:
                 # Scaling, adding, or the parameters' dtype may still overflow.
@@ -159,10 +171,11 @@ def guard(
                 reason = first_reason((reason, last))
             fine = reason == 0
             return _Taken(
+                ahead,
                 _trees.select(fine, commit(step, params), held(params)),
                 _trees.select(fine, new_inner, inner_state),
                 measured,
-                scaled_norm(measured, scales, update, updates),
+                length * ahead.step_scale,
                 words,
                 after._replace(reason=reason),
             )
@@ -171,7 +184,13 @@ def guard(
             del updates
             nothing = unmeasured(gradient.leaf_norms.shape[0])
             return _Taken(
-                held(params), inner_state, nothing, nothing.norm, incoming, before
+                _looking.unlooked(state.response_states),
+                held(params),
+                inner_state,
+                nothing,
+                nothing.norm,
+                incoming,
+                before,
             )
 
         reached = before.reason == 0
@@ -181,11 +200,10 @@ def guard(
         settled = tuple(
             response.settle(response_state, own, reason)
             for response, response_state, own in zip(
-                responses, state.response_states, words, strict=True
+                responses, taken.ahead.state, words, strict=True
             )
         )
         halted = [r.halts(s) for r, s in zip(responses, settled, strict=True)]
-        loss = extra.get("value")
         limits = (judgement.limit for own in words for judgement in own)
         record = _record.update_record(
             state.record,
@@ -195,7 +213,8 @@ def guard(
             clipped_norm=scaled_norm(gradient, taken.verdict.gradient_scale, updates),
             applied_norm=taken.applied_norm,
             limits=dict(zip(limit_names, limits, strict=True)),
-            loss=None if loss is None else scalar_signal("value", loss)[0],
+            loss=_judging.loss_of(extra),
+            ahead=taken.ahead,
             halted=jnp.any(jnp.stack(halted)) if halted else jnp.zeros((), bool),
         )
         learned = _judging.learned(responses, states, words)

@@ -128,6 +128,12 @@ def _each(function, responses, items) -> list:
     ]
 
 
+def loss_of(extra: dict[str, Any]) -> jax.Array | None:
+    """The step's loss, float32 (), or None if no `value=` was passed."""
+    loss = extra.get("value")
+    return None if loss is None else scalar_signal("value", loss)[0]
+
+
 def _scalar(threshold: Threshold, updates, params, extra) -> jax.Array | None:
     """The signal of a threshold that watches the loss or a function; None if absent."""
     if callable(threshold.of):

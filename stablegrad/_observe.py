@@ -12,6 +12,7 @@ from ._reasons import Reason
 from ._record import ENCODED, Event, EventKind, Record, decode, init_record
 from .clipping._readings import numbers_of_clips
 from .learning_rate._readings import numbers_of_rates
+from .trust_region._radius import numbers_of_trust
 
 
 class TrainingHalted(RuntimeError):
@@ -32,16 +33,20 @@ def metrics(state: Any) -> dict[str, jax.Array]:
         - `clip_scale`: smallest factor on a leaf of gradient or update, 1: no clip.
         - `raw_update_norm`, `update_norm`: of the optimizer's update; as applied.
         - `loss_value`: what was passed as `value=`, nan if nothing was.
-        - `lr_scale`: factor on the learning rate, in (0, 1].
+        - `lr_scale`: factor on the learning rate, in [0, 1].
         - `skipped`, `skip_reason`: whether, and why as a `Reason` (0: taken).
         - `first_bad_leaf`: first floating-point leaf with a nan or inf, -1 if none;
           `largest_leaf`: of the leaf with the largest gradient norm; `events` names it.
         - `halted`: whether the run is stuck.
+        - `back_off_scale`: of `lr_scale`, what `back_off` asks for.
+        - `trust_radius`, `trust_ratio`, `trust_scale`, `trust_probes`, `trust_cuts`: of
+          a `trust_region`; the radius is inf while it does not bind.
         - `<response>_<threshold>_<signal>_limit`: each limit in force, inf: none yet;
           of the strictest leaf under per="leaf".
 
         Since `init`: `guarded_steps`, `clipped_steps`, `skipped_steps`,
-        `backed_off_steps`, `halted_steps`; and `consecutive_skips` up to now.
+        `backed_off_steps`, `shortened_steps`, `halted_steps`; and `consecutive_skips`
+        up to now.
 
         Of several guards the names are prefixed `guard_0_`, `guard_1_`, and so on. Each
         `clip_by_...` of a chain adds `<its name>_raw_norm`, `_clipped_norm`, `_limit`,
@@ -242,4 +247,5 @@ def _flat(guard_state: GuardState) -> dict[str, jax.Array]:
     for name in ENCODED:
         last[name] = decode(last[name])
     limits = {name: decode(limit) for name, limit in record.limits.items()}
-    return {**last, **limits, **record.totals._asdict()}
+    trust = numbers_of_trust(guard_state.response_states)
+    return {**last, **limits, **record.totals._asdict(), **trust}

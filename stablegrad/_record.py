@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from ._measure import LARGEST, Measurement
 from ._trees import count_if, increment, least
-from .responses._core import Verdict
+from .responses._core import Foresight, Verdict
 
 EVENTS_KEPT = 64
 # Fields of `LastStep` that may stand for a nan or an inf.
@@ -24,7 +24,8 @@ class LastStep(NamedTuple):
     update_norm: jax.Array  # float32: norm of what was applied; 0 if skipped.
     raw_update_norm: jax.Array  # float32: norm of the optimizer's own update.
     loss_value: jax.Array  # float32: the loss passed as `value=`.
-    lr_scale: jax.Array  # float32 in (0, 1]: factor on the learning rate.
+    lr_scale: jax.Array  # float32 in [0, 1]: factor on the learning rate in force.
+    back_off_scale: jax.Array  # float32 in (0, 1]: of it, what `back_off` asks for.
     skipped: jax.Array  # bool: whether the step was rejected.
     skip_reason: jax.Array  # int32: a `Reason`, 0 if the step was taken.
     first_bad_leaf: jax.Array  # int32: first leaf with a nan or inf, -1 if none.
@@ -41,16 +42,18 @@ class Totals(NamedTuple):
     clipped_steps: jax.Array  # Steps taken whose gradient or update was shrunk.
     skipped_steps: jax.Array  # Steps rejected.
     backed_off_steps: jax.Array  # Steps that cut the learning rate.
+    shortened_steps: jax.Array  # Steps that a probe found harmful, and shortened.
     halted_steps: jax.Array  # Steps spent halted.
     consecutive_skips: jax.Array  # Steps rejected since one was last taken.
 
 
 class EventKind(IntEnum):
-    """What a guard did in a step; of several, the one with the largest code is told."""
+    """What a guard did in a step; of several, the gravest is told."""
 
     SKIP = 1
     BACK_OFF = 2
     HALT = 3
+    SHORTEN = 4
 
 
 class EventLog(NamedTuple):
@@ -63,7 +66,7 @@ class EventLog(NamedTuple):
     event_leaf: jax.Array  # int32: the leaf to look at first, -1 if none.
     event_grad_norm: jax.Array  # float32, `encode`d.
     event_loss: jax.Array  # float32, `encode`d.
-    event_lr_scale: jax.Array  # float32 in (0, 1].
+    event_lr_scale: jax.Array  # float32 in [0, 1].
 
 
 class Record(NamedTuple):
@@ -86,6 +89,7 @@ def init_record(limit_names) -> Record:
         raw_update_norm=zero,
         loss_value=zero,
         lr_scale=one,
+        back_off_scale=one,
         skipped=no,
         skip_reason=jnp.zeros((), jnp.int32),
         first_bad_leaf=none,
@@ -112,6 +116,7 @@ def update_record(
     applied_norm,
     limits: dict[str, jax.Array],
     loss,
+    ahead: Foresight,
     halted,
 ) -> Record:
     """The record after one step."""
@@ -127,7 +132,8 @@ def update_record(
         update_norm=jnp.where(skipped, 0.0, applied_norm),
         raw_update_norm=encode(update.norm),
         loss_value=encode(jnp.nan if loss is None else loss),
-        lr_scale=verdict.lr_scale,
+        lr_scale=verdict.lr_scale * ahead.step_scale,
+        back_off_scale=verdict.lr_scale,
         skipped=skipped,
         skip_reason=verdict.reason,
         first_bad_leaf=jnp.where(
@@ -138,15 +144,16 @@ def update_record(
     )
     before, step = record.last_step, record.totals.guarded_steps
     clipped = (last.clip_scale < 1) & ~skipped
-    backed_off = last.lr_scale < before.lr_scale
+    backed_off = last.back_off_scale < before.back_off_scale
+    shortened = ahead.alarm & ~skipped
     return Record(
         last,
         {
             name: encode(jnp.min(limit, initial=jnp.inf))
             for name, limit in limits.items()
         },
-        count(record.totals, last, clipped, backed_off),
-        log_event(record.event_log, step, last, backed_off),
+        count(record.totals, last, clipped, backed_off, shortened),
+        log_event(record.event_log, step, last, backed_off, shortened),
     )
 
 
@@ -163,13 +170,14 @@ def decode(number):
     return jnp.where(number <= -LARGEST, jnp.nan, number)
 
 
-def count(totals: Totals, last: LastStep, clipped, backed_off) -> Totals:
+def count(totals: Totals, last: LastStep, clipped, backed_off, shortened) -> Totals:
     """Adds the last step to the totals."""
     flags = {
         "guarded_steps": jnp.ones((), bool),
         "clipped_steps": clipped,
         "skipped_steps": last.skipped,
         "backed_off_steps": backed_off,
+        "shortened_steps": shortened,
         "halted_steps": last.halted,
     }
     added = {
@@ -179,13 +187,14 @@ def count(totals: Totals, last: LastStep, clipped, backed_off) -> Totals:
     return Totals(**added, consecutive_skips=run)
 
 
-def log_event(log: EventLog, step, last: LastStep, backed_off) -> EventLog:
+def log_event(log: EventLog, step, last: LastStep, backed_off, shortened) -> EventLog:
     """Writes the gravest thing that happened in a step, if anything did.
 
     Steps in a row of one kind and reason are one event, and clipping is counted, not
     logged: neither may push out what is rare.
     """
-    kind = jnp.where(backed_off, int(EventKind.BACK_OFF), 0)
+    kind = jnp.where(shortened, int(EventKind.SHORTEN), 0)
+    kind = jnp.where(backed_off, int(EventKind.BACK_OFF), kind)
     kind = jnp.where(last.skipped, int(EventKind.SKIP), kind)
     kind = jnp.where(last.halted, int(EventKind.HALT), kind).astype(jnp.int32)
     latest = jnp.argmax(log.event_step)
@@ -218,7 +227,7 @@ class Event(NamedTuple):
 
     step: int  # The first step, counted from 0; the numbers below are its own.
     until: int  # The last of the steps in a row with the same kind and reason.
-    kind: str  # "skip", "back_off" or "halt".
+    kind: str  # "skip", "back_off", "shorten" or "halt".
     reason: str  # The name of a `Reason`, in lower case; "" unless skipped.
     leaf: str  # The first bad leaf; if all are finite, the one with the largest norm.
     grad_norm: float

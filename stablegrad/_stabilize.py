@@ -9,6 +9,7 @@ from .responses._back_off import back_off
 from .responses._clip import clip
 from .responses._halt import halt
 from .responses._skip import skip
+from .responses._trust_region import optional_trust_region
 from .thresholds._core import optional
 from .thresholds._limits import nonfinite
 from .thresholds._zscore import zscore
@@ -40,10 +41,14 @@ def stabilize(
               back_off(zscore(back_off_z, of="value"), factor=factor,
                        confirm_steps=2, regrow_steps=regrow_steps,
                        min_scale=min_scale),
+              trust_region(),
               halt(after=halt_after))
 
     Without `value=` the thresholds on the loss stay silent: outlying and non-finite
     losses are not seen, and the learning rate is never backed off. Pass it if you can.
+    Without `value_fn=` (see `trust_region`) the trust region rests. With it, every
+    fourth step costs one forward pass more, and a schedule that is too high is held to
+    what the loss bears before it does harm, not after.
     With another `per` than "global", outlying gradients are clipped and not rejected:
     zscore(skip_z) is left out, and a leaf that explodes costs the others nothing.
 
@@ -101,5 +106,6 @@ def stabilize(
             regrow_steps=regrow_steps,
             min_scale=min_scale,
         ),
+        optional_trust_region(),
         halt(after=halt_after),
     )

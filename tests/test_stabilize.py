@@ -11,6 +11,7 @@ import pytest
 from training import of_norm, scan
 
 import stablegrad as sg
+from stablegrad.responses._trust_region import optional_trust_region
 
 PARAMS = {"w": jnp.array([1.0, 2.0])}
 
@@ -45,6 +46,7 @@ def test_it_is_the_guard_that_its_docstring_spells_out():
             regrow_steps=1000,
             min_scale=0.01,
         ),
+        optional_trust_region(),
         sg.halt(after=20),
     )
     norms, values = healthy(150)

@@ -48,7 +48,7 @@ class PlateauReadings(NamedTuple):
 class PlateauState(NamedTuple):
     """State of `reduce_on_plateau`."""
 
-    plateau_rule: dict[str, None]  # Convention, mode, threshold mode, metric's name.
+    plateau_rule: dict[str, None]  # Convention, mode, threshold mode.
     plateau_settings: PlateauSettings
     plateau_readings: PlateauReadings
 
@@ -66,11 +66,6 @@ def init_plateau(rule: tuple[str, ...], settings: PlateauSettings) -> PlateauSta
     no, one = jnp.zeros((), bool), jnp.ones((), jnp.float32)
     readings = PlateauReadings(one, zero, no, none, none, none, none, none, zero, none)
     return PlateauState(layout(rule), *distinct((settings, readings)))
-
-
-def metric_name(state: PlateauState) -> str | None:
-    """The extra argument that feeds a plateau, None for `observe_metric`."""
-    return (*names_in(state.plateau_rule), None)[3]
 
 
 def plain(state: PlateauState) -> PlateauState:
@@ -114,7 +109,7 @@ def _judged(
     old: PlateauReadings, settings: PlateauSettings, rule: tuple[str, ...], metric
 ) -> PlateauReadings:
     """The readings after an evaluation that counts."""
-    convention, mode, threshold_mode, *_ = rule
+    convention, mode, threshold_mode = rule
     best, scale = old.plateau_best, old.plateau_scale
     # |best|: with a negative best, too, a better metric must lie beyond it.
     unit = jnp.abs(best) if threshold_mode == "rel" else jnp.ones((), jnp.float32)

@@ -61,9 +61,11 @@ def reduce_on_plateau(
         convention: Whose counting to follow: "torch": n > patience, rest `cooldown`;
             "keras": n >= patience, rest `cooldown` - 1, and at min_scale n is kept;
             "optax": n >= patience, rest `cooldown`.
-        metric: Name of the extra argument that `update` reads at every step, and that
-            cuts its updates at once. None: only `observe_metric` feeds it, so that no
-            training loss passed as `value=` is taken for a validation metric.
+        metric: Name of the extra argument that `update` reads at every step that brings
+            it, and that cuts its updates at once; a step without it only applies the
+            scale. `observe_metric` feeds the plateau besides. None: nothing else does,
+            so that no training loss passed as `value=` for another transformation is
+            taken for a validation metric.
 
     Returns:
         A transformation for `optax.chain`. It keeps structure, shapes and dtypes, and
@@ -73,7 +75,7 @@ def reduce_on_plateau(
 
     Raises:
         ValueError: If a concrete argument is out of range; when a step is traced, if
-            the metric is missing or no scalar.
+            the metric is no scalar.
 
     Example:
         >>> import optax
@@ -115,7 +117,6 @@ def reduce_on_plateau(
         lambda x: x is None or str.isidentifier(x),
     )
     rule = (convention, mode, threshold_mode)
-    rule = rule if metric is None else (*rule, metric)
 
     def settings():
         return settings_of(
@@ -129,27 +130,10 @@ def reduce_on_plateau(
     def update_fn(updates, state, params=None, **extra) -> Any:
         del params
         state = state._replace(plateau_settings=settings())
-        if metric is not None:
-            if extra.get(metric) is None:
-                raise missing_metric(metric)
+        if metric is not None and extra.get(metric) is not None:
             (value,) = scalar_signal(metric, extra[metric])
             state = evaluate(state, value)
         scale = state.plateau_readings.plateau_scale
         return _trees.scale_leaves(updates, scale, updates), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def missing_metric(name: str) -> ValueError:
-    """The error for a step without the metric, with the cure for each way to train."""
-    return ValueError(
-        f"`reduce_on_plateau` reads the metric `{name}` at every step, but the step "
-        f"got no `{name}=`. Pass it:\n"
-        f"  optax: updates, state = tx.update(grads, state, params, {name}=metric)\n"
-        f"  apply: params, state = sg.apply(tx, grads, state, params, {name}=metric)\n"
-        f"  NNX:   optimizer.update(model, grads, {name}=metric)\n"
-        "  Linen: updates, opt_state = state.tx.update(\n"
-        f"             grads, state.opt_state, state.params, {name}=metric)\n"
-        "or, for a metric that is known once an epoch, build it with `metric=None`:\n"
-        "  state = sg.observe_metric(state, value=metric)"
-    )

@@ -16,6 +16,7 @@ from .._checks import described
 from .._reasons import first_reason
 from .._trees import smallest
 from ..thresholds._core import Judgement, Threshold
+from ..trust_region._probe import Attempt
 
 
 class Verdict(NamedTuple):
@@ -25,6 +26,14 @@ class Verdict(NamedTuple):
     update_scale: Any  # In [0, 1], on the update: float32 (), or one a leaf.
     lr_scale: jax.Array  # float32 in (0, 1], (): on the update, as a learning rate.
     reason: jax.Array  # int32, (): why the step must not be taken; 0 takes it.
+
+
+class Foresight(NamedTuple):
+    """What a response that looks along a step asks for, before it is taken."""
+
+    step_scale: jax.Array  # float32 in [0, 1], (): on the step.
+    alarm: jax.Array  # bool, (): whether taking the whole step would have done harm.
+    state: Any  # The response's state, which has learned from it.
 
 
 class Response(NamedTuple):
@@ -37,6 +46,9 @@ class Response(NamedTuple):
     # state, judgements, reason (0: taken) -> state
     settle: Callable[[Any, tuple[Judgement, ...], jax.Array], Any]
     halts: Callable[[Any], jax.Array] = lambda state: jnp.zeros((), bool)
+    # state, attempt -> foresight; only responses that look ahead have one.
+    look_ahead: Callable[[Any, Attempt], Foresight] | None = None
+    needs_value_fn: bool = False  # Whether a step without `value_fn=` is an error.
 
 
 def proceed(**changes) -> Verdict:

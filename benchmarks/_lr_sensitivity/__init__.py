@@ -1,0 +1,1 @@
+"""Tasks, methods and reports of the benchmark on learning-rate sensitivity."""

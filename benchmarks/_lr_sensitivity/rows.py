@@ -1,0 +1,37 @@
+"""The tables as data: one a task, with one row a method."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from .scores import Scores
+from .timing import Times
+
+
+class Row(NamedTuple):
+    """One method on one task."""
+
+    method: str
+    kind: str
+    scores: Scores
+    times: Times | None
+
+
+class Table(NamedTuple):
+    """One task."""
+
+    title: str
+    rates: np.ndarray
+    trivial_loss: float
+    initial_loss: float
+    rows: list[Row]
+    failed: dict[str, str]  # Method -> why it has no row.
+
+    def row(self, method: str) -> Row | None:
+        """The row of a method, if it has one."""
+        return next((row for row in self.rows if row.method == method), None)
+
+    @property
+    def bare(self) -> Scores | None:
+        """The scores of the optimizer alone."""
+        return next((row.scores for row in self.rows if row.kind == "bare"), None)

@@ -1,0 +1,251 @@
+"""How much training depends on the learning rate, by method.
+
+    command:   pip install -e ".[examples]" && python benchmarks/lr_sensitivity.py
+    hardware:  any; the tables come from the machine that they name
+    time:      hours on two CPU cores for all rows and three seeds, taken up again where
+               it was interrupted; `--quick --tasks B-adam --only NAME` a minute
+    expected:  our trust region has the flattest curves, and loses nothing at good rates
+
+Task A is a small character transformer, B a deep network without normalisation on
+scikit-learn's digits. Each method trains at every rate of a log-spaced grid at once,
+from the same weights on the same batches; what is stated is what it made of each rate.
+Results are kept in `--out`, and the tables show every row whose results are there:
+`--only NAME --fresh` computes one row anew beside all others.
+"""
+
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import optax
+from rich.console import Console
+from rich.progress import Progress, TaskID
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from _lr_sensitivity import figure, report, running
+from _lr_sensitivity.methods import BARE, Method, methods
+from _lr_sensitivity.rows import Row, Table
+from _lr_sensitivity.scores import score
+from _lr_sensitivity.store import Store, place
+from _lr_sensitivity.tasks import Task, digits_task, text_task
+from _lr_sensitivity.timing import Clock
+from options import Parser, whole
+
+HERE = Path(__file__).parent
+
+
+class Entry(NamedTuple):
+    """A task that can be asked for."""
+
+    make: Callable[..., Task]  # steps -> task
+    steps: int
+    title: str
+    peers: bool = True  # Whether it has rows for them.
+
+
+ENTRIES = {
+    "A": Entry(text_task, 300, "A: transformer, AdamW"),
+    "A-1000": Entry(text_task, 1000, "A: transformer, AdamW", peers=False),
+    "B-adam": Entry(digits_task, 600, "B: ReLU network, Adam"),
+    "B-momentum": Entry(
+        lambda steps: digits_task("momentum", steps=steps),
+        600,
+        "B: ReLU network, momentum",
+    ),
+    "B-batch-8": Entry(
+        lambda steps: digits_task(batch_size=8, steps=steps),
+        600,
+        "B: ReLU network, Adam, batch 8",
+    ),
+}
+
+
+class Plan(NamedTuple):
+    """What a run shall do."""
+
+    keys: list[str]
+    wanted: set[str]  # Methods to compute; the others are shown if they are there.
+    seeds: range
+    steps: int | None
+    rounds: int  # Of step times; 0 for none.
+    folder: Path
+    fresh: bool
+
+
+def row(
+    plan: Plan, key: str, method: Method, clock: Clock, say: Callable[[str], None]
+) -> tuple[Row, float] | None:
+    """One row, and the loss before training; None if it is not there nor wanted."""
+
+    wanted, task = method.name in plan.wanted, clock.task
+    folder = place(plan.folder, f"{key}-{task.steps}-steps", method.name)
+    if not (wanted or folder.exists()):
+        return None
+
+    def build(rate):
+        return method.build(task, rate)
+
+    say("reading")
+    run = running.program(task, build, method.evaluated, method.extras)
+    store = Store(folder, running.digest(run, task))
+    about = {
+        "task": key,
+        "method": method.name,
+        "steps": task.steps,
+        "rates": task.rates,
+        "backend": jax.default_backend(),
+        "jax": jax.__version__,
+        "optax": optax.__version__,
+    }
+    if wanted and plan.fresh:
+        store.discard()
+    curves = []
+    for seed in plan.seeds:
+        curve = store.curve(seed)
+        if curve is None and wanted:
+            say(f"seed {seed}")
+            started = time.perf_counter()
+            curve = running.measured(run, task, seed)
+            seconds = round(time.perf_counter() - started, 2)
+            store.keep_curve(seed, curve, {**about, "seed": seed, "seconds": seconds})
+        curves.append(curve)
+    times = store.times()
+    if times is None and wanted and plan.rounds:
+        say("step time")
+        times = clock.times(build(clock.rate), method.extras)
+        store.keep_times(times, {**about, "rounds": plan.rounds})
+    if any(curve is None for curve in curves):
+        return None
+    scores = score(task.rates, task.trivial_loss, curves)
+    start = float(curves[0].initial_loss[0])
+    return Row(method.name, method.kind, scores, times), start
+
+
+def table(
+    plan: Plan, key: str, listed: list[Method], progress: Progress, bar: TaskID
+) -> Table:
+    """One task: a method that fails is reported, and does not stop the others."""
+    entry = ENTRIES[key]
+    task = entry.make(steps=plan.steps or entry.steps)
+    clock = Clock(task, plan.rounds)
+    rows, failed, start = [], {}, float("nan")
+
+    def say(what: str, of: str) -> None:
+        progress.update(bar, description=f"{key}, {of}: {what}")
+
+    for method in listed:
+        try:
+            found = row(plan, key, method, clock, partial(say, of=method.name))
+        except Exception as error:  # The method's failure is a result.
+            found = None
+            if method.name in plan.wanted:
+                why = f"{type(error).__name__}: {error}"
+                failed[method.name] = " ".join(why.split())[:200]
+                print(f"{key}, {method.name}: {failed[method.name]}", file=sys.stderr)
+        if found is not None:
+            rows.append(found[0])
+            start = found[1]
+        progress.advance(bar)
+    title = f"{entry.title}, {task.steps} steps"
+    return Table(title, task.rates, task.trivial_loss, start, rows, failed)
+
+
+def applicable(key: str) -> list[Method]:
+    """The rows of a task."""
+    entry = ENTRIES[key]
+    task = entry.make(steps=1)
+    return [
+        method
+        for method in methods()
+        if method.applies(task) and (entry.peers or method.ours or method.name == BARE)
+    ]
+
+
+def tables(plan: Plan) -> dict[str, Table]:
+    """All tasks."""
+    rows = {key: applicable(key) for key in plan.keys}
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("", total=sum(map(len, rows.values())))
+        return {
+            key: table(plan, key, listed, progress, bar) for key, listed in rows.items()
+        }
+
+
+def parsed(argv) -> tuple[Plan, bool]:
+    """The plan, and whether the report beside this file is to be written."""
+    names = [method.name for method in methods()]
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="one seed")
+    parser.add_argument("--seeds", type=whole(1), default=3, help="how many")
+    parser.add_argument(
+        "--tasks", nargs="+", metavar="TASK", choices=list(ENTRIES), default=None,
+        help=f"some of {', '.join(ENTRIES)}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--only", nargs="+", metavar="METHOD", choices=names, default=names,
+        help="compute these methods only; the others are shown where they are there",
+    )  # fmt: skip
+    parser.add_argument("--steps", type=whole(1), help="in place of each task's own")
+    parser.add_argument(
+        "--rounds", type=whole(0), default=15, help="of step times, 0 for none"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/lr_sensitivity"), help="folder"
+    )
+    parser.add_argument(
+        "--fresh", action="store_true", help="discard what is there of these methods"
+    )
+    parser.add_argument(
+        "--report",
+        action="store_true",
+        help="write the report and figure beside this file, too",
+    )
+    options = parser.parse_args(argv)
+    plan = Plan(
+        keys=[key for key in ENTRIES if key in (options.tasks or ENTRIES)],
+        wanted=set(options.only),
+        seeds=range(1 if options.quick else options.seeds),
+        steps=options.steps,
+        rounds=options.rounds,
+        folder=options.out,
+        fresh=options.fresh,
+    )
+    return plan, options.report
+
+
+def main(argv=None) -> int:
+    """Prints the report, and writes it."""
+    plan, publish = parsed(argv)
+    seen = tables(plan)
+    about = (
+        f"{len(plan.seeds)} seed{'s' * (len(plan.seeds) > 1)}, on "
+        f"{jax.default_backend()}, jax {jax.__version__}, optax {optax.__version__}."
+    )
+    name = Path(__file__).stem
+    text = report.whole(
+        seen,
+        methods(),
+        about,
+        figure=f"{name}.png",
+        decided=plan.steps is None,  # The goals are for the tasks' own steps.
+    )
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    (plan.folder / f"{name}.md").write_text(text, encoding="utf-8")
+    drawn = [data for data in seen.values() if data.rows]
+    if drawn:
+        figure.draw(drawn, plan.folder / f"{name}.png")
+    if publish:
+        for suffix in (".md", ".png") if drawn else (".md",):
+            shutil.copy(plan.folder / f"{name}{suffix}", HERE / f"{name}{suffix}")
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,57 @@
+"""Looking along a step before it is taken, for the responses that do."""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from . import _checks, _trees
+from ._judging import loss_of
+from .responses._core import Foresight, Response
+from .trust_region._probe import Attempt
+
+
+def unlooked(states: tuple) -> Foresight:
+    """Of a step that nothing looked along: it is taken as it is."""
+    return Foresight(jnp.ones((), jnp.float32), jnp.zeros((), bool), states)
+
+
+def look_ahead(
+    responses: tuple[Response, ...],
+    states: tuple,
+    gradient: Any,
+    step: Any,
+    length,
+    params: Any,
+    extra: dict[str, Any],
+) -> Foresight:
+    """One foresight for all: scales multiply, and `state` holds every response's."""
+    ahead, loss = unlooked(states), loss_of(extra)
+    for i, response in enumerate(responses):
+        if response.look_ahead is None or not _may_look(response, params, extra):
+            continue
+        assert loss is not None
+        attempt = Attempt(
+            gradient,
+            _trees.scale_leaves(step, ahead.step_scale, gradient),
+            params,
+            ahead.step_scale * length,
+            loss,
+            extra["value_fn"],
+        )
+        found = response.look_ahead(ahead.state[i], attempt)
+        ahead = Foresight(
+            ahead.step_scale * found.step_scale,
+            ahead.alarm | found.alarm,
+            (*ahead.state[:i], found.state, *ahead.state[i + 1 :]),
+        )
+    return ahead
+
+
+def _may_look(response: Response, params, extra) -> bool:
+    """Whether a step brings all that a probe takes; an error where it must."""
+    absent = [name for name in ("value", "value_fn") if extra.get(name) is None]
+    if absent and response.needs_value_fn:
+        raise _checks.missing_value_fn(f"`{response.name}`", absent[-1])
+    if not absent and params is None:
+        raise _checks.missing_params(f"`{response.name}`")
+    return not absent

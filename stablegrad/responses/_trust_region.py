@@ -1,0 +1,152 @@
+"""Trust region: hold the length of every step to what the loss bears."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .._checks import require, require_count
+from ..trust_region._probe import KINDS, Attempt, look
+from ..trust_region._radius import (
+    AIM,
+    EARLY_CARE,
+    TrustRegionState,
+    after_probe,
+    init_radius,
+    is_due,
+    longest_rise,
+    with_loss,
+)
+from ._core import Foresight, Response, proceed
+
+
+def trust_region(
+    every: int = 4,
+    high: float | jax.Array = 0.5,
+    low: float | jax.Array = 0.3,
+    *,
+    grow: float | jax.Array = 1.3,
+    probe: Literal["forward", "hvp"] = "forward",
+) -> Response:
+    """Holds the length of every step to what the loss bears, by looking before leaping.
+
+    For the step d that the optimizer wants, with s = g . d the change of the loss that
+    the gradient promises, a probe on the same batch measures
+
+        r = 1 + (L(theta + d) - L(theta)) / |s|
+
+    0: as promised; 1/2: at the minimum of the line; 1: nothing gained. Its numerator
+    and denominator are averaged over probes, and hold every step, probed or not, to a
+    radius R:
+
+        |step_t| = min(|d_t|, R)
+        r > c * high:  R = |step_t| * clip(0.7 * c * high / r, 0.5, 1)
+        r < c * low:   R = R * grow
+
+    The first probes come one a step, later ones every `every`-th step. A step that
+    would double the loss, or make it nan or inf, is shortened before it is taken, and
+    R with it; so is the first, if its own r is above 0.7 * high. The schedule's rate is
+    never exceeded, and where its steps are calm R does not bind at all.
+
+    The care c is 0.7 for the first 30 probes, then falls from 1 to 0.3 the longer R
+    binds: noise, which probes on the batch of the gradient do not see, is what limits a
+    long run. While R does not bind, c rises from 0.7 to 1.6 over 50 probes: a schedule
+    that has proved itself is left alone.
+
+    Pass the loss and a function of the parameters that repeats it, on the same batch
+    and with the same random numbers:
+
+        tx.update(grads, state, params, value=loss,
+                  value_fn=lambda params: loss_fn(params, batch))
+
+    Where gradients are averaged over devices by hand, `value_fn` must average too.
+
+    Args:
+        every: Steps between probes, >= 1: each costs one forward pass.
+        high: The r above which steps are too long, in (0, 1].
+        low: The r below which they may grow, in (0, high].
+        grow: Growth of R at a probe, > 1; at least 2 while r is below a tenth of low.
+        probe: "forward", one forward pass, sees what the whole step does. "hvp", one
+            `jvp` of a `jvp`, about two, sees the curvature at the parameters alone: it
+            is free of rounding where a step changes the loss by less than 1e-6 of it.
+
+    Returns:
+        A response for `guard`. `metrics` have `trust_radius` (inf while nothing binds),
+        `trust_ratio` (r), `trust_scale` (on the last step), `trust_probes` and
+        `trust_cuts`. A nan or inf along the step shortens it; a gradient or loss that
+        is not finite teaches nothing, and a probe that does not descend never lengthens
+        a step.
+
+    Raises:
+        ValueError: If a concrete argument is out of range; when a step is traced, if
+            `value=`, `value_fn=` or `params` is missing.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> import stablegrad as sg
+        >>> loss_fn = lambda params: jnp.sum(params**2)
+        >>> tx = sg.guard(optax.sgd(100.0), sg.trust_region())
+        >>> params = jnp.array([3.0, 4.0])
+        >>> loss, grads = jax.value_and_grad(loss_fn)(params)
+        >>> state = tx.init(params)
+        >>> params, state = sg.apply(
+        ...     tx, grads, state, params, value=loss, value_fn=loss_fn
+        ... )
+        >>> bool(loss_fn(params) < loss)
+        True
+
+    Reference:
+        Trust regions: Conn, Gould and Toint (2000). 1 / r is the critical learning rate
+        of Kalra et al. (2026), https://arxiv.org/abs/2601.16979.
+    """
+    return _trust_region(every, high, low, grow, probe, required=True)
+
+
+def optional_trust_region() -> Response:
+    """The default trust region, which rests while no `value_fn=` is passed."""
+    return _trust_region(4, 0.5, 0.3, 1.3, "forward", required=False)
+
+
+def _trust_region(every, high, low, grow, probe, required) -> Response:
+    require_count("every", every)
+    require("high", high, "in (0, 1]", lambda x: 0 < x <= 1)
+    require("low", low, "in (0, high]", lambda x: 0 < x <= high)
+    require("grow", grow, "> 1 and finite", lambda x: 1 < x < float("inf"))
+    require("probe", probe, f"one of {KINDS}", lambda x: x in KINDS)
+    accept = EARLY_CARE * high
+
+    def look_ahead(state: TrustRegionState, attempt: Attempt) -> Foresight:
+        length = attempt.length
+        sound = (length > 0) & jnp.isfinite(length) & jnp.isfinite(attempt.loss)
+        held = jnp.minimum(1.0, state.trust_radius / jnp.where(sound, length, 1.0))
+        held = jnp.where(sound, held, 1.0).astype(jnp.float32)
+
+        def probed(state):
+            first = state.probes_known == 0
+            rise = longest_rise(state, attempt.loss)
+            limit = jnp.where(first, accept, jnp.inf)
+            found = look(attempt, probe, held, rise, limit, AIM * accept)
+            after, alarm = after_probe(
+                state, found, held * length, length, high, low, grow
+            )
+            part = jnp.where(found.accepted, found.part, 0.0)
+            return after, alarm, held * part
+
+        def unprobed(state):
+            return state, jnp.zeros((), bool), held
+
+        due = is_due(state, every) & sound
+        after, alarm, scale = lax.cond(due, probed, unprobed, state)
+        after = with_loss(after, attempt.loss)._replace(trust_scale=scale)
+        return Foresight(scale, alarm, after)
+
+    return Response(
+        "trust_region",
+        (),
+        init_radius,
+        propose=lambda state, judgements: proceed(),
+        settle=lambda state, judgements, reason: state,
+        look_ahead=look_ahead,
+        needs_value_fn=required,
+    )

@@ -1,0 +1,163 @@
+"""A probe: what the loss does along a step d, beside what the gradient promised.
+
+With s = g . d, the promise, and a in (0, 1] the part of the step that is looked at:
+
+    excess(a) = L(theta + a d) - L(theta) - a s;    r(a) = excess(a) / (a |s|)
+
+To second order excess(a) = a^2 d^T H d / 2, so r grows in proportion to a: it is 0 as
+promised, 1/2 at the minimum of the line, 1 where nothing is gained. 1 / r is the
+critical multiple of the step, in units of which learning rates are stated before
+training (`critical_learning_rate`).
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from .. import _trees
+from .._measure import LARGEST
+from .._signals import scalar_signal
+
+TRIES = 8  # Looks at one step at most, each nearer than the last.
+NEARER = (0.01, 0.5)  # What one look may shorten the step by.
+BLIND = 0.1  # The same where the loss, or the promise, says nothing of how far.
+
+KINDS = ("forward", "hvp")
+
+
+class Attempt(NamedTuple):
+    """The step that is about to be taken, for a response that looks ahead."""
+
+    gradient: Any  # As it came, of which `slope` is taken.
+    step: Any  # What would be added to the parameters.
+    params: Any
+    length: jax.Array  # float32, (): L2 norm of `step`.
+    loss: jax.Array  # float32, (): at `params`.
+    loss_fn: Callable[[Any], jax.Array]  # params -> loss, on the same batch.
+
+
+class Look(NamedTuple):
+    """What was found along a step; rank-0 arrays."""
+
+    part: jax.Array  # float32 in (0, 1]: a, the part of the step that was accepted.
+    excess: jax.Array  # float32: excess(a).
+    slope: jax.Array  # float32: a s.
+    known: jax.Array  # bool: whether both are finite.
+    accepted: jax.Array  # bool: whether that part may be taken.
+    looks: jax.Array  # int32: forward passes, 1 unless shortened.
+
+
+def ratio(excess, slope) -> jax.Array:
+    """r, or inf where the step does not descend or the loss is not finite."""
+    descends = (slope < 0) & jnp.isfinite(excess)
+    r = excess / jnp.where(descends, jnp.maximum(-slope, 1e-37), 1.0)
+    return jnp.where(descends, jnp.clip(r, -LARGEST, LARGEST), jnp.inf)
+
+
+def slope_along(attempt: Attempt, scale) -> jax.Array:
+    """s = g . d for d = scale * step, in float32; complex leaves count as pairs."""
+    pairs = zip(
+        _trees.inexact_leaves(attempt.gradient),
+        _trees.inexact_leaves(attempt.step, attempt.gradient),
+        strict=True,
+    )
+    total = jnp.zeros((), jnp.float32)
+    for gradient, step in pairs:
+        wide = jnp.promote_types(gradient.dtype, jnp.float32)
+        product = jnp.conj(gradient.astype(wide)) * step.astype(wide)
+        total += jnp.sum(jnp.real(product)).astype(jnp.float32)
+    return scale * total
+
+
+def look(attempt: Attempt, kind: str, scale, rise, accept, aim) -> Look:
+    """Looks along `scale` times the step, and nearer until it may be taken.
+
+    A part may be taken if the loss stays finite and rises by `rise` at most and, where
+    the step descends, if r is `accept` at most. A part that may not is shortened to
+    where r would be `aim`.
+    """
+    promised = slope_along(attempt, scale)
+    slope = jnp.where(jnp.isfinite(promised), promised, 0.0)
+    excess_at = _EXCESS[kind](attempt, scale, slope)
+
+    def may_take(part, excess):
+        change = excess + part * slope
+        r = ratio(excess, part * slope)
+        calm = (slope >= 0) | (r <= accept)
+        return jnp.isfinite(change) & (change <= rise) & calm
+
+    def nearer(state):
+        part, excess, _, looks = state
+        r = ratio(excess, part * slope)
+        factor = jnp.where(jnp.isfinite(r), aim / jnp.maximum(r, 1e-9), BLIND)
+        part = jnp.where(looks > 0, part * jnp.clip(factor, *NEARER), part)
+        excess = excess_at(part)
+        return part, excess, may_take(part, excess), looks + 1
+
+    part, excess, accepted, looks = jax.lax.while_loop(
+        lambda state: ~state[2] & (state[3] < TRIES),
+        nearer,
+        (
+            jnp.ones((), jnp.float32),
+            jnp.zeros((), jnp.float32),
+            jnp.zeros((), bool),
+            jnp.zeros((), jnp.int32),
+        ),
+    )
+    known = jnp.isfinite(excess) & jnp.isfinite(promised)
+    return Look(part, excess, part * slope, known, accepted, looks)
+
+
+def _moved(attempt: Attempt, scale):
+    step = _trees.scale_leaves(attempt.step, scale, attempt.gradient)
+    return optax.apply_updates(attempt.params, step)
+
+
+def _forward(attempt: Attempt, scale, slope):
+    """The excess by one forward pass a look."""
+
+    def excess_at(part):
+        there = scalar_signal(
+            "value_fn", attempt.loss_fn(_moved(attempt, part * scale))
+        )
+        return there[0] - attempt.loss - part * slope
+
+    return excess_at
+
+
+def _hvp(attempt: Attempt, scale, slope):
+    """The excess to second order: one `jvp` of a `jvp`, whatever the number of looks.
+
+    It sees curvature at the parameters alone: not a wall further on.
+    """
+    del slope
+
+    def along(part):
+        moved = jax.tree.map(
+            lambda p, d: p + part.astype(p.dtype) * d.astype(p.dtype),
+            *_inexact(attempt),
+        )
+        return scalar_signal("value_fn", attempt.loss_fn(_whole(attempt, moved)))[0]
+
+    def slope_at(part):
+        return jax.jvp(along, (part,), (jnp.ones((), jnp.float32),))[1]
+
+    zero, one = jnp.zeros((), jnp.float32), jnp.ones((), jnp.float32)
+    curvature = jax.jvp(slope_at, (zero,), (one,))[1]
+    return lambda part: 0.5 * curvature * jnp.square(part * scale)
+
+
+def _inexact(attempt: Attempt):
+    params = _trees.inexact_leaves(attempt.params, attempt.gradient)
+    return params, _trees.inexact_leaves(attempt.step, attempt.gradient)
+
+
+def _whole(attempt: Attempt, moved: list):
+    leaves = iter(moved)
+    return _trees.map_inexact(lambda _: next(leaves), attempt.gradient, attempt.params)
+
+
+_EXCESS = {"forward": _forward, "hvp": _hvp}

@@ -1,0 +1,254 @@
+"""The benchmark on learning-rate sensitivity: its scores, and a run in small."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import stablegrad as sg
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "lr_sensitivity.py"
+METHODS = ("optimizer alone", "Polyak step")
+SMALL = ["--quick", "--tasks", "B-adam", "--steps", "2", "--rounds", "0"]
+# Wortsman et al.'s definition on seven rates, one broken: worked out by hand.
+LOSSES, INITIAL = np.array([3.2, 3, 2.9, 3, 4, 12, np.nan]), 10.0
+KNOWN = 15.8 / 7
+RATES = np.array([3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1])
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("lr_sensitivity", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def part(name):
+    return sys.modules[f"_lr_sensitivity.{name}"]
+
+
+def run(script, out, *more):
+    with jax.numpy_rank_promotion("allow"):  # As users run it.
+        chosen = ["--out", str(out), "--only", *METHODS]
+        assert script.main([*SMALL, *chosen, *more]) == 0
+    return (out / "lr_sensitivity.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def out(script, tmp_path_factory):
+    """The folder of a run that is complete."""
+    folder = tmp_path_factory.mktemp("lr_sensitivity")
+    run(script, folder)
+    return folder
+
+
+def curve(loss, accuracy=np.nan, dead=0.0, initial=INITIAL):
+    arrays = np.broadcast_arrays(initial, loss, accuracy, dead)
+    return part("running").Curve(*arrays)
+
+
+def score(*curves, trivial=9.0):
+    return part("scores").score(RATES, trivial, curves)
+
+
+def cells(text, method):
+    """The row of a method, by column."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    split = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    header = next(line for line in split if line[0] == "method")
+    row = next(line for line in split if line[0] == method)
+    return dict(zip(header, row, strict=True))
+
+
+def test_sensitivity_has_the_known_answer(script):
+    seen = score(curve(LOSSES))
+    np.testing.assert_allclose(seen.sensitivity.mean, KNOWN, rtol=1e-12)
+    np.testing.assert_allclose(seen.sensitivity.mean, 2.2571, atol=5e-5)
+    np.testing.assert_allclose(seen.normalised.mean, KNOWN / 7.1, rtol=1e-12)
+    assert np.isnan(seen.sensitivity.error)
+
+
+def test_best_is_the_methods_own_and_each_seeds(script):
+    two = score(curve(LOSSES), curve(LOSSES + 1, initial=INITIAL + 1))
+    np.testing.assert_allclose(two.sensitivity, (KNOWN, 0.0), atol=1e-12)
+    np.testing.assert_allclose(two.best, 3.4)
+    np.testing.assert_array_equal(two.broken, [0, 0, 0, 0, 0, 0, 2])
+
+
+def test_standard_error_is_over_seeds(script):
+    flat = curve(np.full(7, 2.0))
+    seen = score(curve(LOSSES), flat).sensitivity
+    np.testing.assert_allclose(seen, (KNOWN / 2, KNOWN / 2), rtol=1e-12)
+
+
+def test_band_and_cliff_are_read_from_the_best_rate_outwards(script):
+    near = np.array([2.9, 3.0, 2.91, 2.9, 2.92, 2.95, 3.1])
+    seen = score(curve(near))
+    assert seen.best_rate == RATES[0]
+    np.testing.assert_allclose(seen.band, 0.0)
+    np.testing.assert_allclose(seen.cliff, 0.3)
+    seen = score(curve(np.array([3.1, 3.0, 2.91, 2.9, 2.92, 2.95, 2.9999])))
+    np.testing.assert_allclose(seen.band, np.log10(3e-2 / 3e-3))
+    assert np.isnan(seen.cliff)
+
+
+def test_a_network_at_chance_is_flagged_though_its_sensitivity_is_zero(script):
+    chance = score(curve(np.full(7, 8.95), dead=0.9))
+    assert chance.sensitivity.mean == 0
+    assert chance.trivial.all() and (chance.dead == 0.9).all()
+    np.testing.assert_array_equal(
+        score(curve(LOSSES)).trivial, [False] * 5 + [True] * 2
+    )
+
+
+def test_healthy_rates_are_below_the_bare_cliff(script):
+    seen = score(curve(np.array([3.2, 3, 2.9, 2.95, 3.05, 2.9, np.nan])))
+    assert seen.cliff == RATES[4]
+    expected = [True] * 4 + [False] * 3
+    np.testing.assert_array_equal(part("scores").healthy(seen, RATES), expected)
+
+
+def test_a_goal_is_met_or_missed(script):
+    rows, goals = part("rows"), part("goals")
+    made = {"bare": curve(LOSSES), "clip": curve(LOSSES), "ours": curve(LOSSES / 1.1)}
+    flat = curve(np.full(7, 2.9))
+
+    def told(mine):
+        listed = [
+            rows.Row(kind, kind, score(mine if kind == "ours" else made[kind]), None)
+            for kind in made
+        ]
+        table = {"A": rows.Table("A", RATES, 9.0, INITIAL, listed, {})}
+        about_a = [goal for goal in goals.goals() if goal.task == "A"]
+        return [goal.cell(table, "ours") for goal in about_a]
+
+    assert told(flat) == ["0 met", "0 met", "0 met", "0 met", "-"]
+    assert told(curve(LOSSES + 0.1))[2:4] == ["3.45 MISSED", "0.1 MISSED"]
+    assert told(made["ours"])[0].endswith("MISSED")
+
+
+def test_report_has_a_row_for_each_method(out):
+    text = (out / "lr_sensitivity.md").read_text()
+    for method in METHODS:
+        row = cells(text, method)
+        assert {"0.0001", "1", "best loss", "flags"} <= set(row)
+        assert "±" not in row["LR sensitivity"]  # One seed.
+        assert row["0.0001"].endswith(")")  # Test accuracy.
+    assert (out / "lr_sensitivity.png").stat().st_size > 10_000
+
+
+def test_a_run_is_taken_up_where_it_was_left(script, out, monkeypatch):
+    before = (out / "lr_sensitivity.md").read_text()
+    (kept,) = out.glob("results/*/Polyak-step/seed-0.json")
+    done = []
+
+    def measured(run, task, seed):
+        done.append(seed)
+        return curve(np.full(9, 1.25), 0.5, initial=2.0)
+
+    monkeypatch.setattr(script.running, "measured", measured)
+    assert run(script, out) == before and not done
+    stale = json.loads(kept.read_text()) | {"digest": "of another task"}
+    kept.write_text(json.dumps(stale))
+    after = run(script, out)
+    assert done == [0]
+    assert cells(after, "optimizer alone") == cells(before, "optimizer alone")
+    assert cells(after, "Polyak step")["1"] == "1.250 (50.0)"
+
+
+def toy(steps=1, slope=1.0):
+    """A quadratic, at two rates."""
+
+    def loss(params, batch):
+        return slope * jnp.sum((params - batch) ** 2)
+
+    return part("tasks").Task(
+        name="toy",
+        rates=np.array([0.01, 0.1]),
+        steps=steps,
+        batch_size=1,
+        init=lambda key: jnp.ones(2),
+        batch=lambda key: jnp.zeros(()),
+        loss=loss,
+        final_loss=lambda params: loss(params, 0.0),
+        accuracy=None,
+        dead=lambda params: jnp.zeros(()),
+        trivial_loss=1.0,
+        optimizer=optax.sgd,
+    )
+
+
+def test_a_digest_tells_tasks_and_methods_apart(script):
+    def digest(task, build=None):
+        running = part("running")
+        return running.digest(running.program(task, build or task.optimizer), task)
+
+    same, again = digest(toy()), digest(toy())
+    assert same == again
+    others = [
+        digest(toy(steps=2)),
+        digest(toy(slope=2.0)),
+        digest(toy()._replace(rates=np.array([0.01, 0.2]))),
+        digest(toy(), lambda rate: optax.sgd(rate, momentum=0.9)),
+    ]
+    assert len({same, *others}) == 5
+
+
+def test_rates_are_trained_side_by_side(script):
+    seen = part("running").curve(toy(steps=3), optax.sgd, seed=0)
+    np.testing.assert_allclose(seen.initial_loss, 2.0)
+    np.testing.assert_allclose(seen.final_loss, [2 * 0.98**6, 2 * 0.8**6], rtol=1e-5)
+
+
+def test_steps_are_timed_both_ways(script):
+    clock = part("timing").Clock(toy(), rounds=1)
+    plain = clock.times(optax.sgd(0.1), ("value",))
+    assert plain.apply is None and plain.least == plain.update > 0
+    guarded = clock.times(sg.guard(optax.sgd(0.1)), ("value",))
+    assert guarded.least == min(guarded.update, guarded.apply) > 0
+    assert guarded.bare_ms > 0
+
+
+def test_a_method_that_fails_is_a_row(script, tmp_path, monkeypatch, capsys):
+    def broken(task, rate):
+        raise TypeError("no such luck")
+
+    method = script.Method("hopeless", "clip", broken, "none")
+    monkeypatch.setattr(script, "methods", lambda: [method])
+    status = script.main([*SMALL, "--out", str(tmp_path)])
+    assert status == 0
+    text = (tmp_path / "lr_sensitivity.md").read_text()
+    assert cells(text, "hopeless")["0.0001"] == "failed: TypeError: no such luck"
+    assert "B-adam, hopeless: TypeError: no such luck" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--only", "hope"], "argument --only: invalid choice: 'hope'"),
+        (["--tasks", "C"], "argument --tasks: invalid choice: 'C'"),
+        (["--seeds", "0"], "argument --seeds: must be an integer >= 1, got '0'"),
+        (["--steps", "few"], "argument --steps: must be an integer >= 1, got 'few'"),
+    ],
+)
+def test_a_bad_option_is_one_line_and_status_2(script, arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        script.main(arguments)
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_it_is_a_script():
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--help"], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "--quick" in done.stdout
