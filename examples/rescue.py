@@ -99,7 +99,14 @@ def make_step(graphdef, tx):
 
     def step(params, opt_state, images, labels):
         loss, grads = jax.value_and_grad(loss_fn)(params, images, labels)
-        params, opt_state = sg.apply(tx, grads, opt_state, params, value=loss)
+        params, opt_state = sg.apply(
+            tx,
+            grads,
+            opt_state,
+            params,
+            value=loss,
+            value_fn=lambda params: loss_fn(params, images, labels),
+        )
         if isinstance(opt_state, optax.ApplyIfFiniteState):
             seen = {"skipped": ~opt_state.last_finite}
         elif isinstance(tx, sg.GuardedTransformation):

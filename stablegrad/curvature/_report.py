@@ -70,11 +70,16 @@ class CriticalLearningRate:
                 f"Training spikes at a learning rate of about {self.critical:.3g} "
                 f"{told}: start at {self.safe_start:.2g} or below."
             )
-        second = (
-            f"For comparison: Polyak's step is {self.polyak:.2g}, and a step of a "
-            f"thousandth of the parameters is {self.parameter:.2g}."
-        )
-        return " ".join([first, second, *(EXPLAINED[flag] for flag in self.flags)])
+        guides = [
+            f"{guide} is {value:.2g}"
+            for guide, value in (
+                ("Polyak's step", self.polyak),
+                ("a step of a thousandth of the parameters", self.parameter),
+            )
+            if math.isfinite(value)
+        ]
+        second = [f"For comparison: {', and '.join(guides)}."] if guides else []
+        return " ".join([first, *second, *(EXPLAINED[flag] for flag in self.flags)])
 
 
 def report(
