@@ -37,6 +37,7 @@ def look_ahead(
             ahead.step_scale * length,
             loss,
             extra["value_fn"],
+            _resolution(extra["value"]),
         )
         found = response.look_ahead(ahead.state[i], attempt)
         ahead = Foresight(
@@ -55,3 +56,9 @@ def _may_look(response: Response, params, extra) -> bool:
     if not absent and params is None:
         raise _checks.missing_params(f"`{response.name}`")
     return not absent
+
+
+def _resolution(loss) -> float:
+    """The relative unit in the last place of a loss, as it was computed."""
+    dtype = jnp.asarray(loss).dtype
+    return float(jnp.finfo(dtype if _trees.is_inexact(loss) else jnp.float32).eps)

@@ -61,7 +61,7 @@ PIECES = {
     "param_ratio",
     "units",
 }
-RESPONSES = {"clip", "skip", "back_off", "halt"}
+RESPONSES = {"clip", "skip", "back_off", "trust_region", "halt"}
 READERS = {"metrics", "events", "is_healthy", "raise_if_halted", "apply"}
 BEFORE_TRAINING = {"critical_learning_rate", "learning_rate_range_test", "sharpness"}
 SCHEDULES = {"explosion_aware_schedule", "observe_metric"}

@@ -31,6 +31,14 @@ for kind in (AxisType.Auto, AxisType.Explicit):
             )
             np.testing.assert_allclose(updates["w"], alone["w"], rtol=1e-5)
             assert updates["w"].sharding.spec[0] == "d", (kind, name)
+    tx = sg.guard(optax.sgd(50.0), sg.trust_region())
+    loss_fn = lambda p: jnp.sum(p["w"] ** 2)
+    extra = {"value": loss_fn(params), "value_fn": loss_fn}
+    step = jax.jit(lambda p, s: tx.update(jax.grad(loss_fn)(p), s, p, **extra))
+    updates, state = step(params, tx.init(params))
+    # On this loss r is the rate; the first step goes to where it is 0.7 * 0.7 / 2.
+    np.testing.assert_allclose(updates["w"], -2 * 0.245 * plain["w"], rtol=1e-4)
+    assert updates["w"].sharding.spec[0] == "d", kind
 print("same")
 """
 

@@ -5,6 +5,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 
 from .._checks import require, require_count
 from ..trust_region._probe import KINDS, Attempt, look
@@ -72,7 +73,7 @@ def trust_region(
             is free of rounding where a step changes the loss by less than 1e-6 of it.
 
     Returns:
-        A response for `guard`. `metrics` have `trust_radius` (inf while nothing binds),
+        A response for `guard`. `metrics` have `trust_radius` (inf while none is set),
         `trust_ratio` (r), `trust_scale` (on the last step), `trust_probes` and
         `trust_cuts`. A nan or inf along the step shortens it; a gradient or loss that
         is not finite teaches nothing, and a probe that does not descend never lengthens
@@ -111,14 +112,16 @@ def optional_trust_region() -> Response:
 def _trust_region(every, high, low, grow, probe, required) -> Response:
     require_count("every", every)
     require("high", high, "in (0, 1]", lambda x: 0 < x <= 1)
-    require("low", low, "in (0, high]", lambda x: 0 < x <= high)
+    least = 1 if isinstance(high, Tracer) else high
+    require("low", low, "in (0, high]", lambda x: 0 < x <= least)
     require("grow", grow, "> 1 and finite", lambda x: 1 < x < float("inf"))
     require("probe", probe, f"one of {KINDS}", lambda x: x in KINDS)
+    high, low, grow = (jnp.asarray(x, jnp.float32) for x in (high, low, grow))
     accept = EARLY_CARE * high
 
     def look_ahead(state: TrustRegionState, attempt: Attempt) -> Foresight:
         length = attempt.length
-        sound = (length > 0) & jnp.isfinite(length) & jnp.isfinite(attempt.loss)
+        sound = (length > 0) & jnp.isfinite(length)
         held = jnp.minimum(1.0, state.trust_radius / jnp.where(sound, length, 1.0))
         held = jnp.where(sound, held, 1.0).astype(jnp.float32)
 
@@ -136,7 +139,7 @@ def _trust_region(every, high, low, grow, probe, required) -> Response:
         def unprobed(state):
             return state, jnp.zeros((), bool), held
 
-        due = is_due(state, every) & sound
+        due = is_due(state, every) & sound & jnp.isfinite(attempt.loss)
         after, alarm, scale = lax.cond(due, probed, unprobed, state)
         after = with_loss(after, attempt.loss)._replace(trust_scale=scale)
         return Foresight(scale, alarm, after)

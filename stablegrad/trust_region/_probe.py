@@ -24,6 +24,7 @@ from .._signals import scalar_signal
 TRIES = 8  # Looks at one step at most, each nearer than the last.
 NEARER = (0.01, 0.5)  # What one look may shorten the step by.
 BLIND = 0.1  # The same where the loss, or the promise, says nothing of how far.
+ROUNDING = 16  # Units in the last place of a loss, within which no change is seen.
 
 KINDS = ("forward", "hvp")
 
@@ -37,6 +38,9 @@ class Attempt(NamedTuple):
     length: jax.Array  # float32, (): L2 norm of `step`.
     loss: jax.Array  # float32, (): at `params`.
     loss_fn: Callable[[Any], jax.Array]  # params -> loss, on the same batch.
+    resolution: float = (
+        2.0**-23
+    )  # Of the loss's own dtype: its unit in the last place, relative.
 
 
 class Look(NamedTuple):
@@ -45,7 +49,8 @@ class Look(NamedTuple):
     part: jax.Array  # float32 in (0, 1]: a, the part of the step that was accepted.
     excess: jax.Array  # float32: excess(a).
     slope: jax.Array  # float32: a s.
-    known: jax.Array  # bool: whether both are finite.
+    known: jax.Array  # bool: whether both are finite, and more than rounding.
+    blind: jax.Array  # bool: whether the promise drowns in the loss's rounding.
     accepted: jax.Array  # bool: whether that part may be taken.
     looks: jax.Array  # int32: forward passes, 1 unless shortened.
 
@@ -82,11 +87,13 @@ def look(attempt: Attempt, kind: str, scale, rise, accept, aim) -> Look:
     promised = slope_along(attempt, scale)
     slope = jnp.where(jnp.isfinite(promised), promised, 0.0)
     excess_at = _EXCESS[kind](attempt, scale, slope)
+    unseen = ROUNDING * attempt.resolution if kind == "forward" else 0.0
+    seen = unseen * jnp.abs(attempt.loss)
 
     def may_take(part, excess):
         change = excess + part * slope
         r = ratio(excess, part * slope)
-        calm = (slope >= 0) | (r <= accept)
+        calm = (slope >= 0) | (r <= accept) | (part * jnp.abs(slope) <= seen)
         return jnp.isfinite(change) & (change <= rise) & calm
 
     def nearer(state):
@@ -107,8 +114,9 @@ def look(attempt: Attempt, kind: str, scale, rise, accept, aim) -> Look:
             jnp.zeros((), jnp.int32),
         ),
     )
-    known = jnp.isfinite(excess) & jnp.isfinite(promised)
-    return Look(part, excess, part * slope, known, accepted, looks)
+    blind = part * jnp.abs(slope) <= seen
+    known = jnp.isfinite(excess) & jnp.isfinite(promised) & ~blind
+    return Look(part, excess, part * slope, known, blind, accepted, looks)
 
 
 def _moved(attempt: Attempt, scale):

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from .._measure import LARGEST
-from .._trees import increment
+from .._trees import count_if, increment
 from ._probe import Look, ratio
 
 DENSE = 5  # Probes at the start, one a step.
@@ -25,7 +25,7 @@ FASTER = 2.0  # Growth while r is below a tenth of `low`: the radius is far too 
 EARLY, EARLY_CARE = 30, 0.7  # Probes of the start, and their factor on `high`.
 CARE_OVER, LEAST_CARE = 50, 0.3  # Binding probes that halve `high`, and its floor.
 LOOSE_OVER, LOOSE = 50, 1.6  # Free probes that raise `high`, and by how much.
-RELEASE = 4.0  # Times the optimizer's own length: where the radius stops to bind.
+RELEASE = 4.0  # Times the optimizer's own length: from where a radius is no bound.
 LOSS_DECAY = 0.98
 NEVER = LARGEST  # A radius that does not bind; the state stays finite.
 
@@ -73,14 +73,14 @@ def is_due(state: TrustRegionState, every) -> jax.Array:
     return (state.probes_known < DENSE) | (state.steps_tried % every == 0)
 
 
-def care(state: TrustRegionState) -> jax.Array:
+def care(state: TrustRegionState, is_bound) -> jax.Array:
     """The factor on `high` and `low`."""
     bound = state.probes_bound.astype(jnp.float32) - EARLY
     late = jnp.maximum(1 / (1 + jnp.maximum(bound, 0.0) / CARE_OVER), LEAST_CARE)
     binding = jnp.where(bound < 0, EARLY_CARE, late)
     free = jnp.minimum(state.probes_free.astype(jnp.float32) / LOOSE_OVER, 1.0)
     loose = EARLY_CARE + (LOOSE - EARLY_CARE) * free
-    return jnp.where(state.trust_radius < NEVER, binding, loose)
+    return jnp.where(is_bound, binding, loose)
 
 
 def longest_rise(state: TrustRegionState, loss) -> jax.Array:
@@ -121,20 +121,26 @@ def after_probe(
     slope = _bounded(jnp.where(found.known, slope, state.mean_slope))
     # Steps that on average do not descend count as too long.
     r = jnp.where(slope < 0, ratio(excess, slope), 2.0)
-    bound = state.trust_radius < NEVER
-    careful = care(state)
+    bound = state.trust_radius < RELEASE * own_length
+    careful = care(state, bound)
     factor = jnp.clip(AIM * high * careful / jnp.maximum(r, 1e-9), SHORTEST_CUT, 1.0)
-    cut = ~alarm & (r > high * careful)
+    cut = found.known & ~alarm & (r > high * careful)
+    # What is too short to be seen is too short to do harm.
     grows = found.known & (found.slope < 0) & (r < low * careful)
-    growth = jnp.where(r < 0.1 * low * careful, jnp.maximum(grow, FASTER), grow)
-    radius = jnp.where(grows & bound, state.trust_radius * growth, state.trust_radius)
+    grows = (grows | found.blind) & ~alarm
+    far_too_short = found.blind | (r < 0.1 * low * careful)
+    growth = jnp.where(far_too_short, jnp.maximum(grow, FASTER), grow)
+    may_grow = state.trust_radius < NEVER / growth
+    longer = jnp.where(may_grow, state.trust_radius * growth, NEVER)
+    radius = jnp.where(grows, longer, state.trust_radius)
     radius = jnp.where(cut, length * factor, radius)
-    radius = jnp.where(alarm, length * found.part, radius)
+    # Where no part may be taken, the length is not to blame, and the radius stays.
+    radius = jnp.where(alarm & found.accepted, length * found.part, radius)
     radius = jnp.maximum(radius, 1e-30)
-    radius = jnp.where(radius < RELEASE * own_length, radius, NEVER)
     factor = jnp.where(cut, factor, 1.0)
-    cuts = jnp.where(cut | alarm, increment(state.trust_cuts), state.trust_cuts)
-    known = found.known.astype(jnp.int32)
+    cuts = count_if(cut | (alarm & found.accepted), state.trust_cuts)
+    free = found.known & ~bound
+    descends = found.known & (found.slope < 0)
     return (
         state._replace(
             trust_radius=radius,
@@ -143,9 +149,9 @@ def after_probe(
             trust_cuts=cuts,
             mean_excess=excess * factor**2,
             mean_slope=slope * factor,
-            probes_known=_plus(state.probes_known, known * (found.slope < 0)),
-            probes_bound=_plus(state.probes_bound, bound.astype(jnp.int32)),
-            probes_free=jnp.where(bound, 0, _plus(state.probes_free, known)),
+            probes_known=count_if(descends, state.probes_known),
+            probes_bound=count_if(bound, state.probes_bound),
+            probes_free=jnp.where(bound, 0, count_if(free, state.probes_free)),
         ),
         alarm,
     )
@@ -163,10 +169,6 @@ def numbers_of_trust(response_states) -> dict[str, jax.Array]:
                 shown[f"trust_{name}"] = getattr(state, f"trust_{name}")
             return shown
     return {}
-
-
-def _plus(count, some) -> jax.Array:
-    return jnp.where(some > 0, increment(count), count)
 
 
 def _bounded(number) -> jax.Array:
