@@ -48,12 +48,16 @@ def trust_region(
     The first probes come one a step, later ones every `every`-th step. A step that
     would double the loss, or make it nan or inf, is shortened before it is taken, and
     R with it; so is the first, if its own r is above 0.7 * high. The schedule's rate is
-    never exceeded, and where its steps are calm R does not bind at all.
+    never exceeded. Where no part of a step may be taken, it is held back, and R stays.
+    A probe whose promise drowns in the rounding of the loss lengthens R.
 
     The care c is 0.7 for the first 30 probes, then falls from 1 to 0.3 the longer R
     binds: noise, which probes on the batch of the gradient do not see, is what limits a
-    long run. While R does not bind, c rises from 0.7 to 1.6 over 50 probes: a schedule
-    that has proved itself is left alone.
+    long run. While R does not bind, c rises from 0.7 to 1.6 over 50 probes.
+
+    It slows healthy runs whose steps gain nothing on average: at the edge of stability,
+    and with heavy momentum (0.99). Gradients must be those of `value`, neither scaled
+    nor clipped before, and the forward pass finer than bfloat16.
 
     Pass the loss and a function of the parameters that repeats it, on the same batch
     and with the same random numbers:
