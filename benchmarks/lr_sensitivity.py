@@ -7,10 +7,11 @@
     expected:  our trust region has the flattest curves, and loses nothing at good rates
 
 Task A is a small character transformer, B a deep network without normalisation on
-scikit-learn's digits. Each method trains at every rate of a log-spaced grid at once,
-from the same weights on the same batches; what is stated is what it made of each rate.
-Results are kept in `--out`, and the tables show every row whose results are there:
-`--only NAME --fresh` computes one row anew beside all others.
+scikit-learn's digits; C, a small tanh network that fits a curve, trains well at most
+rates, and shows what a method costs there. Each method trains at every rate of a
+log-spaced grid at once, from the same weights on the same batches; what is stated is
+what it made of each rate. Results are kept in `--out`, and the tables show every row
+with the seeds that are there: `--only NAME --fresh` computes one anew beside them.
 """
 
 import shutil
@@ -33,7 +34,7 @@ from _lr_sensitivity.methods import BARE, Method, methods
 from _lr_sensitivity.rows import Row, Table
 from _lr_sensitivity.scores import score
 from _lr_sensitivity.store import Store, place
-from _lr_sensitivity.tasks import Task, digits_task, text_task
+from _lr_sensitivity.tasks import Task, curve_task, digits_task, text_task
 from _lr_sensitivity.timing import Clock
 from options import Parser, whole
 
@@ -62,6 +63,18 @@ ENTRIES = {
         lambda steps: digits_task(batch_size=8, steps=steps),
         600,
         "B: ReLU network, Adam, batch 8",
+    ),
+    "C-adam": Entry(
+        lambda steps: curve_task(steps=steps),
+        3000,
+        "C: tanh network, Adam",
+        peers=False,
+    ),
+    "C-momentum": Entry(
+        lambda steps: curve_task("momentum", steps=steps),
+        3000,
+        "C: tanh network, momentum",
+        peers=False,
     ),
 }
 
@@ -114,17 +127,18 @@ def row(
             curve = running.measured(run, task, seed)
             seconds = round(time.perf_counter() - started, 2)
             store.keep_curve(seed, curve, {**about, "seed": seed, "seconds": seconds})
-        curves.append(curve)
+        if curve is not None:
+            curves.append(curve)
     times = store.times()
     if times is None and wanted and plan.rounds:
         say("step time")
         times = clock.times(build(clock.rate), method.extras)
         store.keep_times(times, {**about, "rounds": plan.rounds})
-    if any(curve is None for curve in curves):
+    if not curves:
         return None
     scores = score(task.rates, task.trivial_loss, curves)
     start = float(curves[0].initial_loss[0])
-    return Row(method.name, method.kind, scores, times), start
+    return Row(method.name, method.kind, scores, times, len(curves)), start
 
 
 def table(
@@ -224,7 +238,7 @@ def main(argv=None) -> int:
     plan, publish = parsed(argv)
     seen = tables(plan)
     about = (
-        f"{len(plan.seeds)} seed{'s' * (len(plan.seeds) > 1)}, on "
+        f"{len(plan.seeds)} seed{'s' * (len(plan.seeds) > 1)} at most, on "
         f"{jax.default_backend()}, jax {jax.__version__}, optax {optax.__version__}."
     )
     name = Path(__file__).stem

@@ -3,7 +3,10 @@
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from jax.core import Tracer
+
+_MOST = 2**31 - 1  # Steps are counted in int32.
 
 
 def require(name: str, value, expected: str, holds: Callable[..., bool]) -> None:
@@ -15,17 +18,40 @@ def require(name: str, value, expected: str, holds: Callable[..., bool]) -> None
         return
     try:
         fine = bool(holds(value))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         fine = False
     if not fine:
         raise ValueError(f"`{name}` must be {expected}, got {value!r}.")
 
 
 def require_count(name: str, value, least: int = 1) -> None:
-    """Raises ValueError unless `value` is a Python integer of at least `least`."""
+    """Raises ValueError unless `value` is a Python integer >= `least` within int32."""
     whole = isinstance(value, int) and not isinstance(value, bool)
+    _require_within(name, value, least, whole)
+
+
+def require_steps(name: str, value, least: int = 1) -> None:
+    """Raises ValueError unless `value` is a whole number >= `least` within int32.
+
+    It may be NumPy's or an array; of a traced one only the dtype can be checked.
+    """
+    if isinstance(value, Tracer):
+        whole = jnp.issubdtype(value.dtype, jnp.integer)
+        if whole:
+            return
+    else:
+        try:
+            whole = bool(value == int(value))
+        except (TypeError, ValueError, OverflowError):
+            whole = False
+    _require_within(name, value, least, whole)
+
+
+def _require_within(name: str, value, least: int, whole: bool) -> None:
     if not (whole and value >= least):
         raise ValueError(f"`{name}` must be an integer >= {least}, got {value!r}.")
+    if value > _MOST:
+        raise ValueError(f"`{name}` must be an integer <= {_MOST}, got {value!r}.")
 
 
 def only_published(**settings) -> None:
@@ -86,6 +112,15 @@ def missing_value_fn(asker: str, name: str) -> ValueError:
         "  Linen: updates, opt_state = state.tx.update(\n"
         "             grads, state.opt_state, state.params, value=loss,\n"
         "             value_fn=lambda p: loss_fn(p, batch))"
+    )
+
+
+def not_a_loss(found: str) -> ValueError:
+    """The error for a `value_fn` that does not give the loss."""
+    return ValueError(
+        "`value_fn` must be a function of the parameters that returns the loss alone, "
+        f"but {found}. For a loss with `has_aux=True`: "
+        "value_fn=lambda p: loss_fn(p, batch)[0]."
     )
 
 

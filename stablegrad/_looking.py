@@ -1,5 +1,6 @@
 """Looking along a step before it is taken, for the responses that do."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 from . import _checks, _trees
 from ._judging import loss_of
 from .responses._core import Foresight, Response
-from .trust_region._probe import Attempt
+from .step_length._probe import Attempt
 
 
 def unlooked(states: tuple) -> Foresight:
@@ -36,7 +37,7 @@ def look_ahead(
             params,
             ahead.step_scale * length,
             loss,
-            extra["value_fn"],
+            _checked(extra["value_fn"]),
             _resolution(extra["value"]),
         )
         found = response.look_ahead(ahead.state[i], attempt)
@@ -51,11 +52,25 @@ def look_ahead(
 def _may_look(response: Response, params, extra) -> bool:
     """Whether a step brings all that a probe takes; an error where it must."""
     absent = [name for name in ("value", "value_fn") if extra.get(name) is None]
-    if absent and response.needs_value_fn:
+    if absent and (response.needs_value_fn or "value_fn" not in absent):
         raise _checks.missing_value_fn(f"`{response.name}`", absent[-1])
     if not absent and params is None:
         raise _checks.missing_params(f"`{response.name}`")
     return not absent
+
+
+def _checked(value_fn) -> Callable[[Any], Any]:
+    """The same function, with an error of its own for what is no loss."""
+    if not callable(value_fn):
+        raise _checks.not_a_loss(f"it is {_checks.described(value_fn)}")
+
+    def loss_fn(params):
+        loss = value_fn(params)
+        if isinstance(loss, (tuple, list, dict)) or loss is None:
+            raise _checks.not_a_loss(f"it returns a {type(loss).__name__}")
+        return loss
+
+    return loss_fn
 
 
 def _resolution(loss) -> float:

@@ -12,7 +12,7 @@ from ._reasons import Reason
 from ._record import ENCODED, Event, EventKind, Record, decode, init_record
 from .clipping._readings import numbers_of_clips
 from .learning_rate._readings import numbers_of_rates
-from .trust_region._radius import numbers_of_trust
+from .step_length._readings import numbers_of_trust
 
 
 class TrainingHalted(RuntimeError):
@@ -41,6 +41,7 @@ def metrics(state: Any) -> dict[str, jax.Array]:
         - `back_off_scale`: of `lr_scale`, what `back_off` asks for.
         - `trust_radius`, `trust_ratio`, `trust_scale`, `trust_probes`, `trust_cuts`: of
           a `trust_region`; the radius is inf while it does not bind.
+          `trust_mismatch`: it rests, as gradients are not those of `value`.
         - `<response>_<threshold>_<signal>_limit`: each limit in force, inf: none yet;
           of the strictest leaf under per="leaf".
 

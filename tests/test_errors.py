@@ -84,3 +84,17 @@ def test_what_is_not_a_response_is_an_error():
 def test_what_is_not_an_optimizer_is_an_error(wrong):
     with pytest.raises(TypeError, match="must be given an optax transformation first"):
         sg.guard(wrong)
+
+
+@pytest.mark.parametrize(
+    "build, name, bounds",
+    [
+        (lambda: sg.halt(after=float("inf")), "after", ">= 1, got inf"),
+        (lambda: sg.zscore(6.0, warmup_steps=2**40), "warmup_steps", "<= 2147483647"),
+        (lambda: sg.percentile(90, window=2**40), "window", "<= 2147483647"),
+        (lambda: sg.zscore(6.0, patience=2.5), "patience", ">= 25, got 2.5"),
+    ],
+)
+def test_a_number_of_steps_beyond_what_can_be_counted_is_an_error(build, name, bounds):
+    with pytest.raises(ValueError, match=f"`{name}` must be an integer {bounds}"):
+        build()

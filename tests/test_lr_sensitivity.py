@@ -123,7 +123,9 @@ def test_a_goal_is_met_or_missed(script):
 
     def told(mine):
         listed = [
-            rows.Row(kind, kind, score(mine if kind == "ours" else made[kind]), None)
+            rows.Row(
+                kind, kind, score(mine if kind == "ours" else made[kind]), None, seeds=1
+            )
             for kind in made
         ]
         table = {"A": rows.Table("A", RATES, 9.0, INITIAL, listed, {})}
@@ -234,7 +236,7 @@ def test_a_method_that_fails_is_a_row(script, tmp_path, monkeypatch, capsys):
     "arguments, message",
     [
         (["--only", "hope"], "argument --only: invalid choice: 'hope'"),
-        (["--tasks", "C"], "argument --tasks: invalid choice: 'C'"),
+        (["--tasks", "D"], "argument --tasks: invalid choice: 'D'"),
         (["--seeds", "0"], "argument --seeds: must be an integer >= 1, got '0'"),
         (["--steps", "few"], "argument --steps: must be an integer >= 1, got 'few'"),
     ],

@@ -9,13 +9,13 @@ from .rows import Row, Table
 from .scores import Mean
 
 LEGEND = f"""\
-Loss: final, on a fixed set, mean over seeds; a loss that is not finite counts as the
-one before training, and is marked `!`. On B it is the training loss, with the test
-accuracy in % in brackets. LR sensitivity: mean over rates of min(loss, loss before
-training) minus the method's own best, and its standard error over seeds; normalised:
-the same over what training gains at best. Band: decades of rates around the best within
-{scores.WITHIN} of its loss. Cliff: the lowest rate above the best that is more than
-{scores.CLIFF} off. Flags: `trivial` at rates where some seed is no better than the best
+Loss: final, on a fixed set, mean over as many seeds as stated; a loss that is not
+finite counts as the one before training, and is marked `!`. On B it is the training
+loss, with the test accuracy in % in brackets. LR sensitivity: mean over rates of
+min(loss, loss before training) minus the method's own best, and its standard error over
+seeds; normalised: the same over what training gains at best. Band: decades of rates
+around the best within {scores.WITHIN} of its loss. Cliff: the lowest rate above the
+best that is more than {scores.CLIFF} off. Flags: `trivial` at rates where some seed is no better than the best
 constant predictor, give or take 1 %; `dead` where {scores.DEAD:.0%} of the hidden units
 or more never fire on the training set. Step time: of one step without vmap over the
 bare optimizer's in the same run, through `update`, for ours also through
@@ -76,6 +76,7 @@ def table(data: Table) -> str:
     """One task: a line a method."""
     header = [
         "method",
+        "seeds",
         *(f"{rate:.2g}" for rate in data.rates),
         "LR sensitivity",
         "normalised",
@@ -92,6 +93,7 @@ def table(data: Table) -> str:
         lines.append(
             [
                 f"**{row.method}**" if row.kind == "ours" else row.method,
+                str(row.seeds),
                 *(_cell(row, i) for i in range(len(data.rates))),
                 _with_error(seen.sensitivity),
                 f"{seen.normalised.mean:.3f}",
@@ -104,7 +106,7 @@ def table(data: Table) -> str:
             ]
         )
     for method, why in data.failed.items():
-        lines.append([method, f"failed: {why}", *[""] * (len(header) - 2)])
+        lines.append([method, "-", f"failed: {why}", *[""] * (len(header) - 3)])
     return _markdown(header, lines)
 
 

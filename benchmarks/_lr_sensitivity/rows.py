@@ -15,6 +15,7 @@ class Row(NamedTuple):
     kind: str
     scores: Scores
     times: Times | None
+    seeds: int  # Over which `scores` are means.
 
 
 class Table(NamedTuple):

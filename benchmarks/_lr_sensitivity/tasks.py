@@ -2,6 +2,9 @@
 
 A: a character transformer on the English text that every Python ships.
 B: a ten-layer ReLU network without normalisation on scikit-learn's digits.
+
+And C, which is sound over most of its rates: a small tanh network fits a curve, without
+noise, for so long that it trains at the edge of stability.
 """
 
 import functools
@@ -162,5 +165,52 @@ def digits_task(optimizer: str = "adam", batch_size: int = 64, steps: int = 600)
         accuracy=accuracy,
         dead=dead,
         trivial_loss=_entropy(_digits()[1], 10),
+        optimizer=build,
+    )
+
+
+def curve_task(optimizer: str = "adam", steps: int = 3000, batch_size: int = 32):
+    """Task C: two layers of 64 tanh units, sin(4 x) + 0.3 x^2 at 128 points."""
+    x = jnp.linspace(-2, 2, 128)[:, None]
+    y = jnp.sin(4 * x) + 0.3 * x**2
+
+    def init(key):
+        widths = (1, 64, 64, 1)
+        keys = jax.random.split(key, 3)
+        return [
+            {
+                "kernel": jax.random.normal(k, (fan_in, fan_out)) * fan_in**-0.5,
+                "bias": jnp.zeros(fan_out),
+            }
+            for k, fan_in, fan_out in zip(keys, widths[:-1], widths[1:], strict=True)
+        ]
+
+    def loss(params, rows):
+        out = x[rows]
+        for layer in params[:-1]:
+            out = jnp.tanh(out @ layer["kernel"] + layer["bias"])
+        out = out @ params[-1]["kernel"] + params[-1]["bias"]
+        return jnp.mean((out - y[rows]) ** 2)
+
+    optimizers = {
+        "adam": (optax.adam, np.geomspace(1e-4, 1.0, 9)),
+        "momentum": (
+            lambda rate: optax.sgd(rate, momentum=0.9),
+            np.geomspace(1e-3, 10, 9),
+        ),
+    }
+    build, rates = optimizers[optimizer]
+    return Task(
+        name=f"C {optimizer}",
+        rates=rates,
+        steps=steps,
+        batch_size=batch_size,
+        init=init,
+        batch=lambda key: jax.random.randint(key, (batch_size,), 0, len(x)),
+        loss=loss,
+        final_loss=lambda params: loss(params, jnp.arange(len(x))),
+        accuracy=None,
+        dead=lambda params: jnp.zeros(()),
+        trivial_loss=float(jnp.var(y)),
         optimizer=build,
     )

@@ -12,11 +12,11 @@ import optax
 from .. import _checks
 from . import _hessian, _loss
 from ._estimates import Estimates, elsewhere, estimate
+from ._rate import built_rate
 from ._report import CriticalLearningRate, report
 
 METHODS = ("auto", *_hessian.METHODS, "forward")
-_RATES = ("directional", "forward", "probe", "polyak", "parameter")
-_NUMBERS = ("loss", "slope", "curvature", "gradient_norm")
+_MEANS = ("loss", "slope", "curvature", "gradient_norm")  # All else are rates.
 
 
 def critical_learning_rate(
@@ -25,7 +25,7 @@ def critical_learning_rate(
     batch,
     tx: optax.GradientTransformation,
     *,
-    learning_rate: float = 1.0,
+    learning_rate: float | None = None,
     more_batches: Iterable[Any] = (),
     steps: int = 10,
     curvature: str = "auto",
@@ -70,14 +70,17 @@ def critical_learning_rate(
             1 (`optax.adamw(1.0)`), or with `learning_rate`. No schedule: a warm-up's
             first rate is zero. No trust region or line search, which choose the step
             themselves. It gets `value=`.
-        learning_rate: The rate that `tx` was built with, > 0.
-        more_batches: Further batches of the same shape. The estimates become geometric
-            means over all of them, and each update is also tried on the next batch.
+        learning_rate: The rate that `tx` was built with, > 0. None: the one that
+            `optax.inject_hyperparams` keeps in its state, without that 1.
+        more_batches: A list or iterable of further batches of the same shape. The
+            estimates become geometric means over all of them, and each update is also
+            tried on the next batch.
         steps: Optimizer steps of the probe, >= 0: about as many as the momentum lasts,
             1 / (1 - b). 0: no probe, for models too large.
         curvature: Where u.Hu comes from. `"jvp"`, `"vjp"` or `"difference"` of
             gradients, `"auto"` for the first of these that the loss allows; `"forward"`
-            for three losses and no second derivative.
+            for three losses and no second derivative, at a distance at which the slope
+            changes by a tenth or so.
         tolerance: The relative rise that counts for `forward`, > 0.
         spike: The relative rise that counts for `probe`, > 0.
         best_loss: The loss of a perfect model, for `polyak`.
@@ -90,8 +93,10 @@ def critical_learning_rate(
     Raises:
         TypeError: If `loss_fn` does not return a real scalar.
         ValueError: If an argument is out of range, `params` has no floating-point leaf,
-            the loss, its gradient or the update is not finite at `params`, or the first
-            update is zero though the gradient is not, as in a warm-up.
+            `more_batches` are no batches like `batch`, the state of `tx` keeps another
+            rate than is told, `loss_fn` lacks the derivative that `curvature` asks for;
+            if the loss, its gradient or the update is not finite at `params`, or the
+            first update is zero though the gradient is not, as in a warm-up.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -113,7 +118,6 @@ def critical_learning_rate(
         `forward`. The probe and the safe start are ours.
     """
     positive = ("finite and > 0", lambda x: 0 < x < math.inf)
-    _checks.require("learning_rate", learning_rate, *positive)
     _checks.require("tolerance", tolerance, *positive)
     _checks.require("spike", spike, *positive)
     _checks.require("best_loss", best_loss, "finite", math.isfinite)
@@ -121,11 +125,14 @@ def critical_learning_rate(
     _checks.require("curvature", curvature, f"one of {METHODS}", lambda x: x in METHODS)
     loss, point, held = _loss.problem(loss_fn, params)
     optimizer = _loss.optimizer(tx, "critical_learning_rate")
-    all_data = [(held, one) for one in (batch, *more_batches)]
+    built = built_rate(optimizer, point, learning_rate)
+    all_data = [(held, one) for one in (batch, *_others(more_batches, batch))]
     with jax.default_matmul_precision("highest"):
         method = curvature
         if method == "auto":
             method = _hessian.cheapest(loss, point, all_data[0])
+        elif method in ("jvp", "vjp"):
+            _hessian.require_allowed(method, loss, point, all_data[0])
         measure = functools.partial(
             estimate,
             loss,
@@ -134,43 +141,82 @@ def critical_learning_rate(
             method=method,
             probed=steps > 0,
             steps=steps,
-            built=learning_rate,
+            built=built,
             tolerance=tolerance,
             spike=spike,
-            best=best_loss,
         )
         found = [_checked(measure(data)) for data in all_data]
-        others = all_data[1:] + all_data[:1] if len(all_data) > 1 else []
+        following = all_data[1:] + all_data[:1] if len(all_data) > 1 else []
         crossed = [
-            float(elsewhere(loss, point, data, one.update, tolerance, one.forward))
-            for one, data in zip(found, others, strict=False)
+            elsewhere(loss, point, data, one.direction, tolerance, one.forward)
+            for one, data in zip(found, following, strict=False)
         ]
+    told = [_told(one, best_loss) for one in found]
+    rates = [
+        _per_rate(one, length) for one, length in zip(found, crossed, strict=False)
+    ]
     return report(
-        **{name: _geometric(getattr(one, name) for one in found) for name in _RATES},
-        **{name: _mean(getattr(one, name) for one in found) for name in _NUMBERS},
-        cross_batch=_geometric(crossed) if crossed else math.nan,
+        **{
+            name: (_mean if name in _MEANS else _geometric)([one[name] for one in told])
+            for name in told[0]
+        },
+        cross_batch=_geometric(rates) if rates else math.nan,
         method=method,
     )
 
 
+def _others(more_batches, batch) -> list[Any]:
+    """The further batches; ValueError if they are not built as the first is."""
+    others = [] if hasattr(more_batches, "dtype") else list(more_batches)
+    expected = jax.tree.structure(batch)
+    if hasattr(more_batches, "dtype") or any(
+        jax.tree.structure(one) != expected for one in others
+    ):
+        raise ValueError(
+            "`more_batches` must be a list of batches, each built as `batch` is, also "
+            f"if it is only one, got {_loss.outline(others or more_batches)}."
+        )
+    return others
+
+
 def _checked(found: Estimates) -> Estimates:
     """Raises ValueError if the estimates mean nothing."""
-    loss, gradient = float(found.loss), float(found.gradient_norm)
-    if not (math.isfinite(loss) and math.isfinite(gradient)):
-        raise ValueError(
-            "`params` must give a finite loss and gradient on every batch, got a loss "
-            f"of {loss:g} and a gradient norm of {gradient:g}."
-        )
+    _loss.require_finite(found.loss, found.gradient_norm)
     update = float(found.update_norm)
     if not math.isfinite(update):
         raise ValueError(f"`tx` must give a finite update, got a norm of {update:g}.")
-    if update == 0 and gradient > 0:
+    if update == 0 and found.gradient_norm > 0:
         raise ValueError(
             "`tx` must move the parameters at its first step, got an update of zero. "
             "A schedule with a warm-up starts at rate 0: build it without one, as "
-            "`optax.adamw(1.0)`."
+            "`optax.adamw(1.0)`, and without `optax.MultiSteps`."
         )
     return found
+
+
+def _told(found: Estimates, best_loss: float) -> dict[str, float]:
+    """The estimates per unit of learning rate, in float64, where nothing overflows."""
+    size, slope = float(found.update_norm), float(found.slope)
+    gain = np.float64(found.loss) - best_loss
+    with np.errstate(divide="ignore", invalid="ignore"):
+        polyak = float(gain / np.float64(-slope * size))
+    return {
+        "loss": float(found.loss),
+        "slope": slope * size,
+        "curvature": float(found.curvature) * size**2,
+        "gradient_norm": float(found.gradient_norm),
+        "directional": _per_rate(found, found.directional),
+        "forward": _per_rate(found, found.forward),
+        "probe": float(found.probe),
+        "polyak": polyak,
+        "parameter": float(found.parameter),
+    }
+
+
+def _per_rate(found: Estimates, length) -> float:
+    """The rate at which a step has a length; inf where no step has any."""
+    size = float(found.update_norm)
+    return float(length) / size if size else math.inf
 
 
 def _mean(values) -> float:

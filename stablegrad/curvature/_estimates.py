@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from .. import _trees
@@ -14,33 +15,41 @@ from ._crossing import crossing
 _FINE, _COARSE = 1.005, 1.03  # Relative precision: forward passes, runs of steps.
 _DENSE = 2**0.5  # Rates in the probe's way up: the first spike may be a narrow one.
 _BELOW = 64.0  # How far below the other estimates the forward search starts.
+_NEGLIGIBLE = 1e-4  # Of another length: a shorter one is an accident.
+_LEAST, _MOST = 0.04, 0.4  # Second over first difference.
+_ROUNDING = 8 * float(np.finfo(np.float32).eps)  # Relative, of a second difference.
 
 
 class Estimates(NamedTuple):
-    """What one batch tells; every field but the update is a rank-0 float32."""
+    """What one batch tells; every field but the direction is a rank-0 float32.
+
+    Lengths are those of a step along the update's direction: `update_norm` times a
+    rate. Along a vector of length 1 nothing overflows that the loss itself does not.
+    """
 
     loss: jax.Array
     gradient_norm: jax.Array
-    update_norm: jax.Array
-    slope: jax.Array  # g.u: the loss's derivative along the update.
-    curvature: jax.Array  # u.Hu.
-    directional: jax.Array  # Rates from here on.
-    forward: jax.Array
-    probe: jax.Array  # nan if not asked for.
-    polyak: jax.Array
-    parameter: jax.Array
-    update: Any  # The optimizer's first step per unit of learning rate.
+    update_norm: jax.Array  # Of the optimizer's first step, per unit of learning rate.
+    slope: jax.Array  # The loss's first derivative along the direction.
+    curvature: jax.Array  # The second.
+    directional: jax.Array  # A length.
+    forward: jax.Array  # A length.
+    probe: jax.Array  # A rate; nan if not asked for.
+    parameter: jax.Array  # A rate.
+    direction: Any  # The optimizer's first step, of length 1.
 
 
 @functools.partial(jax.jit, static_argnames=("loss", "tx", "method", "probed"))
 def estimate(
-    loss, tx, point, data, *, method, probed, steps, built, tolerance, spike, best
+    loss, tx, point, data, *, method, probed, steps, built, tolerance, spike
 ) -> Estimates:
     """All of them, for one batch."""
     value, grads = jax.value_and_grad(loss)(point, data)
     state = tx.init(point)
     updates, _ = tx.update(grads, state, point, value=value)
-    unit = jax.tree.map(lambda u, x: (u / built).astype(x.dtype), updates, point)
+    update = jax.tree.map(lambda u, x: (u / built).astype(x.dtype), updates, point)
+    size = _vectors.norm(update)
+    unit = _vectors.divided(update, size)
     slope = _vectors.dot(grads, unit)
     if method == "forward":
         bend = _second_difference(loss, point, data, unit, value, slope)
@@ -50,32 +59,33 @@ def estimate(
     forward = forward_only(loss, point, data, unit, value, slope, along, tolerance)
     probe = jnp.full((), jnp.nan)
     if probed:
-        start = _start(point, unit, value, slope, jnp.minimum(along, forward)) * 8
+        start = _start(point, value, slope, jnp.minimum(along, forward)) * 8 / size
         limit = value + spike * jnp.abs(value)
         spikes = functools.partial(_spikes, loss, tx, point, data, built, steps, limit)
         probe = crossing(spikes, start, _DENSE, _COARSE)
     return Estimates(
         loss=value,
         gradient_norm=_vectors.norm(grads),
-        update_norm=_vectors.norm(unit),
+        update_norm=size,
         slope=slope,
         curvature=bend,
         directional=along,
         forward=forward,
         probe=probe,
-        polyak=(value - best) / -slope,
-        parameter=_relative_to_parameters(point, unit),
-        update=unit,
+        parameter=_relative_to_parameters(point, update),
+        direction=unit,
     )
 
 
 @functools.partial(jax.jit, static_argnames="loss")
-def elsewhere(loss, point, data, update, tolerance, forward) -> jax.Array:
-    """The first rate at which this batch's loss rises along another batch's update."""
+def elsewhere(loss, point, data, direction, tolerance, forward) -> jax.Array:
+    """The first length at which this batch's loss rises along another's direction."""
     value, grads = jax.value_and_grad(loss)(point, data)
-    slope = _vectors.dot(grads, update)
-    rate = forward_only(loss, point, data, update, value, slope, forward, tolerance)
-    return jnp.where(slope < 0, rate, 0.0)
+    slope = _vectors.dot(grads, direction)
+    length = forward_only(
+        loss, point, data, direction, value, slope, forward, tolerance
+    )
+    return jnp.where(slope < 0, length, 0.0)
 
 
 def directional(slope, curvature) -> jax.Array:
@@ -85,50 +95,59 @@ def directional(slope, curvature) -> jax.Array:
 
 
 def forward_only(loss, point, data, unit, value, slope, along, tolerance) -> jax.Array:
-    """The first rate at which the loss after one step exceeds the loss before it."""
+    """The first length at which the loss after one step exceeds the loss before it."""
     limit = value + tolerance * jnp.abs(value)
 
-    def rises(rate) -> jax.Array:
-        after = loss(_vectors.moved(point, rate, unit), data)
+    def rises(length) -> jax.Array:
+        after = loss(_vectors.moved(point, length, unit), data)
         return ~(after <= limit)  # nan rises.
 
-    return crossing(rises, _start(point, unit, value, slope, along), 2.0, _FINE)
+    return crossing(rises, _start(point, value, slope, along), 2.0, _FINE)
 
 
-def _start(point, unit, value, slope, along) -> jax.Array:
-    """A rate that is too small by any estimate there is."""
-    usual = jnp.stack([along, jnp.abs(value / slope)])
-    usual = jnp.where(jnp.isfinite(usual) & (usual > 0), usual, jnp.inf)
-    last_resort = 1e-2 * (_vectors.norm(point) + 1) / _vectors.norm(unit)  # May be inf.
-    best = jnp.min(usual)
-    return jnp.where(jnp.isinf(best), last_resort, best) / _BELOW
+def _start(point, value, slope, along) -> jax.Array:
+    """A length that is too small by any estimate there is."""
+    last_resort = 1e-2 * (_vectors.norm(point) + 1)
+    usual = jnp.where(jnp.isfinite(along) & (along > 0), along, last_resort)
+    # A loss that happens to be about zero says nothing, and is not to be believed.
+    of_value = jnp.maximum(jnp.abs(value / slope), _NEGLIGIBLE * usual)
+    return jnp.fmin(usual, of_value) / _BELOW
 
 
 def _second_difference(loss, point, data, unit, value, slope) -> jax.Array:
-    """u.Hu from three losses, (L(h) + L(-h) - 2 L(0)) / h^2.
+    """The curvature along a direction from three losses, (L(h) + L(-h) - 2 L(0)) / h^2.
 
-    The step h changes the loss by 0.1 to 10 %: less drowns in rounding, more sees the
-    higher derivatives.
+    The step h is such that the second difference is 4 to 40 % of the first: less drowns
+    in rounding, more sees the higher derivatives. It is no longer than the parameters,
+    and what rounding alone may have caused there is no curvature.
     """
+    reach = _vectors.norm(point) + 1
 
-    def change(h) -> jax.Array:
-        after = loss(_vectors.moved(point, h, unit), data)
-        return jnp.abs(after - value) / jnp.abs(value)
+    def seen(h) -> jax.Array:
+        ahead = loss(_vectors.moved(point, h, unit), data)
+        behind = loss(_vectors.moved(point, -h, unit), data)
+        largest = jnp.maximum(
+            jnp.abs(value), jnp.maximum(jnp.abs(ahead), jnp.abs(behind))
+        )
+        second = (ahead - value) + (behind - value)
+        return jnp.where(jnp.abs(second) <= _ROUNDING * largest, 0, second)
+
+    def share(h, second) -> jax.Array:
+        return jnp.abs(second / (h * slope))
 
     def unfit(carry) -> jax.Array:
-        _, seen, tries = carry
-        return ~((seen >= 1e-3) & (seen <= 1e-1)) & (tries < 40)
+        h, second, tries = carry
+        enough = (share(h, second) >= _LEAST) | (h >= reach)
+        return ~(enough & (share(h, second) <= _MOST)) & (tries < 40)
 
     def adjust(carry):
-        h, seen, tries = carry
-        h = jnp.where(seen < 1e-3, 3 * h, h / 4)
-        return h, change(h), tries + 1
+        h, second, tries = carry
+        h = jnp.where(share(h, second) < _LEAST, jnp.minimum(3 * h, reach), h / 4)
+        return h, seen(h), tries + 1
 
-    first = 0.03 * jnp.abs(value / slope)
-    h, _, _ = lax.while_loop(unfit, adjust, (first, change(first), 0))
-    ahead = loss(_vectors.moved(point, h, unit), data)
-    behind = loss(_vectors.moved(point, -h, unit), data)
-    return (ahead - 2 * value + behind) / jnp.square(h)
+    first = 1e-3 * reach
+    h, second, _ = lax.while_loop(unfit, adjust, (first, seen(first), 0))
+    return second / jnp.square(h)
 
 
 def _spikes(loss, tx, point, data, built, steps, limit, rate) -> jax.Array:

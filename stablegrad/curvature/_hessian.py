@@ -47,10 +47,29 @@ def cheapest(loss, point, data) -> str:
     """The first method that this loss allows; an error of the loss itself is raised."""
     jax.eval_shape(jax.grad(loss), point, data)
     for method in METHODS[:-1]:
-        try:
-            # Tracing is not enough: some missing rules show on lowering only.
-            jax.jit(product(loss, method)).lower(point, data, point)
-        except Exception:
-            continue
-        return method
+        if _refusal(method, loss, point, data) is None:
+            return method
     return METHODS[-1]
+
+
+def require_allowed(method: str, loss, point, data) -> None:
+    """Raises ValueError unless this loss allows the method."""
+    jax.eval_shape(jax.grad(loss), point, data)
+    error = _refusal(method, loss, point, data)
+    if error is not None:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"`curvature` must be one that `loss_fn` can be differentiated for, got "
+            f"{method!r} ({reason}). Pass 'auto', 'difference', or 'forward', which "
+            "takes losses only."
+        ) from error
+
+
+def _refusal(method: str, loss, point, data) -> Exception | None:
+    """What stands in the way of a method."""
+    try:
+        # Tracing is not enough: some missing rules show on lowering only.
+        jax.jit(product(loss, method)).lower(point, data, point)
+    except Exception as error:
+        return error
+    return None

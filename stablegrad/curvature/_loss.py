@@ -1,6 +1,7 @@
 """A loss as a function of what an optimizer moves, with everything else bound."""
 
 import dataclasses
+import math
 import sys
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
@@ -114,6 +115,23 @@ def problem(loss_fn: Callable, params) -> Problem:
         if not moving
     )
     return Problem(Loss(function, structure, moves, constants), point, (held, rest))
+
+
+def require_finite(value, gradient_norm) -> None:
+    """Raises ValueError unless the loss and its gradient are finite."""
+    loss, gradient = float(value), float(gradient_norm)
+    if not (math.isfinite(loss) and math.isfinite(gradient)):
+        raise ValueError(
+            "`params` must give a finite loss and gradient on every batch, got a loss "
+            f"of {loss:g} and a gradient norm of {gradient:g}."
+        )
+
+
+def outline(tree) -> str:
+    """A pytree's shapes on one line."""
+    if hasattr(tree, "dtype"):
+        return f"an array of shape {tuple(tree.shape)}"
+    return " ".join(repr(jax.tree.map(np.shape, tree)).split())[:100]
 
 
 def optimizer(tx, asker: str) -> optax.GradientTransformationExtraArgs:

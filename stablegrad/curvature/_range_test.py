@@ -15,6 +15,7 @@ import optax
 
 from .. import _checks
 from . import _loss, _vectors
+from ._rate import built_rate
 
 _FIRST, _LAST = 10, 5  # Steps at either end in which no slope is looked for.
 
@@ -29,10 +30,15 @@ class RangeTest:
     suggestion: float  # The rate of the steepest smoothed slope; nan if it never fell.
     minimum_tenth: float  # A tenth of the rate of the smallest smoothed loss.
     divergence: float  # The rate at which it blew up, inf if it did not.
+    steps: int  # How many rates were asked for.
 
     def __str__(self) -> str:
         """What to do with it."""
-        if math.isnan(self.suggestion):
+        tried, cut_short = len(self.rates), math.isinf(self.divergence)
+        cut_short = cut_short and tried < self.steps
+        if math.isnan(self.suggestion) and cut_short:
+            advice = "There were too few steps to suggest a rate."
+        elif math.isnan(self.suggestion):
             advice = "The loss never fell: there is no rate to suggest."
         else:
             advice = (
@@ -45,6 +51,11 @@ class RangeTest:
             if math.isfinite(self.divergence)
             else f"It had not blown up at {self.rates[-1]:.2g}."
         )
+        if cut_short:
+            end += (
+                f" The batches ran out there, after {tried} of {self.steps} rates: "
+                f"pass {self.steps} of them to see the rest."
+            )
         return f"{advice} {end}"
 
     def figure(self) -> Any:
@@ -90,7 +101,7 @@ def learning_rate_range_test(
     low: float = 1e-7,
     high: float = 10.0,
     steps: int = 100,
-    learning_rate: float = 1.0,
+    learning_rate: float | None = None,
     smoothing: float = 0.98,
     blow_up: float = 4.0,
 ) -> RangeTest:
@@ -112,13 +123,15 @@ def learning_rate_range_test(
         loss_fn: As for `critical_learning_rate`.
         params: As for `critical_learning_rate`. They stay as they are.
         batches: A tuple, dict or array is one batch, reused for every step. Any other
-            iterable gives one batch a step; if it runs out, the test ends there.
+            iterable gives one batch a step; if it runs out, the test ends there, and
+            says so.
         tx: As for `critical_learning_rate`: any chain whose update is proportional to
             its rate, without a schedule.
         low: The first rate, > 0.
         high: The last rate, > `low`.
         steps: How many rates, >= 20.
-        learning_rate: The rate that `tx` was built with, > 0.
+        learning_rate: The rate that `tx` was built with, > 0. None: the one that
+            `optax.inject_hyperparams` keeps in its state, without that 1.
         smoothing: The decay d of the average, in [0, 1).
         blow_up: What ends the test, as a multiple of the smallest average, > 1. For
             losses below zero the excess is held against its magnitude.
@@ -129,7 +142,8 @@ def learning_rate_range_test(
     Raises:
         TypeError: If `loss_fn` does not return a real scalar.
         ValueError: If an argument is out of range, `params` has no floating-point leaf,
-            there is no batch, or the first loss is not finite.
+            the state of `tx` keeps another rate than is told, there is no batch, or the
+            first loss is not finite.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -151,18 +165,18 @@ def learning_rate_range_test(
     _checks.require("low", low, *positive)
     _checks.require("high", high, "finite and > `low`", lambda x: low < x < math.inf)
     _checks.require_count("steps", steps, 20)
-    _checks.require("learning_rate", learning_rate, *positive)
     _checks.require("smoothing", smoothing, "in [0, 1)", lambda x: 0 <= x < 1)
     _checks.require("blow_up", blow_up, "finite and > 1", lambda x: 1 < x < math.inf)
     loss, point, held = _loss.problem(loss_fn, params)
     optimizer = _loss.optimizer(tx, "learning_rate_range_test")
+    built = built_rate(optimizer, point, learning_rate)
     rates = np.geomspace(low, high, steps)
     state, average, best = optimizer.init(point), 0.0, math.inf
     losses: list[float] = []
     smoothed: list[float] = []
     divergence = math.inf
     for rate, batch in zip(rates, _one_a_step(batches), strict=False):
-        scale = jnp.float32(rate / learning_rate)
+        scale = jnp.float32(rate / built)
         value, point, state = _step(loss, optimizer, point, state, (held, batch), scale)
         value = float(value)
         if not math.isfinite(value):
@@ -188,6 +202,7 @@ def learning_rate_range_test(
         suggestion=_steepest(tried, np.array(smoothed)),
         minimum_tenth=float(tried[np.argmin(smoothed)]) / 10,
         divergence=divergence,
+        steps=steps,
     )
 
 

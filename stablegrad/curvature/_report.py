@@ -12,8 +12,10 @@ EXPLAINED = {
     "will be learned either.",
     "negative curvature": "The loss curves downwards along the update, so the "
     "directional estimate says nothing.",
-    "no rise": "The loss did not rise at any rate that was tried: it saturates, and no "
-    "limit was found.",
+    "no curvature": "The loss is straight along the update: its curvature is 0, which "
+    "limits no rate.",
+    "no rise": "The loss did not rise at any rate that was tried: it saturates, or "
+    "falls for ever, and no limit was found.",
     "rises everywhere": "The loss rose at every rate that was tried: is `loss_fn` the "
     "same function at every call? Freeze its random keys.",
     "noise": "On another batch the limit is less than half as high: noise decides. Use "
@@ -97,7 +99,8 @@ def report(
     checks = {
         "no gradient": gradient_norm == 0,
         "no descent": gradient_norm > 0 and not slope < 0,
-        "negative curvature": slope < 0 and not curvature > 0,
+        "negative curvature": slope < 0 and curvature < 0,
+        "no curvature": slope < 0 and curvature == 0,
         "no rise": slope < 0 and math.inf in (forward, probe),
         "rises everywhere": slope < 0 and 0 in (forward, probe),
         "noise": slope < 0 and forward > _NOISE * cross_batch,

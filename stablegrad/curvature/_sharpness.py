@@ -12,7 +12,8 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from .. import _checks
-from . import _hessian, _loss, _moments
+from . import _hessian, _loss, _moments, _vectors
+from ._decays import decays
 from ._lanczos import lanczos
 from ._limits import stable_limit
 
@@ -36,16 +37,20 @@ class Sharpness:
         """What the numbers mean, and what to do."""
         if not math.isfinite(self.largest):
             return (
-                "The curvature is not finite: the loss or its derivatives overflow or "
-                "are nan at these parameters."
+                "The curvature is not finite, though the loss and its gradient are: "
+                "second derivatives overflow or are nan at these parameters."
             )
         preconditioned = not math.isnan(self.unfloored)
         what = "preconditioned loss" if preconditioned else "loss"
+        stable = (
+            f"the optimizer is stable below a learning rate of {self.stable_rate:.3g}."
+            if math.isfinite(self.stable_rate)
+            else "nothing limits the learning rate: it turns upwards nowhere."
+        )
         parts = [
             f"The {what} curves by {self.largest:.4g} at most and {self.smallest:.4g} "
             f"at least (residual {self.residual:.1g} after {self.iterations} "
-            f"iterations). On this quadratic the optimizer is stable below a learning "
-            f"rate of {self.stable_rate:.3g}."
+            f"iterations). On this quadratic {stable}"
         ]
         if self.residual > 1e-2 * abs(self.largest):
             parts.append("Not converged: pass more `iterations`.")
@@ -76,7 +81,7 @@ def sharpness(
     momentum: float | None = None,
     nesterov: bool = False,
     weight_decay: float = 0.0,
-    b2: float = 0.999,
+    b2: float | None = None,
     eps: float = 1e-8,
     iterations: int = 20,
     seed: int = 0,
@@ -91,10 +96,11 @@ def sharpness(
 
         eta (lambda k + w) < 2,    k = (1 + 2b if nesterov else 1) / (1 + b)
 
-    with k times (1 - b) for Adam: 2 / lambda for gradient descent, 3.8 / lambda with
-    momentum 0.9, 38 / lambda for Adam. It costs as much as `iterations` Hessian
-    products, each about two gradients, and as many copies of the parameters; with `tx`
-    twice that. Beyond the limit training spikes, and may still converge.
+    with k times (1 - b) where the momentum is an average, as in Adam: 2 / lambda for
+    gradient descent, 3.8 / lambda with momentum 0.9, 38 / lambda for Adam. It costs as
+    much as `iterations` Hessian products, each about two gradients, and as many copies
+    of the parameters; with `tx` twice that. Beyond the limit training spikes, and may
+    still converge.
 
     Args:
         loss_fn: `loss_fn(params, batch)`, a scalar. It must give the same value every
@@ -103,27 +109,30 @@ def sharpness(
             `loss_fn(model, batch)`. Leaves that are not floating point are held; half
             precision is measured as float32.
         batch: What `loss_fn` takes, pytrees of arrays. One batch, for all products.
-        tx: An optimizer that keeps one second moment `nu`, as Adam and RMSProp do, to
-            see the loss as it does. None: the plain Hessian.
+        tx: An optimizer that keeps one second moment `nu` of all parameters, as Adam
+            and RMSProp do, to see the loss as it does. None: the plain Hessian.
         state: Of `tx`, later in training, such as `optimizer.opt_state` of Flax NNX.
             None: as at its first step.
-        momentum: b, in [0, 1); with `tx` Adam's b1. None: 0, with `tx` 0.9.
-        nesterov: Whether the momentum looks ahead.
-        weight_decay: w, decoupled, as in AdamW. >= 0.
-        b2: Decay of the second moment of `tx`, in (0, 1).
-        eps: What `tx` adds to its root, >= 0.
+        momentum: b, in [0, 1); with `tx` Adam's b1. None: 0, with `tx` what two steps
+            of it on made-up gradients show.
+        nesterov: Whether the momentum looks ahead. `tx` does not tell.
+        weight_decay: w, decoupled, as in AdamW. >= 0. `tx` does not tell.
+        b2: Decay of the second moment of `tx`, in (0, 1). None: what `tx` shows.
+        eps: What `tx` adds to its root, >= 0. `tx` does not tell.
         iterations: Lanczos steps, >= 1; half as many more follow if the residual is
             above 1 % of the result.
         seed: Of the start vector.
 
     Returns:
-        `Sharpness`: plain floats, and a sentence under `str()`. Where the loss or its
+        `Sharpness`: plain floats, and a sentence under `str()`. Where the second
         derivatives are not finite, its numbers are nan, and it says so.
 
     Raises:
         TypeError: If `loss_fn` does not return a real scalar.
         ValueError: If an argument is out of range, `params` has no floating-point leaf,
-            `state` comes without `tx`, or `tx` keeps no second moment.
+            the loss or its gradient is not finite there, `state` comes without `tx`,
+            `tx` keeps no second moment of all parameters, or its decays are neither
+            given nor to be seen in its state.
 
     Example:
         >>> import jax.numpy as jnp
@@ -143,25 +152,30 @@ def sharpness(
         https://arxiv.org/abs/2207.14484. The floor under P is ours.
     """
     _checks.require_count("iterations", iterations)
-    b = momentum if momentum is not None else (0.0 if tx is None else 0.9)
-    _checks.require("momentum", b, "in [0, 1)", lambda x: 0 <= x < 1)
+    given = lambda holds: lambda x: x is None or holds(x)
+    _checks.require("momentum", momentum, "in [0, 1)", given(lambda x: 0 <= x < 1))
     _checks.require(
         "weight_decay", weight_decay, "finite and >= 0", lambda x: 0 <= x < math.inf
     )
-    _checks.require("b2", b2, "in (0, 1)", lambda x: 0 < x < 1)
+    _checks.require("b2", b2, "in (0, 1)", given(lambda x: 0 < x < 1))
     _checks.require("eps", eps, "finite and >= 0", lambda x: 0 <= x < math.inf)
     if tx is None and state is not None:
         raise ValueError("`state` must come with its `tx`, got `tx=None`.")
     loss, point, held = _loss.problem(loss_fn, params)
     data = (held, batch)
     key = jax.random.key(seed)
+    optimizer = None
+    averages = _moments.Decays(momentum or 0.0, 0.0, averaged=False)
+    if tx is not None:
+        optimizer = _loss.optimizer(tx, "sharpness")
+        averages = decays(optimizer, point, momentum, b2)
     with jax.default_matmul_precision("highest"):
+        value, gradient_norm, roots = _inverse_roots(
+            loss, optimizer, state, point, data, averages, eps
+        )
+        _loss.require_finite(value, gradient_norm)
         multiply = _Operator(loss, _hessian.cheapest(loss, point, data))
         size = sum(leaf.size for leaf in jax.tree.leaves(point))
-        roots = [jnp.ones(size, jnp.float32)]
-        if tx is not None:
-            optimizer = _loss.optimizer(tx, "sharpness")
-            roots = _inverse_roots(loss, optimizer, state, point, data, b, b2, eps)
         found = [
             lanczos(multiply, size, iterations, key, root, point, data)
             for root in roots
@@ -175,9 +189,9 @@ def sharpness(
         participation=top.participation / size,
         stable_rate=stable_limit(
             top.largest,
-            b,
+            averages.momentum,
             nesterov=nesterov,
-            averaged=tx is not None,
+            averaged=averages.averaged,
             weight_decay=weight_decay,
         ),
         unfloored=bare.largest if bare else math.nan,
@@ -199,13 +213,17 @@ class _Operator:
         return root * ravel_pytree(image)[0].astype(root.dtype)
 
 
-@functools.partial(jax.jit, static_argnames=("loss", "tx"))
-def _inverse_roots(loss, tx, state, point, data, b1, b2, eps) -> list[jax.Array]:
-    """P^-1/2 with the floor, and without."""
-    grads = jax.grad(loss)(point, data)
-    bare = _moments.preconditioner(tx, state, grads, point, b1, b2, eps)
-    tiny = jnp.finfo(jnp.float32).tiny  # Elements may be zero if `eps` is.
-    return [
-        jax.lax.rsqrt(jnp.maximum(diagonal, tiny))
-        for diagonal in (_moments.floored(bare), bare)
-    ]
+@functools.partial(jax.jit, static_argnames=("loss", "tx", "averages"))
+def _inverse_roots(loss, tx, state, point, data, averages, eps):
+    """The loss, the norm of its gradient, and P^-1/2 with the floor, and without."""
+    value, grads = jax.value_and_grad(loss)(point, data)
+    size = sum(leaf.size for leaf in jax.tree.leaves(point))
+    roots = [jnp.ones(size, jnp.float32)]
+    if tx is not None:
+        bare = _moments.preconditioner(tx, state, grads, point, averages, eps)
+        tiny = jnp.finfo(jnp.float32).tiny  # Elements may be zero if `eps` is.
+        roots = [
+            jax.lax.rsqrt(jnp.maximum(diagonal, tiny))
+            for diagonal in (_moments.floored(bare), bare)
+        ]
+    return value, _vectors.norm(grads), roots

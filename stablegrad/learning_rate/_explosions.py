@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .._checks import require
+from .._checks import require, require_steps
 from .._trees import increment
 
 
@@ -39,11 +39,9 @@ class ExplosionSettings(NamedTuple):
 
 def check_settings(settings: ExplosionSettings) -> None:
     """Raises ValueError if a concrete setting is out of range."""
-    endless = float("inf")
     require("factor", settings.factor, "in (0, 1)", lambda x: 0 < x < 1)
     for name, least in (("confirm_steps", 1), ("hold_steps", 0), ("regrow_steps", 1)):
-        number = getattr(settings, name)
-        require(name, number, f">= {least}", lambda x, low=least: low <= x < endless)
+        require_steps(name, getattr(settings, name), least)
     require("min_scale", settings.min_scale, "in (0, 1]", lambda x: 0 < x <= 1)
 
 

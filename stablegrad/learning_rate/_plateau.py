@@ -6,7 +6,7 @@ import jax
 import optax
 
 from .. import _trees
-from .._checks import require
+from .._checks import require, require_steps
 from .._signals import scalar_signal
 from ._evaluations import (
     CONVENTIONS,
@@ -92,9 +92,8 @@ def reduce_on_plateau(
         `torch.optim.lr_scheduler.ReduceLROnPlateau`, Keras's `ReduceLROnPlateau`,
         `optax.contrib.reduce_on_plateau`.
     """
-    whole = lambda least: lambda x: x >= least and x == int(x)
     require("factor", factor, "in (0, 1)", lambda x: 0 < x < 1)
-    require("patience", patience, "an integer >= 0", whole(0))
+    require_steps("patience", patience, 0)
     require("mode", mode, f"one of {MODES}", lambda x: x in MODES)
     require("threshold", threshold, ">= 0", lambda x: 0 <= x < float("inf"))
     require(
@@ -103,10 +102,10 @@ def reduce_on_plateau(
         f"one of {THRESHOLD_MODES}",
         lambda x: x in THRESHOLD_MODES,
     )
-    require("cooldown", cooldown, "an integer >= 0", whole(0))
+    require_steps("cooldown", cooldown, 0)
     require("min_scale", min_scale, "in [0, 1]", lambda x: 0 <= x <= 1)
-    require("start_after", start_after, "an integer >= 0", whole(0))
-    require("window", window, "an integer >= 1", whole(1))
+    require_steps("start_after", start_after, 0)
+    require_steps("window", window, 1)
     require(
         "convention", convention, f"one of {CONVENTIONS}", lambda x: x in CONVENTIONS
     )

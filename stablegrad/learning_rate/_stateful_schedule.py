@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .._checks import described
 from .._groups import group
 from .._measure import unmeasured
 from .._signals import is_norm
@@ -40,6 +41,12 @@ class ExplosionAwareSchedule:
         Without any extra argument, as `optax.inject_hyperparams` asks at `init`, the
         rate if the step is calm.
         """
+        if not isinstance(state, ScheduleState):
+            raise TypeError(
+                f"`{NAME}` keeps a state, so an optimizer must get it through "
+                "`optax.inject_hyperparams(optax.adamw)(learning_rate=schedule)`; "
+                f"called with a step count, it got {described(state)}."
+            )
         if extra_args:
             words = self._words(state, extra_args)
         else:
@@ -80,6 +87,10 @@ def explosion_aware_schedule(
     guard rejects leaves this state as it was, whatever `advance`: the schedule waits,
     and does not learn of the explosion. There, put `back_off` beside `skip` instead.
 
+    Nor can it clip while the rate is low: for `limit=`, use one of the two other doors
+    to the same machine, `scale_by_explosion_aware_schedule` in a chain and `back_off`
+    in a guard.
+
     Args:
         schedule: The base schedule: a number, or a function of the step such as
             `optax.cosine_decay_schedule(...)`.
@@ -97,11 +108,15 @@ def explosion_aware_schedule(
 
     Returns:
         A stateful schedule, for a hyperparameter of `optax.inject_hyperparams`. Its
-        rate is float32; optax before 0.2.8 casts it to the parameters' dtype.
+        rate is float32. With parameters in bfloat16, build with
+        `optax.inject_hyperparams(optax.adamw, hyperparam_dtype=jnp.float32)`: else
+        optax rounds all numbers to their dtype, Adam's b2 of 0.999 to 1, and every
+        update is nan.
 
     Raises:
         TypeError: If `schedule` is neither a number nor a function, or an argument is
-            not a threshold.
+            not a threshold; when a step is traced, if an optimizer was given the
+            schedule without `optax.inject_hyperparams`.
         ValueError: If no threshold is given, if one watches a norm, or a concrete
             argument is out of range; at a step without the `value=` it needs.
 

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from .._checks import described
 from .._reasons import first_reason
 from .._trees import smallest
+from ..step_length._probe import Attempt
 from ..thresholds._core import Judgement, Threshold
-from ..trust_region._probe import Attempt
 
 
 class Verdict(NamedTuple):

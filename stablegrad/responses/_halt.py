@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .._checks import require
+from .._checks import require_steps
 from .._reasons import is_nonfinite
 from .._trees import increment
 from ._core import Response, proceed
@@ -43,7 +43,7 @@ def halt(after: int | jax.Array = 20) -> Response:
         >>> import stablegrad as sg
         >>> tx = sg.guard(optax.sgd(0.1), sg.skip(sg.nonfinite()), sg.halt(after=5))
     """
-    require("after", after, "an integer >= 1", lambda x: x >= 1 and x == int(x))
+    require_steps("after", after)
 
     def init() -> HaltState:
         return HaltState(jnp.zeros((), jnp.int32), jnp.zeros((), bool))

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .._checks import require
+from .._checks import require_steps
 from .._reasons import first_reason, is_nonfinite, reason_code
 from ..thresholds import _limits
 from ..thresholds._core import Threshold
@@ -52,12 +52,7 @@ def skip(*thresholds: Threshold, max_consecutive: int | jax.Array = 20) -> Respo
     """
     check_thresholds("skip", thresholds)
     thresholds = thresholds or (_limits.nonfinite(),)
-    require(
-        "max_consecutive",
-        max_consecutive,
-        "an integer >= 0",
-        lambda x: x >= 0 and x == int(x),
-    )
+    require_steps("max_consecutive", max_consecutive, least=0)
 
     def init() -> SkipState:
         return SkipState(outlier_run=jnp.zeros((), jnp.int32))

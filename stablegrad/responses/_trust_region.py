@@ -7,17 +7,17 @@ import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
 
-from .._checks import require, require_count
-from ..trust_region._probe import KINDS, Attempt, look
-from ..trust_region._radius import (
+from .._checks import require, require_steps
+from ..step_length._probe import KINDS, Attempt, look
+from ..step_length._radius import (
     AIM,
-    EARLY_CARE,
+    CARE,
     TrustRegionState,
     after_probe,
+    after_step,
     init_radius,
     is_due,
     longest_rise,
-    with_loss,
 )
 from ._core import Foresight, Response, proceed
 
@@ -43,7 +43,7 @@ def trust_region(
 
         |step_t| = min(|d_t|, R)
         r > c * high:  R = |step_t| * clip(0.7 * c * high / r, 0.5, 1)
-        r < c * low:   R = R * grow
+        r < c * low:   R = R * grow, and 1.1 from half the length of the last cut on
 
     The first probes come one a step, later ones every `every`-th step. A step that
     would double the loss, or make it nan or inf, is shortened before it is taken, and
@@ -51,13 +51,20 @@ def trust_region(
     never exceeded. Where no part of a step may be taken, it is held back, and R stays.
     A probe whose promise drowns in the rounding of the loss lengthens R.
 
-    The care c is 0.7 for the first 30 probes, then falls from 1 to 0.3 the longer R
-    binds: noise, which probes on the batch of the gradient do not see, is what limits a
-    long run. While R does not bind, c rises from 0.7 to 1.6 over 50 probes.
+    At the edge of stability, or with heavy momentum, healthy steps gain nothing on
+    average. So after 30 probes R is not cut while the loss improves: while its mean of
+    late is below its mean of before by more than a standard error. While it worsens by
+    as much, R does not grow. The windows are an eighth of the run, 50 to 400 steps, and
+    a fifth of that.
 
-    It slows healthy runs whose steps gain nothing on average: at the edge of stability,
-    and with heavy momentum (0.99). Gradients must be those of `value`, neither scaled
-    nor clipped before, and the forward pass finer than bfloat16.
+    The care c is 0.7 where R binds, and falls to 0.3 the longer it binds without
+    progress: noise, which probes on the batch of the gradient do not see, is what
+    limits a long run. While R does not bind, c rises from 0.7 to 1.6 over 50 probes.
+
+    Where it binds on rates far above what a run bears in the end, it is slower than the
+    best rate of a schedule. Gradients must be those of `value`, neither scaled nor
+    summed: where they are more than 1.5 times too large the first probes tell, and the
+    trust region rests with `trust_mismatch` set; less than that slows training.
 
     Pass the loss and a function of the parameters that repeats it, on the same batch
     and with the same random numbers:
@@ -77,11 +84,11 @@ def trust_region(
             is free of rounding where a step changes the loss by less than 1e-6 of it.
 
     Returns:
-        A response for `guard`. `metrics` have `trust_radius` (inf while none is set),
-        `trust_ratio` (r), `trust_scale` (on the last step), `trust_probes` and
-        `trust_cuts`. A nan or inf along the step shortens it; a gradient or loss that
-        is not finite teaches nothing, and a probe that does not descend never lengthens
-        a step.
+        A response for `guard`. `metrics` have `trust_radius` (in the units of the
+        parameters, inf while it does not bind), `trust_ratio` (r), `trust_scale` (on
+        the last step), `trust_probes`, `trust_cuts` and `trust_mismatch`. A nan or inf
+        along the step shortens it; a gradient or loss that is not finite teaches
+        nothing, and a probe that does not descend never lengthens a step.
 
     Raises:
         ValueError: If a concrete argument is out of range; when a step is traced, if
@@ -114,14 +121,14 @@ def optional_trust_region() -> Response:
 
 
 def _trust_region(every, high, low, grow, probe, required) -> Response:
-    require_count("every", every)
+    require_steps("every", every)
     require("high", high, "in (0, 1]", lambda x: 0 < x <= 1)
     least = 1 if isinstance(high, Tracer) else high
     require("low", low, "in (0, high]", lambda x: 0 < x <= least)
     require("grow", grow, "> 1 and finite", lambda x: 1 < x < float("inf"))
     require("probe", probe, f"one of {KINDS}", lambda x: x in KINDS)
     high, low, grow = (jnp.asarray(x, jnp.float32) for x in (high, low, grow))
-    accept = EARLY_CARE * high
+    accept = CARE * high
 
     def look_ahead(state: TrustRegionState, attempt: Attempt) -> Foresight:
         length = attempt.length
@@ -138,6 +145,7 @@ def _trust_region(every, high, low, grow, probe, required) -> Response:
                 state, found, held * length, length, high, low, grow
             )
             part = jnp.where(found.accepted, found.part, 0.0)
+            part = jnp.where(found.mismatch, 1.0, part)
             return after, alarm, held * part
 
         def unprobed(state):
@@ -145,7 +153,7 @@ def _trust_region(every, high, low, grow, probe, required) -> Response:
 
         due = is_due(state, every) & sound & jnp.isfinite(attempt.loss)
         after, alarm, scale = lax.cond(due, probed, unprobed, state)
-        after = with_loss(after, attempt.loss)._replace(trust_scale=scale)
+        after = after_step(after, attempt.loss, length, scale, sound)
         return Foresight(scale, alarm, after)
 
     return Response(

@@ -47,7 +47,8 @@ def test_gradient_descent_on_a_quadratic_has_the_known_answer(plain):
     assert plain.safe_start == pytest.approx(0.5 * plain.probe, rel=SEARCHED)
     assert plain.polyak == pytest.approx(5.5 / 101, rel=EXACT)
     assert plain.parameter == pytest.approx(1e-3 / math.sqrt(50.5), rel=EXACT)
-    assert (plain.loss, plain.slope, plain.curvature) == (5.5, -101.0, 1001.0)
+    found = (plain.loss, plain.slope, plain.curvature)
+    assert found == pytest.approx((5.5, -101.0, 1001.0), rel=1e-6)
     assert plain.method == "jvp" and plain.flags == ()
 
 
@@ -80,8 +81,24 @@ def test_every_way_to_the_curvature_agrees(curvature):
     assert found.critical == min(found.directional, found.forward)
 
 
-@pytest.mark.parametrize("method", ["vjp", "difference"])
-def test_a_loss_without_a_forward_derivative_falls_back(method):
+@pytest.mark.parametrize("scale", [1e14, 1e-14])
+def test_a_curvature_beyond_float32_still_gives_the_rate(scale, plain):
+    found = critical(batch=DIAGONAL * scale)
+    assert found.directional == pytest.approx(plain.directional / scale, rel=EXACT)
+    assert found.forward == pytest.approx(plain.forward / scale, rel=SEARCHED)
+    assert found.probe == pytest.approx(plain.probe / scale, rel=PROBED)
+    assert found.curvature == pytest.approx(1001 * scale**3, rel=EXACT)
+
+
+def test_losses_alone_give_the_curvature_where_the_loss_is_zero(plain):
+    found = critical(lambda p, b: quadratic(p, b) - 5.5, curvature="forward", steps=0)
+    assert found.loss == 0.0 and found.flags == ()
+    assert found.directional == pytest.approx(plain.directional, rel=1e-3)
+
+
+def square_without(derivative):
+    """x^2, of which the second derivative goes some ways only."""
+
     @jax.custom_vjp
     def square(x):
         return x**2
@@ -91,19 +108,37 @@ def test_a_loss_without_a_forward_derivative_falls_back(method):
         return 2 * x
 
     def backward(_, g):
-        if method == "difference":
+        if derivative == "second":
             raise TypeError("no second derivative")
         return (2 * g,)
 
     double.defvjp(lambda x: (2 * x, None), backward)
     square.defvjp(lambda x: (x**2, x), lambda x, g: (g * double(x),))
+    return lambda params, batch: 0.5 * jnp.sum(batch * square(params))
 
-    def loss_fn(params, batch):
-        return 0.5 * jnp.sum(batch * square(params))
 
-    found = critical(loss_fn, steps=0)
+LACKING = pytest.mark.parametrize(
+    "derivative, method", [("forward", "vjp"), ("second", "difference")]
+)
+
+
+@LACKING
+def test_a_loss_without_a_forward_derivative_falls_back(derivative, method):
+    found = critical(square_without(derivative), steps=0)
     assert found.method == method
     assert found.directional == pytest.approx(2 * 101 / 1001, rel=1e-3)
+
+
+@LACKING
+def test_a_derivative_that_the_loss_lacks_is_named_with_the_ways_around(
+    derivative, method
+):
+    asked = "jvp" if method == "vjp" else "vjp"
+    with pytest.raises(
+        ValueError, match=f"`curvature` must .* got '{asked}' .* or 'forward'"
+    ) as caught:
+        critical(square_without(derivative), curvature=asked, steps=0)
+    assert "\n" not in str(caught.value)
 
 
 def test_an_update_that_ascends_gives_zero_and_says_so():
@@ -123,6 +158,15 @@ def test_negative_curvature_is_flagged_and_unlimited():
     assert found.directional == found.forward == found.critical == math.inf
     assert found.flags == ("negative curvature", "no rise")
     assert "No critical learning rate was found" in str(found)
+
+
+@pytest.mark.parametrize("curvature", ["auto", "forward"])
+def test_a_straight_loss_has_no_curvature_and_no_limit(curvature):
+    table = jnp.array([[-1e9, -9.0, 9.0, 1e9]] * 2)
+    found = critical(anything, jnp.array(3.0), table, steps=2, curvature=curvature)
+    assert found.critical == found.directional == math.inf and found.curvature == 0
+    assert found.flags == ("no curvature", "no rise")
+    assert "its curvature is 0, which limits no rate" in str(found)
 
 
 def test_a_loss_that_becomes_nan_counts_as_a_rise():
@@ -170,6 +214,42 @@ def test_a_warm_up_in_the_optimizer_is_an_error():
     schedule = optax.linear_schedule(0.0, 1.0, 10)
     with pytest.raises(ValueError, match="`tx` must move .* build it without one"):
         critical(tx=optax.sgd(schedule), steps=0)
+
+
+INJECTED = optax.inject_hyperparams(optax.sgd)(0.1)
+
+
+@pytest.mark.parametrize("told", [{}, {"learning_rate": 0.1}])
+def test_a_rate_in_the_optimizers_state_is_read(told, plain):
+    found = critical(tx=INJECTED, steps=0, **told)
+    assert found.directional == pytest.approx(plain.directional, rel=1e-5)
+
+
+def test_another_rate_than_the_one_in_the_optimizers_state_is_an_error():
+    with pytest.raises(ValueError, match="built with, which is 0.1 by .* got 1. Leave"):
+        critical(tx=INJECTED, learning_rate=1.0)
+    parts = {0: INJECTED, 1: optax.inject_hyperparams(optax.sgd)(0.2)}
+    params = {"first": jnp.ones(2), "second": jnp.ones(2)}
+    several = optax.partition(parts, {"first": 0, "second": 1})
+    with pytest.raises(ValueError, match="one learning rate, got 0.1, 0.2 in its st"):
+        critical(lambda p, b: quadratic(p["first"], b), params, tx=several)
+    warm_up = optax.inject_hyperparams(optax.sgd)(optax.linear_schedule(0.0, 1.0, 10))
+    with pytest.raises(ValueError, match="> 0, got 0 in its state. A schedule with"):
+        critical(tx=warm_up)
+
+
+@pytest.mark.parametrize(
+    "batch, more, got",
+    [
+        (DIAGONAL, jnp.stack([DIAGONAL] * 3), r"an array of shape \(3, 2\)"),
+        (DIAGONAL, np.ones(2), r"an array of shape \(2,\)"),
+        ((DIAGONAL, DIAGONAL), (DIAGONAL, DIAGONAL), r"\[\(2,\), \(2,\)\]"),
+        ({"x": DIAGONAL}, {"x": DIAGONAL}, r"\[\(\)\]"),
+    ],
+)
+def test_one_batch_in_place_of_a_list_of_more_is_an_error(batch, more, got):
+    with pytest.raises(ValueError, match=f"`more_batches` must be a list .* got {got}"):
+        critical(batch=batch, more_batches=more)
 
 
 def test_batches_that_disagree_are_flagged_as_noise():

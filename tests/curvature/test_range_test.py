@@ -78,6 +78,22 @@ def test_it_ends_where_the_batches_do(batches, plain):
     found = swept(batches)
     assert found.losses == plain.losses[:30] and found.divergence == math.inf
     assert "It had not blown up at 0.00" in str(found)
+    assert "The batches ran out there, after 30 of 100 rates: pass 100" in str(found)
+
+
+def test_too_few_batches_for_a_suggestion_are_no_loss_that_never_fell(plain):
+    found = swept([BATCH] * 8)
+    assert found.losses == plain.losses[:8]
+    assert str(found).startswith("There were too few steps to suggest a rate.")
+
+
+def test_a_rate_in_the_optimizers_state_is_read_or_another_told_an_error(plain):
+    injected = optax.inject_hyperparams(optax.sgd)(0.5)
+    found = swept(tx=injected)
+    np.testing.assert_allclose(found.losses, plain.losses, rtol=1e-4, atol=1e-6)
+    assert "ran out" not in str(found)
+    with pytest.raises(ValueError, match="`learning_rate` .* is 0.5 by its .* got 1."):
+        swept(tx=injected, learning_rate=1.0)
 
 
 def test_the_users_parameters_stay_as_they_were():

@@ -10,6 +10,8 @@ import pytest
 from flax import nnx
 
 import stablegrad as sg
+from stablegrad.curvature import _loss
+from stablegrad.curvature._decays import decays
 
 EXACT = 1e-5  # Relative: float32.
 
@@ -92,26 +94,97 @@ def preconditioned(gradients, curvature, b1=0.9, b2=0.999, eps=1e-8):
     return np.max(curvature / floored), np.max(curvature / p)
 
 
-@pytest.mark.parametrize("steps_before", [0, 3])
-def test_adams_view_matches_a_float64_oracle_at_any_step(steps_before):
+@pytest.mark.parametrize("steps_before, b1, b2", [(0, 0.9, 0.999), (3, 0.8, 0.95)])
+def test_adams_view_matches_a_float64_oracle_at_any_step(steps_before, b1, b2):
     size = 200
     curvature = np.linspace(1.0, 2.0, size)
     place = np.ones(size)
     place[7] = 1e-6  # Where the gradient vanishes.
     batch, params = jnp.asarray(curvature), jnp.asarray(place)
-    tx = optax.adam(1.0)
+    tx = optax.adam(1.0, b1, b2)
     state = tx.init(params)
     for _ in range(steps_before):
         _, state = tx.update(batch * params, state)
     found = sg.sharpness(quadratic, params, batch, tx=tx, state=state)
     gradients = [curvature * place] * (steps_before + 1)
-    floored, bare = preconditioned(gradients, curvature)
+    floored, bare = preconditioned(gradients, curvature, b1, b2)
     assert found.largest == pytest.approx(floored, rel=1e-3)
     assert found.unfloored == pytest.approx(bare, rel=1e-2)
     assert found.unfloored_participation == pytest.approx(1 / size, rel=1e-2)
-    assert found.stable_rate == pytest.approx(38 / floored, rel=1e-3)
+    limit = (2 + 2 * b1) / (1 - b1)
+    assert found.stable_rate == pytest.approx(limit / floored, rel=1e-3)
     assert "an artefact of vanishing gradients: 0.5 % of the coord" in str(found)
     assert "trust `critical_learning_rate`" in str(found)
+
+
+@pytest.mark.parametrize("momentum, limit", [(None, 2.0), (0.9, 3.8)])
+def test_rmsprop_has_its_own_view_and_the_limit_of_its_momentum(momentum, limit):
+    curvature = np.array([1.0, 2.0, 4.0])
+    tx = optax.rmsprop(1.0, decay=0.95, momentum=momentum)
+    found = sg.sharpness(quadratic, jnp.ones(3), jnp.asarray(curvature), tx=tx)
+    largest = np.max(curvature / (np.sqrt(0.05) * curvature))
+    assert found.largest == pytest.approx(largest, rel=1e-3)
+    assert found.stable_rate == pytest.approx(limit / largest, rel=1e-3)
+
+
+def wrapped(kind):
+    adam = optax.adamw(optax.linear_schedule(0.0, 1.0, 9), 0.8, 0.95, weight_decay=0.1)
+    return {
+        "chain": optax.chain(optax.clip_by_global_norm(1e-2), adam),
+        "injected": optax.inject_hyperparams(optax.adam)(1.0, 0.8, 0.95),
+        "guard": sg.guard(adam, sg.skip()),
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", ["chain", "injected", "guard"])
+def test_decays_are_read_through_whatever_adam_is_wrapped_in(kind):
+    point = {"w": jnp.ones((2, 3)), "held": None}
+    tx = _loss.optimizer(wrapped(kind), "sharpness")
+    found = decays(tx, point, None, None)
+    assert found.averaged
+    assert found[:2] == pytest.approx((0.8, 0.95), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "tx, name",
+    [
+        (optax.adabelief(1.0), "b2"),
+        (optax.adamax(1.0), "b2"),
+        (optax.amsgrad(1.0), "b2"),
+        (optax.rmsprop(1.0, centered=True), "momentum"),
+        (optax.adam(1.0, mu_dtype=jnp.bfloat16), "momentum"),
+        (optax.chain(optax.scale_by_adam(), optax.trace(0.9)), "momentum"),
+    ],
+)
+def test_a_decay_that_cannot_be_read_is_an_error_and_no_guess(tx, name):
+    with pytest.raises(ValueError, match=f"`{name}` must be given for this `tx`"):
+        sg.sharpness(quadratic, jnp.ones(3), jnp.ones(3), tx=tx)
+
+
+def test_decays_that_are_given_are_taken():
+    tx = optax.adabelief(1.0)
+    found = decays(_loss.optimizer(tx, "sharpness"), jnp.ones(3), 0.5, 0.9)
+    assert found == (0.5, 0.9, True)
+
+
+HALF = {"kernel": True, "bias": False}
+LABELS = {"kernel": "a", "bias": "b"}
+
+
+@pytest.mark.parametrize(
+    "tx, got",
+    [
+        (optax.masked(optax.adam(1.0), HALF), "got 1 of 4. Leave"),
+        (optax.partition({"a": optax.adam(1.0), "b": optax.sgd(1.0)}, LABELS), "1 of"),
+        (optax.partition(dict.fromkeys("ab", optax.adam(1.0)), LABELS), "2 of 4 and 2"),
+        (optax.contrib.muon(1.0), "got 1 of 2"),
+        (optax.lion(1.0), "got 0. Leave `tx` out"),
+    ],
+)
+def test_an_optimizer_without_a_second_moment_for_every_parameter_is_named(tx, got):
+    params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+    with pytest.raises(ValueError, match=f"of all 6 parameters, .*{got}"):
+        sg.sharpness(lambda p, b: jnp.sum(p["kernel"]), params, 0.0, tx=tx)
 
 
 def test_an_nnx_optimizer_in_use_gives_its_own_view():
@@ -134,9 +207,20 @@ def test_an_nnx_optimizer_in_use_gives_its_own_view():
     assert found.largest == pytest.approx(expected, rel=1e-3)
 
 
-def test_a_loss_that_is_not_finite_gives_nan_and_says_so():
-    found = sg.sharpness(quadratic, jnp.ones(3), jnp.array([3.0, jnp.nan, 1.0]))
-    assert math.isnan(found.largest) and "not finite" in str(found)
+def test_a_loss_that_is_not_finite_is_an_error():
+    with pytest.raises(ValueError, match="must give a finite loss and gradient .* nan"):
+        sg.sharpness(quadratic, jnp.ones(3), jnp.array([3.0, jnp.nan, 1.0]))
+
+
+def test_a_second_derivative_that_is_not_finite_gives_nan_and_says_so():
+    found = sg.sharpness(lambda x, _: jnp.sum(x**1.5), jnp.zeros(3), None)
+    assert math.isnan(found.largest) and "curvature is not finite" in str(found)
+
+
+def test_a_straight_loss_limits_no_rate():
+    found = sg.sharpness(quadratic, jnp.ones(3), jnp.zeros(3))
+    assert found.largest == 0 and found.stable_rate == math.inf
+    assert "nothing limits the learning rate" in str(found)
 
 
 @pytest.mark.parametrize(

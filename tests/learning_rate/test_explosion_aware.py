@@ -337,7 +337,9 @@ def test_wrong_pieces_are_errors_that_name_the_asker(build):
         ("factor", 1.0),
         ("confirm_steps", 0),
         ("hold_steps", -1),
+        ("hold_steps", 1.5),
         ("regrow_steps", 0),
+        ("regrow_steps", 2**40),
         ("min_scale", 0.0),
         ("advance", "never"),
     ],
@@ -345,6 +347,16 @@ def test_wrong_pieces_are_errors_that_name_the_asker(build):
 def test_rejects_arguments_out_of_range(build, name, value):
     with pytest.raises(ValueError, match=f"`{name}` must be .*, got {value!r}"):
         build(0.1, sg.fixed(1.0, of="value"), **{name: value})
+
+
+def test_bfloat16_parameters_train_with_adam_if_hyperparameters_are_float32():
+    rate = sg.explosion_aware_schedule(1e-3, sg.fixed(LIMIT, of="value"))
+    params = {"w": jnp.ones(3, jnp.bfloat16)}
+    for dtype, finite in ((jnp.float32, True), (None, False)):
+        injected = optax.inject_hyperparams(optax.adam, hyperparam_dtype=dtype)
+        tx = injected(learning_rate=rate)
+        updates, _ = jax.jit(tx.update)(params, tx.init(params), params, value=1.0)
+        assert bool(jnp.isfinite(updates["w"]).all()) is finite
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -373,6 +385,14 @@ def test_a_wide_schedule_scales_wide_updates_without_rounding(x64):
     with jax.numpy_dtype_promotion("strict"):
         updates, _ = jax.jit(tx.update)(params, tx.init(params))
     assert updates["w"].item() == 0.1
+
+
+def test_a_schedule_without_inject_hyperparams_is_an_error_that_shows_the_fix():
+    tx = optax.sgd(sg.explosion_aware_schedule(0.1, sg.fixed(LIMIT, of="value")))
+    state = tx.init(PARAMS)
+    for step in (tx.update, jax.jit(tx.update)):
+        with pytest.raises(TypeError, match=r"`optax.inject_hyperparams\(optax.adamw"):
+            step(PARAMS, state, PARAMS)
 
 
 def test_the_schedule_is_what_optax_calls_a_stateful_schedule():

@@ -178,7 +178,10 @@ def test_settings_may_be_swept_under_vmap():
         ("factor", np.nan),
         ("confirm_steps", 0),
         ("hold_steps", -1),
+        ("hold_steps", 1.5),
         ("regrow_steps", 0),
+        ("regrow_steps", np.inf),
+        ("regrow_steps", 2**31),
         ("min_scale", 0.0),
         ("min_scale", 1.5),
     ],
@@ -186,6 +189,26 @@ def test_settings_may_be_swept_under_vmap():
 def test_rejects_arguments_out_of_range(name, value):
     with pytest.raises(ValueError, match=f"`{name}` must be .*, got {value}"):
         sg.back_off(sg.nonfinite(), **{name: value})
+
+
+@pytest.mark.parametrize("number", [np.int64, np.float32, jnp.int32])
+def test_steps_may_be_whole_numbers_of_any_kind(number):
+    rule = sg.back_off(sg.nonfinite(), hold_steps=number(3), regrow_steps=number(4))
+    calm = unobserved(rule.thresholds[0], (), Scope(independent(1)))
+    bad = (calm._replace(nonfinite=jnp.ones(1, bool)),)
+    state = rule.settle(rule.init()._replace(may_cut=jnp.array(True)), bad, 0)
+    assert state.hold_left == 3 and state.hold_left.dtype == jnp.int32
+    calm = (calm._replace(nonfinite=jnp.zeros(1, bool)),)
+    state = state._replace(regrown_steps=jnp.int32(2))  # Half of the way.
+    scale = rule.propose(state, calm).lr_scale
+    np.testing.assert_allclose(scale, 0.5**0.5, rtol=RTOL)
+
+
+def test_steps_that_are_traced_must_be_integers():
+    build = lambda steps: sg.back_off(sg.nonfinite(), hold_steps=steps).init()
+    jax.eval_shape(build, 3)
+    with pytest.raises(ValueError, match="`hold_steps` must be an integer >= 0, got"):
+        jax.eval_shape(build, 1.5)
 
 
 def test_rejects_a_back_off_from_nothing():

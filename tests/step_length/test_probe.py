@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from stablegrad.trust_region import _probe
+from stablegrad.step_length import _probe
 
 CURVATURE = np.array([1.0, 10.0])
 BOTH = pytest.mark.parametrize("kind", ["forward", "hvp"])
@@ -187,3 +187,24 @@ def test_half_precision_parameters_are_summed_in_float32(kind):
     found = look(along(params, -0.5 * params, loss_fn), kind)
     np.testing.assert_allclose(found.slope, -1000, rtol=1e-6)
     np.testing.assert_allclose(r_of(found), 0.25, rtol=1e-5)
+
+
+@pytest.mark.parametrize("c, mismatch", [(0.1, False), (1.0, False), (3.0, True)])
+def test_gradients_of_another_loss_are_told_from_steps_too_long(c, mismatch):
+    params = jnp.array([1.0, 1.0])
+    for rate in (1e-3, 30.0):
+        gradient = c * jax.grad(quadratic)(params)
+        attempt = along(params, -rate * gradient, gradient=gradient)
+        found = look(attempt, accept=0.35)
+        assert found.mismatch == mismatch
+        assert found.accepted == (not mismatch)
+
+
+def test_the_promise_is_of_what_rounded_parameters_really_change():
+    params = jnp.full(2, 1.0, jnp.bfloat16)  # Its unit in the last place is 1/128.
+    loss_fn = lambda p: jnp.sum(p.astype(jnp.float32))
+    gradient = jnp.ones(2, jnp.bfloat16)
+    for wanted, done in ((-1e-3, 0.0), (-3e-3, -1 / 256), (-0.1, -26 / 256)):
+        attempt = along(params, jnp.full(2, wanted), loss_fn, gradient)
+        promised = _probe.slope_along(attempt, jnp.float32(1))
+        np.testing.assert_allclose(promised, 2 * done, rtol=1e-6)

@@ -24,6 +24,7 @@ from .._signals import scalar_signal
 TRIES = 8  # Looks at one step at most, each nearer than the last.
 NEARER = (0.01, 0.5)  # What one look may shorten the step by.
 BLIND = 0.1  # The same where the loss, or the promise, says nothing of how far.
+SAME = 0.05  # Difference of two r, at parts twice apart, that is none.
 ROUNDING = 16  # Units in the last place of a loss, within which no change is seen.
 
 KINDS = ("forward", "hvp")
@@ -52,6 +53,7 @@ class Look(NamedTuple):
     known: jax.Array  # bool: whether both are finite, and more than rounding.
     blind: jax.Array  # bool: whether the promise drowns in the loss's rounding.
     accepted: jax.Array  # bool: whether that part may be taken.
+    mismatch: jax.Array  # bool: whether r stays the same however near one looks.
     looks: jax.Array  # int32: forward passes, 1 unless shortened.
 
 
@@ -64,17 +66,28 @@ def ratio(excess, slope) -> jax.Array:
 
 def slope_along(attempt: Attempt, scale) -> jax.Array:
     """s = g . d for d = scale * step, in float32; complex leaves count as pairs."""
-    pairs = zip(
-        _trees.inexact_leaves(attempt.gradient),
-        _trees.inexact_leaves(attempt.step, attempt.gradient),
-        strict=True,
-    )
+    gradients = _trees.inexact_leaves(attempt.gradient)
+    pairs = zip(gradients, _taken(attempt, scale), strict=True)
     total = jnp.zeros((), jnp.float32)
     for gradient, step in pairs:
         wide = jnp.promote_types(gradient.dtype, jnp.float32)
         product = jnp.conj(gradient.astype(wide)) * step.astype(wide)
         total += jnp.sum(jnp.real(product)).astype(jnp.float32)
-    return scale * total
+    return total
+
+
+def _taken(attempt: Attempt, scale):
+    """What `scale` times the step changes: less, where parameters are rounded."""
+
+    def change(param, step):
+        step = scale.astype(step.dtype) * step
+        if jnp.finfo(param.dtype).bits >= 32:
+            return step
+        moved = (param + step).astype(param.dtype)
+        return moved.astype(jnp.float32) - param.astype(jnp.float32)
+
+    params, steps = _inexact(attempt)
+    return map(change, params, steps)
 
 
 def look(attempt: Attempt, kind: str, scale, rise, accept, aim) -> Look:
@@ -82,9 +95,10 @@ def look(attempt: Attempt, kind: str, scale, rise, accept, aim) -> Look:
 
     A part may be taken if the loss stays finite and rises by `rise` at most and, where
     the step descends, if r is `accept` at most. A part that may not is shortened to
-    where r would be `aim`.
+    where r would be `aim`. Where r stays the same, c times the loss's own gradient
+    gives 1 - 1/c, which no shorter step mends: a mismatch.
     """
-    promised = slope_along(attempt, scale)
+    promised = slope_along(attempt, jnp.asarray(scale, jnp.float32))
     slope = jnp.where(jnp.isfinite(promised), promised, 0.0)
     excess_at = _EXCESS[kind](attempt, scale, slope)
     unseen = ROUNDING * attempt.resolution if kind == "forward" else 0.0
@@ -97,14 +111,15 @@ def look(attempt: Attempt, kind: str, scale, rise, accept, aim) -> Look:
         return jnp.isfinite(change) & (change <= rise) & calm
 
     def nearer(state):
-        part, excess, _, looks = state
+        part, excess, _, looks, _ = state
         r = ratio(excess, part * slope)
         factor = jnp.where(jnp.isfinite(r), aim / jnp.maximum(r, 1e-9), BLIND)
         part = jnp.where(looks > 0, part * jnp.clip(factor, *NEARER), part)
         excess = excess_at(part)
-        return part, excess, may_take(part, excess), looks + 1
+        same = (jnp.abs(ratio(excess, part * slope) - r) <= SAME) & (looks > 0)
+        return part, excess, may_take(part, excess), looks + 1, same & (r <= 1)
 
-    part, excess, accepted, looks = jax.lax.while_loop(
+    part, excess, accepted, looks, same = jax.lax.while_loop(
         lambda state: ~state[2] & (state[3] < TRIES),
         nearer,
         (
@@ -112,11 +127,13 @@ def look(attempt: Attempt, kind: str, scale, rise, accept, aim) -> Look:
             jnp.zeros((), jnp.float32),
             jnp.zeros((), bool),
             jnp.zeros((), jnp.int32),
+            jnp.zeros((), bool),
         ),
     )
     blind = part * jnp.abs(slope) <= seen
     known = jnp.isfinite(excess) & jnp.isfinite(promised) & ~blind
-    return Look(part, excess, part * slope, known, blind, accepted, looks)
+    mismatch = ~accepted & same & known & (slope < 0)
+    return Look(part, excess, part * slope, known, blind, accepted, mismatch, looks)
 
 
 def _moved(attempt: Attempt, scale):
@@ -154,7 +171,15 @@ def _hvp(attempt: Attempt, scale, slope):
         return jax.jvp(along, (part,), (jnp.ones((), jnp.float32),))[1]
 
     zero, one = jnp.zeros((), jnp.float32), jnp.ones((), jnp.float32)
-    curvature = jax.jvp(slope_at, (zero,), (one,))[1]
+    try:
+        curvature = jax.jvp(slope_at, (zero,), (one,))[1]
+    except (TypeError, NotImplementedError) as error:
+        if "custom_" not in str(error):
+            raise
+        raise ValueError(
+            'probe="hvp" takes `jvp` of `value_fn`, which has a `jax.custom_vjp` that '
+            'allows none. Pass probe="forward".'
+        ) from error
     return lambda part: 0.5 * curvature * jnp.square(part * scale)
 
 

@@ -1,0 +1,1 @@
+"""How long a step may be: looking along it before it is taken."""

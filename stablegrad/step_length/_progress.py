@@ -1,0 +1,64 @@
+"""Progress: whether the loss falls or rises by more than its noise explains.
+
+Two running means of the loss, of which the later one forgets sooner, over windows that
+grow with the run: what improves ever more slowly is still seen to improve.
+
+    window = clip(t / 8, 50, 400);  far over `window` steps, near over window / 5
+    error = 1.25 * spread * sqrt(5 / (2 * window)),  spread = mean of |loss - far|
+    improves: far - near > error;  worsens: near - far > error
+
+`error` is one standard deviation of `near` if losses are independent and normal.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from .._measure import LARGEST
+
+SHARE, SHORTEST, LONGEST = 1 / 8, 50.0, 400.0
+NEARER = 5.0
+DEVIATION = 1.25  # Standard deviation over mean distance, of a normal distribution.
+
+
+class Progress(NamedTuple):
+    """Running means of the loss; every array is float32 of rank 0, and finite."""
+
+    far: jax.Array
+    near: jax.Array
+    spread: jax.Array  # Mean distance from `far`.
+
+
+def init_progress() -> Progress:
+    """Nothing seen."""
+    return Progress(*[jnp.zeros((), jnp.float32) for _ in Progress._fields])
+
+
+def window(steps) -> jax.Array:
+    """Steps that `far` remembers, after so many."""
+    return jnp.clip(SHARE * steps.astype(jnp.float32), SHORTEST, LONGEST)
+
+
+def after_loss(progress: Progress, loss, steps) -> Progress:
+    """After a step's loss, if that is finite; the first is taken as it is."""
+    first, length = steps == 0, window(steps)
+
+    def mean(old, new, length):
+        kept = 1 - 1 / length
+        moved = jnp.where(first, new, kept * old + (1 - kept) * new)
+        return jnp.where(jnp.isfinite(loss), jnp.clip(moved, -LARGEST, LARGEST), old)
+
+    distance = jnp.where(first, 0.0, jnp.abs(loss - progress.far))
+    return Progress(
+        mean(progress.far, loss, length),
+        mean(progress.near, loss, length / NEARER),
+        mean(progress.spread, distance, length),
+    )
+
+
+def gain(progress: Progress, steps) -> jax.Array:
+    """What the loss fell by lately, in its own standard errors: above 1 it improves."""
+    error = DEVIATION * progress.spread * jnp.sqrt(NEARER / (2 * window(steps)))
+    fell = progress.far - progress.near
+    return fell / jnp.maximum(error, 1e-37)

@@ -1,0 +1,197 @@
+"""The radius: how long a step may be, from what the probes found.
+
+    r > high: shorter, at once     low <= r <= high: as it is     r < low: longer
+
+Where the schedule's own steps stay calm, nothing binds, and the longer that lasts the
+more is left to the schedule. Where the radius does bind, it is careful at the start,
+when curvature changes fastest, and grows careful again the longer it binds without
+progress: what holds a long run back is noise, which probes on one batch do not see.
+
+A step may gain nothing and be right: at the edge of stability, and where momentum
+carries it. So once the start is over, nothing is cut while the loss improves.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from .._measure import LARGEST
+from .._trees import count_if, increment
+from ._probe import Look, ratio
+from ._progress import LONGEST, Progress, after_loss, gain, init_progress, window
+
+DENSE = 5  # Probes at the start, one a step.
+DECAY = 0.85  # Of the averages over probes.
+AIM = 0.7  # Of `high`: where a cut leads to.
+SHORTEST_CUT = 0.5  # What one cut may shorten the radius by, but for an alarm.
+FASTER = 2.0  # Growth while r is below a tenth of `low`: the radius is far too short.
+SLOWER, NEAR_A_CUT = 1.1, 0.5  # Growth from this part of the last cut's length on.
+EARLY = 30  # Probes of the start, over which the care stays what it is.
+CARE, LEAST_CARE = 0.7, 0.3  # The factor on `high` where a radius binds, and its floor.
+CARE_OVER = 50  # Later binding probes that halve the care.
+RELIEF = 3.0  # Probes taken back by one that improves over the longest window.
+MOST_BOUND = 1e4  # Where the count ends.
+LOOSE_OVER, LOOSE = 50, 1.6  # Free probes that raise `high`, and by how much.
+RELEASE = 4.0  # Times the optimizer's own length: from where a radius is no bound.
+NEVER = LARGEST  # A radius that does not bind; the state stays finite.
+
+
+class TrustRegionState(NamedTuple):
+    """State of `trust_region`; every array has rank 0."""
+
+    trust_radius: jax.Array  # float32, > 0: the longest step; `NEVER` if free.
+    trust_ratio: jax.Array  # float32: r, averaged over probes.
+    trust_scale: jax.Array  # float32 in [0, 1]: on the last step.
+    trust_probes: jax.Array  # int32: probes made, each a forward pass at least.
+    trust_cuts: jax.Array  # int32: times the radius was cut.
+    trust_mismatch: jax.Array  # bool: gradients are not those of `value`.
+    own_length: jax.Array  # float32: of the last step that the optimizer wanted.
+    cut_length: jax.Array  # float32: of the step at the last cut; `NEVER` if none.
+    mean_excess: jax.Array  # float32: of the probes, for steps as long as the last.
+    mean_slope: jax.Array  # float32: the same.
+    progress: Progress
+    steps_tried: jax.Array  # int32: of some length.
+    probes_known: jax.Array  # int32: probes that told something.
+    probes_bound: jax.Array  # float32: of them, while the radius was set; see `care`.
+    probes_free: jax.Array  # int32: in a row, while it was not.
+
+
+def init_radius() -> TrustRegionState:
+    """No limit yet, nothing known."""
+    zero, none = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
+    never = jnp.full((), NEVER, jnp.float32)
+    return TrustRegionState(
+        trust_radius=never,
+        trust_ratio=zero,
+        trust_scale=jnp.ones((), jnp.float32),
+        trust_probes=none,
+        trust_cuts=none,
+        trust_mismatch=jnp.zeros((), bool),
+        own_length=zero,
+        cut_length=never,
+        mean_excess=zero,
+        mean_slope=zero,
+        progress=init_progress(),
+        steps_tried=none,
+        probes_known=none,
+        probes_bound=zero,
+        probes_free=none,
+    )
+
+
+def is_due(state: TrustRegionState, every) -> jax.Array:
+    """Whether this step is probed."""
+    due = (state.probes_known < DENSE) | (state.steps_tried % every == 0)
+    return due & ~state.trust_mismatch
+
+
+def care(state: TrustRegionState, is_bound) -> jax.Array:
+    """The factor on `high` and `low`."""
+    late = jnp.maximum(state.probes_bound - EARLY, 0.0)
+    binding = jnp.maximum(CARE / (1 + late / CARE_OVER), LEAST_CARE)
+    free = jnp.minimum(state.probes_free.astype(jnp.float32) / LOOSE_OVER, 1.0)
+    return jnp.where(is_bound, binding, CARE + (LOOSE - CARE) * free)
+
+
+def longest_rise(state: TrustRegionState, loss) -> jax.Array:
+    """The rise of the loss that is an alarm: it doubles, or leaves its usual range."""
+    usual = jnp.maximum(jnp.abs(state.progress.far), 4 * state.progress.spread)
+    return jnp.maximum(jnp.abs(loss), jnp.where(state.steps_tried > 0, usual, 0.0))
+
+
+def after_step(
+    state: TrustRegionState, loss, own_length, scale, is_sound
+) -> TrustRegionState:
+    """The state that has seen a step; one of no length counts for the loss alone."""
+    return state._replace(
+        progress=after_loss(state.progress, loss, state.steps_tried),
+        steps_tried=jnp.where(
+            is_sound, increment(state.steps_tried), state.steps_tried
+        ),
+        own_length=jnp.where(is_sound, own_length, state.own_length),
+        trust_scale=scale,
+    )
+
+
+def after_probe(
+    state: TrustRegionState, found: Look, length, own_length, high, low, grow
+) -> tuple[TrustRegionState, jax.Array]:
+    """The state after a probe of a step of `length`, and whether it was an alarm.
+
+    `own_length` is what the optimizer asked for, before the radius.
+    """
+    alarm = ((found.looks > 1) | ~found.accepted) & ~found.mismatch
+    harmful = alarm & found.accepted
+    bound = state.trust_radius < RELEASE * own_length
+    careful = care(state, bound)
+    high, low = high * careful, low * careful
+    settled = state.probes_known >= EARLY
+    won = gain(state.progress, state.steps_tried)
+    improves, worsens = settled & (won > 1), settled & (won < -1)
+    excess, slope = _averages(state, found, alarm)
+    # Steps that on average do not descend count as too long, but only once: shorter
+    # ones do not turn momentum round.
+    climbs = slope >= 0
+    r = jnp.where(climbs, 2.0, ratio(excess, slope))
+    climbed = climbs & (state.mean_slope >= 0) & (state.probes_known > 0)
+
+    cut = found.known & ~alarm & (r > high) & ~improves & ~climbed
+    factor = jnp.clip(AIM * high / jnp.maximum(r, 1e-9), SHORTEST_CUT, 1.0)
+    cut_length = jnp.where(cut & bound, length, state.cut_length)
+    descends = found.known & (found.slope < 0)
+    # What is too short to be seen is too short to do harm.
+    grows = ((descends & (r < low)) | found.blind) & ~alarm & ~worsens
+    # While the loss improves, a little more may be tried.
+    tries = descends & (r < high) & ~alarm & improves & bound
+    far_too_short = found.blind | (r < 0.1 * low)
+    growth = jnp.where(far_too_short, jnp.maximum(grow, FASTER), grow)
+    near_a_cut = state.trust_radius > NEAR_A_CUT * cut_length
+    growth = jnp.where(near_a_cut | ~grows, SLOWER, growth)
+    growth = jnp.where(grows | tries, growth, 1.0)
+
+    longer = state.trust_radius * growth
+    radius = jnp.where(state.trust_radius < NEVER / growth, longer, NEVER)
+    radius = jnp.where(cut, length * factor, radius)
+    # Where no part may be taken, the length is not to blame, and the radius stays.
+    radius = jnp.where(harmful, length * found.part, radius)
+    radius = jnp.where(found.mismatch, NEVER, jnp.maximum(radius, 1e-30))
+    shorter = jnp.where(cut, factor, 1.0)
+    free = count_if(found.known, state.probes_free)
+    return (
+        state._replace(
+            trust_radius=radius,
+            trust_ratio=jnp.clip(r, -LARGEST, LARGEST),
+            trust_probes=state.trust_probes + found.looks,
+            trust_cuts=count_if(cut | harmful, state.trust_cuts),
+            trust_mismatch=found.mismatch,
+            cut_length=jnp.where(radius < RELEASE * own_length, cut_length, NEVER),
+            mean_excess=excess * shorter**2,
+            mean_slope=slope * shorter,
+            probes_known=count_if(descends, state.probes_known),
+            probes_bound=jnp.where(bound, _bound(state, improves), state.probes_bound),
+            probes_free=jnp.where(bound, 0, free),
+        ),
+        alarm,
+    )
+
+
+def _averages(state: TrustRegionState, found: Look, alarm):
+    """Excess and slope, kept for steps as long as this one."""
+    part = jnp.where(alarm, found.part, 1.0)
+    weight = jnp.where(state.probes_known == 0, 0.0, DECAY)
+    # The excess goes with the square of the length.
+    excess = weight * state.mean_excess * part**2 + (1 - weight) * found.excess
+    slope = weight * state.mean_slope * part + (1 - weight) * found.slope
+    excess = jnp.where(found.known, excess, state.mean_excess)
+    slope = jnp.where(found.known, slope, state.mean_slope)
+    return jnp.clip(excess, -LARGEST, LARGEST), jnp.clip(slope, -LARGEST, LARGEST)
+
+
+def _bound(state: TrustRegionState, improves):
+    """Binding probes, of which progress takes some back once the start is over."""
+    relief = RELIEF * window(state.steps_tried) / LONGEST
+    least = jnp.minimum(state.probes_bound, float(EARLY))
+    relieved = jnp.maximum(state.probes_bound + 1 - relief, least)
+    count = jnp.where(improves, relieved, state.probes_bound + 1)
+    return jnp.minimum(count, MOST_BOUND)

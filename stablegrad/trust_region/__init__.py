@@ -1,1 +1,0 @@
-"""The trust region: looks along the step before it is taken, and holds its length."""
