@@ -24,7 +24,7 @@ from .._signals import scalar_signal
 TRIES = 8  # Looks at one step at most, each nearer than the last.
 NEARER = (0.01, 0.5)  # What one look may shorten the step by.
 BLIND = 0.1  # The same where the loss, or the promise, says nothing of how far.
-SAME = 0.05  # Difference of two r, at parts twice apart, that is none.
+SAME, ALIKE = 0.05, 3  # Difference of r that is none; looks in a row, each half as far.
 ROUNDING = 16  # Units in the last place of a loss, within which no change is seen.
 
 KINDS = ("forward", "hvp")
@@ -111,15 +111,16 @@ def look(attempt: Attempt, kind: str, scale, rise, accept, aim) -> Look:
         return jnp.isfinite(change) & (change <= rise) & calm
 
     def nearer(state):
-        part, excess, _, looks, _ = state
+        part, excess, _, looks, alike = state
         r = ratio(excess, part * slope)
         factor = jnp.where(jnp.isfinite(r), aim / jnp.maximum(r, 1e-9), BLIND)
         part = jnp.where(looks > 0, part * jnp.clip(factor, *NEARER), part)
         excess = excess_at(part)
-        same = (jnp.abs(ratio(excess, part * slope) - r) <= SAME) & (looks > 0)
-        return part, excess, may_take(part, excess), looks + 1, same & (r <= 1)
+        same = jnp.abs(ratio(excess, part * slope) - r) <= SAME
+        alike = jnp.where(same & (r <= 1) & (looks > 0), alike + 1, 0)
+        return part, excess, may_take(part, excess), looks + 1, alike
 
-    part, excess, accepted, looks, same = jax.lax.while_loop(
+    part, excess, accepted, looks, alike = jax.lax.while_loop(
         lambda state: ~state[2] & (state[3] < TRIES),
         nearer,
         (
@@ -127,12 +128,12 @@ def look(attempt: Attempt, kind: str, scale, rise, accept, aim) -> Look:
             jnp.zeros((), jnp.float32),
             jnp.zeros((), bool),
             jnp.zeros((), jnp.int32),
-            jnp.zeros((), bool),
+            jnp.zeros((), jnp.int32),
         ),
     )
     blind = part * jnp.abs(slope) <= seen
     known = jnp.isfinite(excess) & jnp.isfinite(promised) & ~blind
-    mismatch = ~accepted & same & known & (slope < 0)
+    mismatch = ~accepted & (alike >= ALIKE) & known & (slope < 0)
     return Look(part, excess, part * slope, known, blind, accepted, mismatch, looks)
 
 

@@ -208,3 +208,13 @@ def test_the_promise_is_of_what_rounded_parameters_really_change():
         attempt = along(params, jnp.full(2, wanted), loss_fn, gradient)
         promised = _probe.slope_along(attempt, jnp.float32(1))
         np.testing.assert_allclose(promised, 2 * done, rtol=1e-6)
+
+
+@pytest.mark.parametrize("pitch", [7.0, 9.0, 11.0])
+def test_a_rough_loss_is_no_mismatch_though_no_part_of_the_step_may_be_taken(pitch):
+    # r is 0.7 give or take 0.25, and another at almost every look.
+    wave = lambda x: 0.3 + 0.25 * jnp.sin(pitch * jnp.log(jnp.maximum(x, 1e-30)))
+    one, zero = jnp.ones(()), jnp.zeros(())
+    attempt = _probe.Attempt(-one, one, zero, one, zero, lambda x: -x * wave(x))
+    found = look(attempt, accept=0.35)
+    assert found.looks == _probe.TRIES and not found.accepted and not found.mismatch
