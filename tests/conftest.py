@@ -1,8 +1,18 @@
 """Shared by all tests: strict promotion, and runs of many steps in one scan."""
 
+import os
+
 import chex
 import jax
 import pytest
+
+# Compilation takes most of the tests' time, and XLA's older emitters halve it, on one
+# thread a test. A flag that a later JAX may have dropped would end the process.
+if jax.__version_info__ < (0, 11):
+    flags = (
+        "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    )
+    os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}".strip()
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -1,5 +1,7 @@
 """Runs a threshold alone over a sequence of signals, in one scan."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,16 +19,21 @@ def limits(threshold, signals):
     signals = jnp.asarray(signals, jnp.float32)
     table = signals if signals.ndim == 2 else signals[:, None]
     groups = table.shape[1]
+    state, (limit, exceeded) = _run(threshold, groups)(threshold.init(groups), table)
+    shape = signals.shape
+    return np.reshape(limit, shape), np.reshape(exceeded, shape), state
+
+
+@functools.lru_cache(64)
+def _run(threshold, groups):
+    """Compiled once for each number of steps."""
     scope = Scope(independent(groups))
 
     def step(state, signal):
         word = judge(threshold, state, signal, scope)
         return learn(threshold, state, word), (word.limit, word.exceeded)
 
-    run = jax.jit(lambda state, xs: jax.lax.scan(step, state, xs))
-    state, (limit, exceeded) = run(threshold.init(groups), table)
-    shape = signals.shape
-    return np.reshape(limit, shape), np.reshape(exceeded, shape), state
+    return jax.jit(lambda state, xs: jax.lax.scan(step, state, xs))
 
 
 def lognormal(steps, sigma=0.2, level=1.0, seed=0):

@@ -1,5 +1,6 @@
 """The contract that every public transformation keeps; a new one is one line here."""
 
+import functools
 import inspect
 
 import chex
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from training import AS_USERS
 
 import stablegrad as sg
 
@@ -67,6 +69,20 @@ BEFORE_TRAINING = {"critical_learning_rate", "learning_rate_range_test", "sharpn
 SCHEDULES = {"explosion_aware_schedule", "observe_metric"}
 
 every = pytest.mark.parametrize("name", TRANSFORMATIONS)
+
+
+@functools.cache
+def made(name):
+    """One of each, so that what two tests do alike is compiled once."""
+    return TRANSFORMATIONS[name]()
+
+
+@functools.cache
+def compiled(name):
+    """Its update, by the code generators that users get."""
+    return jax.jit(made(name).update, compiler_options=AS_USERS)
+
+
 DTYPES = ["bfloat16", "complex64"]
 
 
@@ -85,16 +101,17 @@ def params_like(dtype):
     }
 
 
-def run(tx, params, grads, steps):
+@functools.partial(jax.jit, static_argnames=("name", "steps"))
+def run(name, params, grads, steps):
     """Scans some steps; the carry must keep its structure for this to compile."""
+    tx = made(name)
 
     def step(carry, _):
         params, state = carry
         updates, state = tx.update(grads, state, params, value=1.0)
         return (optax.apply_updates(params, updates), state), None
 
-    carry = (params, tx.init(params))
-    return jax.jit(lambda c: jax.lax.scan(step, c, length=steps)[0])(carry)
+    return jax.lax.scan(step, (params, tx.init(params)), length=steps)[0]
 
 
 def test_every_public_function_is_in_a_registry():
@@ -131,22 +148,22 @@ def test_float64_parameters_keep_their_dtype_and_the_state_its_own(name, x64):
 @every
 @pytest.mark.parametrize("params", [{"none": None}, {"i": jnp.arange(2)}])
 def test_trees_without_numbers_work(name, params):
-    run(TRANSFORMATIONS[name](), params, params, steps=3)
+    run(name, params, params, steps=3)
 
 
 @every
 def test_init_needs_only_shapes_and_dtypes(name):
-    tx, params = TRANSFORMATIONS[name](), params_like("float32")
+    tx, params = made(name), params_like("float32")
     abstract = jax.eval_shape(tx.init, params)
     assert specs(abstract) == specs(tx.init(params))
 
 
-@every
 @pytest.mark.parametrize("bad", [-jnp.inf, jnp.nan])
+@every  # Slowest to change: one program for both.
 def test_nothing_nonfinite_reaches_the_state_or_the_parameters(name, bad):
     params = {"w": jnp.ones((2, 3)), "b": jnp.ones(4)}
     grads = {"w": params["w"].at[1, 1].set(bad), "b": params["b"]}
-    after, state = run(TRANSFORMATIONS[name](), params, grads, steps=40)
+    after, state = run(name, params, grads, steps=40)
     chex.assert_tree_all_finite((after, state))
     chex.assert_trees_all_equal(after, params)
 
@@ -162,30 +179,30 @@ def test_one_trace_serves_many_calls(name):
 
 @every
 def test_works_the_same_without_jit(name):
-    tx, params = TRANSFORMATIONS[name](), {"w": jnp.array([3.0, 4.0])}
-    compiled, _ = jax.jit(tx.update)(params, tx.init(params), params, value=1.0)
+    tx, params = made(name), {"w": jnp.array([3.0, 4.0, 12.0])}
+    fast, _ = compiled(name)(params, tx.init(params), params, value=1.0)
     with jax.disable_jit():
         plain, _ = tx.update(params, tx.init(params), params, value=1.0)
-    chex.assert_trees_all_close(plain, compiled, rtol=1e-6)
+    chex.assert_trees_all_close(plain, fast, rtol=1e-6)
 
 
 @every
 def test_works_for_an_ensemble_under_vmap(name):
-    tx, params = TRANSFORMATIONS[name](), {"w": jnp.ones((4, 3))}
+    tx, params = made(name), {"w": jnp.ones((4, 3))}
     grads = {"w": jnp.arange(12.0).reshape(4, 3)}
-    state = jax.vmap(tx.init)(params)
+    state = jax.jit(jax.vmap(tx.init))(params)
     update = jax.jit(jax.vmap(lambda g, s, p: tx.update(g, s, p, value=1.0)))
     updates, _ = update(grads, state, params)
     one = {"w": params["w"][2]}
-    alone, _ = tx.update({"w": grads["w"][2]}, tx.init(one), one, value=1.0)
+    alone, _ = compiled(name)({"w": grads["w"][2]}, tx.init(one), one, value=1.0)
     np.testing.assert_allclose(updates["w"][2], alone["w"], rtol=1e-6)
 
 
 @every
 def test_needs_no_parameters_unless_the_inner_optimizer_does(name):
-    tx, params = TRANSFORMATIONS[name](), {"w": jnp.ones(3)}
+    tx, params = made(name), {"w": jnp.ones(3)}
     if name in NEED_PARAMS:
         with pytest.raises(ValueError, match="needs the parameters"):
             tx.update(params, tx.init(params), value=1.0)
     else:
-        tx.update(params, tx.init(params), value=1.0)
+        jax.eval_shape(tx.update, params, tx.init(params), value=1.0)

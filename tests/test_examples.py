@@ -3,7 +3,6 @@
 import gzip
 import importlib.util
 import json
-import os
 import struct
 import subprocess
 import sys
@@ -56,16 +55,6 @@ def test_the_cost_benchmark_compares_every_row_with_bare_adamw(capsys):
     assert bare.split()[1] == "1.00"
 
 
-def run_script(*arguments, **environment):
-    return subprocess.run(
-        [sys.executable, str(EXAMPLES / "rescue.py"), *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **environment},
-        timeout=120,
-    )
-
-
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -74,12 +63,30 @@ def run_script(*arguments, **environment):
         (["--data-dir", "nowhere"], "nowhere has neither train-images-idx3-ubyte nor"),
     ],
 )
-def test_a_bad_option_is_one_line_and_status_2(arguments, message, tmp_path):
-    done = run_script(*arguments, "--out", str(tmp_path))
-    assert done.returncode == 2
-    assert done.stdout == ""
-    (line,) = done.stderr.splitlines()
+def test_a_bad_option_is_one_line_and_status_2(
+    arguments, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(sys, "argv", ["rescue.py"])
+    with pytest.raises(SystemExit) as stopped:
+        rescue.main([*arguments, "--out", str(tmp_path)])
+    assert stopped.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    (line,) = printed.err.splitlines()
     assert line.startswith("rescue.py: error: ") and message in line
+
+
+def test_it_is_a_script(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "rescue.py"), "--steps", "many"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=120,
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("rescue.py: error: argument --steps: must be an integer")
 
 
 def write_idx(path, array):

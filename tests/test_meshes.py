@@ -44,12 +44,16 @@ print("same")
 
 
 def test_sharded_parameters_give_the_updates_of_one_device():
-    flags = "--xla_force_host_platform_device_count=4"
+    flags = ["--xla_force_host_platform_device_count=4", os.environ.get("XLA_FLAGS")]
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM],
         capture_output=True,
         text=True,
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        env={
+            **os.environ,
+            "XLA_FLAGS": " ".join(filter(None, flags)),
+            "JAX_PLATFORMS": "cpu",
+        },
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip() == "same"

@@ -36,6 +36,7 @@ DOCUMENTED = {
     "trust_scale",
     "trust_probes",
     "trust_cuts",
+    "trust_mismatch",
     "halted_steps",
     "consecutive_skips",
 }

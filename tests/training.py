@@ -1,9 +1,16 @@
 """Runs of many steps, compiled once, for tests that look at every step."""
 
+import functools
+import os
+
 import jax
 import jax.numpy as jnp
 
 import stablegrad as sg
+
+# Compiles as for users; `conftest.py` says why the other tests do not.
+FLAG = "xla_cpu_use_fusion_emitters"
+AS_USERS = {FLAG: True} if FLAG in os.environ.get("XLA_FLAGS", "") else {}
 
 
 def scan(tx, grads, params, values=None, apply=False):
@@ -14,6 +21,15 @@ def scan(tx, grads, params, values=None, apply=False):
     """
     steps = len(jax.tree.leaves(grads)[0])
     values = jnp.zeros(steps) if values is None else jnp.asarray(values, jnp.float32)
+    (params, state), history = _run(tx, apply)(
+        (params, tx.init(params)), (grads, values)
+    )
+    return params, state, history
+
+
+@functools.lru_cache(64)
+def _run(tx, apply):
+    """Compiled once for each number of steps."""
 
     def step(carry, xs):
         params, state = carry
@@ -25,9 +41,7 @@ def scan(tx, grads, params, values=None, apply=False):
             params = jax.tree.map(lambda p, u: (p + u).astype(p.dtype), params, updates)
         return (params, state), (params, sg.metrics(state), state.guarded_inner)
 
-    run = jax.jit(lambda carry, xs: jax.lax.scan(step, carry, xs))
-    (params, state), history = run((params, tx.init(params)), (grads, values))
-    return params, state, history
+    return jax.jit(lambda carry, xs: jax.lax.scan(step, carry, xs))
 
 
 def of_norm(norms, size=2):

@@ -1,5 +1,6 @@
 """Runs a clip of a chain over many gradients, in one scan."""
 
+import functools
 import itertools
 
 import jax
@@ -47,11 +48,16 @@ def leaf_norms(flat):
 
 def run(tx, flat, params=PARAMS):
     """What comes out for every row of `flat`, and the last state."""
+    state, updates = _scan(tx)(params, tx.init(params), tree(flat))
+    return flatten(updates), state
 
-    def step(state, grads):
+
+@functools.lru_cache(64)
+def _scan(tx):
+    """Compiled once for each number of steps."""
+
+    def step(params, state, grads):
         updates, state = tx.update(grads, state, params)
         return state, updates
 
-    scan = jax.jit(lambda state, xs: jax.lax.scan(step, state, xs))
-    state, updates = scan(tx.init(params), tree(flat))
-    return flatten(updates), state
+    return jax.jit(lambda p, s, xs: jax.lax.scan(functools.partial(step, p), s, xs))

@@ -11,14 +11,14 @@ from running import PARAMS, flatten, gradients, leaf_norms, run, tree
 import stablegrad as sg
 
 CLIPS = {
-    "clip_by_norm": lambda: sg.clip_by_norm(5.0),
-    "clip_by_percentile": sg.clip_by_percentile,
-    "clip_by_zscore": sg.clip_by_zscore,
-    "clip_by_ema": sg.clip_by_ema,
-    "clip_by_param_norm": lambda: sg.clip_by_param_norm(2.0),
-    "clip_by_second_moment": lambda: sg.clip_by_second_moment(25.0),
-    "clip_update_rms": sg.clip_update_rms,
-    "clip_by_max": sg.clip_by_max,
+    "clip_by_norm": sg.clip_by_norm(5.0),
+    "clip_by_percentile": sg.clip_by_percentile(),
+    "clip_by_zscore": sg.clip_by_zscore(),
+    "clip_by_ema": sg.clip_by_ema(),
+    "clip_by_param_norm": sg.clip_by_param_norm(2.0),
+    "clip_by_second_moment": sg.clip_by_second_moment(25.0),
+    "clip_update_rms": sg.clip_update_rms(),
+    "clip_by_max": sg.clip_by_max(),
 }
 ADAPTIVE = ["clip_by_percentile", "clip_by_zscore", "clip_by_ema"]
 ADAPTIVE += ["clip_update_rms", "clip_by_max"]
@@ -40,16 +40,16 @@ def kept(out, flat):
 every = pytest.mark.parametrize("name", CLIPS)
 
 
-@every
 @pytest.mark.parametrize("bad", [np.nan, -np.inf])
+@every  # Slowest to change: one program for both.
 def test_a_nonfinite_step_becomes_zeros_and_teaches_nothing(name, bad):
     flat = healthy(120)
-    clean, before = run(CLIPS[name](), flat)
-    faulty = np.insert(flat, 60, flat[60], axis=0)
+    clean, before = run(CLIPS[name], flat)
+    faulty = np.insert(flat, 60, flat[60], axis=0)[:120]  # One program for both.
     faulty[60, 7] = bad
-    out, state = run(CLIPS[name](), faulty)
+    out, state = run(CLIPS[name], faulty)
     assert (out[60] == 0).all()
-    np.testing.assert_allclose(np.delete(out, 60, axis=0), clean, rtol=1e-6)
+    np.testing.assert_allclose(np.delete(out, 60, axis=0), clean[:-1], rtol=1e-6)
     chex.assert_tree_all_finite(state)
     seen = sg.metrics(state)
     assert seen[f"{name}_dropped_steps"] == 1
@@ -61,7 +61,7 @@ def test_a_gradient_of_1e20_is_clipped_to_size_and_does_not_hide_the_next(name):
     flat = healthy(120)
     flat[80] *= 1e20
     flat[100] *= 50.0
-    out, state = run(CLIPS[name](), flat)
+    out, state = run(CLIPS[name], flat)
     sizes = np.linalg.norm(out, axis=1)
     assert 0.5 < sizes[80] < 20.0
     assert sizes[100] < 20.0
@@ -72,20 +72,20 @@ def test_a_gradient_of_1e20_is_clipped_to_size_and_does_not_hide_the_next(name):
 @every
 def test_under_one_per_cent_of_healthy_steps_is_clipped(name):
     flat = healthy(3000)
-    out, state = run(CLIPS[name](), flat)
+    out, state = run(CLIPS[name], flat)
     share = np.mean(kept(out, flat) < 1 - 1e-5)
     assert share <= 0.011
     counted = sg.metrics(state)[f"{name}_clipped_steps"]
     assert abs(counted / 3000 - share) < 2e-3
 
 
-@pytest.mark.parametrize("name", ADAPTIVE)
 @pytest.mark.parametrize("factor", [5.0, 1e3, 1e-3])
+@pytest.mark.parametrize("name", ADAPTIVE)
 def test_a_lasting_shift_is_followed_within_100_steps(name, factor):
     flat = healthy()
     flat[200:] *= factor
     flat[390] *= 100.0
-    out, _ = run(CLIPS[name](), flat)
+    out, _ = run(CLIPS[name], flat)
     share = kept(out, flat)
     assert np.median(share[300:]) > 0.99 and np.mean(share[300:390] < 0.9) < 0.1
     if name != "clip_update_rms" or factor > 1:  # The moment remembers the old level.
@@ -98,7 +98,7 @@ def test_a_lasting_shift_is_followed_within_100_steps(name, factor):
 def test_a_leaf_that_explodes_leaves_the_others_alone(name):
     flat = healthy()
     flat[200:230, 6:10] *= 1e3
-    out, _ = run(CLIPS[name](), flat)
+    out, _ = run(CLIPS[name], flat)
     others = [*range(6), 10]
     np.testing.assert_allclose(out[200:230, others], flat[200:230, others], rtol=1e-5)
     assert leaf_norms(out)[200:210, 1].max() < 20  # Of 600.

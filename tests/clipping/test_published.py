@@ -28,6 +28,9 @@ ZCLIP = {
 }
 
 
+AGC = sg.clip_by_param_norm(published=True)
+
+
 def per_leaf(factors):
     """One factor a leaf as one an element."""
     return np.repeat(factors, (6, 4, 1), axis=1)
@@ -93,8 +96,7 @@ def test_adaptive_gradient_clipping(scale):
     params = jax.tree.map(lambda x: jnp.asarray(scale * x, jnp.float32), params)
     grads = jax.tree.map(lambda x: 0.02 * jnp.asarray(rng.normal(size=x.shape)), params)
     grads = jax.tree.map(lambda x: x.astype(jnp.float32), grads)
-    tx = sg.clip_by_param_norm(published=True)
-    out, _ = jax.jit(tx.update)(grads, tx.init(params), params)
+    out, _ = jax.jit(AGC.update)(grads, AGC.init(params), params)
     axes = {"dense": {"kernel": 0, "bias": None}, "conv": {"kernel": (0, 1, 2)}}
     axes["gain"] = None
     for found, grad, param, axis in zip(

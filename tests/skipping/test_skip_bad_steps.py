@@ -1,5 +1,7 @@
 """Tests for `stablegrad.skip_bad_steps`: decisions as published, and repaired."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ from training import of_norm, scan
 import stablegrad as sg
 
 PARAMS = {"w": jnp.array([1.0, 2.0])}
-STEPS = 700
+STEPS = 900
 RULES = ["olmo", "levanter", "maxtext", "axlearn_mean", "axlearn_deviation"]
 
 
@@ -25,6 +27,12 @@ def history(seed=0):
     norms[400:410] *= 8.0
     norms[600:] *= 8.0
     return norms.astype(np.float32), values.astype(np.float32)
+
+
+@functools.cache
+def guard(rule, published=False):
+    """One of each, so that its run is compiled once."""
+    return sg.skip_bad_steps(optax.sgd(1e-9), rule, published=published)
 
 
 def decisions(tx, norms, values):
@@ -44,8 +52,7 @@ def as_published(rule, norms, values):
 @pytest.mark.parametrize("rule", RULES)
 def test_published_decisions_match_the_float64_oracle(rule):
     norms, values = history()
-    tx = sg.skip_bad_steps(optax.sgd(1e-9), rule, published=True)
-    skipped, _ = decisions(tx, norms, values)
+    skipped, _ = decisions(guard(rule, published=True), norms, values)
     expected = as_published(rule, norms, values)
     assert expected.sum() >= 2
     np.testing.assert_array_equal(skipped, expected)
@@ -72,10 +79,9 @@ def test_one_nan_loss_skips_129_steps_as_published_and_one_by_default(rule, stre
         3 + 0.1 * np.random.default_rng(0).normal(size=STEPS),
     )
     values[300] = np.nan
-    published = sg.skip_bad_steps(optax.sgd(1e-9), rule, published=True)
+    published = guard(rule, published=True)
     assert decisions(published, norms, values)[0].sum() == streak
-    repaired = sg.skip_bad_steps(optax.sgd(1e-9), rule)
-    skipped, state = decisions(repaired, norms, values)
+    skipped, state = decisions(guard(rule), norms, values)
     np.testing.assert_array_equal(np.flatnonzero(skipped), [300])
     chex.assert_tree_all_finite(state)
 
@@ -93,18 +99,17 @@ def test_an_outlier_hides_the_next_as_published_and_not_by_default():
 
 @pytest.mark.parametrize("rule", RULES)
 def test_a_lasting_shift_is_taken_within_100_steps_by_default(rule):
-    norms = np.random.default_rng(0).lognormal(0, 0.1, 900)
+    norms = np.random.default_rng(0).lognormal(0, 0.1, STEPS)
     norms[600:] *= 50.0
-    tx = sg.skip_bad_steps(optax.sgd(1e-9), rule)
-    skipped, _ = decisions(tx, norms, np.full(900, 3.0))
+    skipped, _ = decisions(guard(rule), norms, np.full(STEPS, 3.0))
     assert skipped[600] and not skipped[700:].any()
 
 
 def test_a_lasting_shift_is_refused_for_ever_by_axlearn_as_published():
-    norms = np.random.default_rng(0).lognormal(0, 0.1, 900)
+    norms = np.random.default_rng(0).lognormal(0, 0.1, STEPS)
     norms[600:] *= 50.0
-    tx = sg.skip_bad_steps(optax.sgd(1e-9), "axlearn_deviation", published=True)
-    assert decisions(tx, norms, np.full(900, 3.0))[0][600:].all()
+    tx = guard("axlearn_deviation", published=True)
+    assert decisions(tx, norms, np.full(STEPS, 3.0))[0][600:].all()
 
 
 @pytest.mark.parametrize("published", [True, False])

@@ -7,6 +7,7 @@ from stepping import limits, lognormal
 
 import stablegrad as sg
 
+OF_50 = sg.ema_ratio(2.0, patience=50)
 RTOL = 1e-4  # float32 against float64 over 300 recurrent steps.
 
 
@@ -61,7 +62,7 @@ def test_a_negative_loss_has_a_limit_above_its_mean():
 def test_a_lasting_rise_is_normal_after_patience_and_a_few_steps(factor):
     norms = lognormal(300, 0.1)
     norms[100:] *= factor
-    _, exceeded, _ = limits(sg.ema_ratio(2.0, patience=50), norms)
+    _, exceeded, _ = limits(OF_50, norms)
     assert exceeded[100]
     assert not exceeded[155:].any()
 
@@ -69,7 +70,7 @@ def test_a_lasting_rise_is_normal_after_patience_and_a_few_steps(factor):
 def test_a_lasting_fall_is_followed_after_patience_and_some_steps():
     norms = lognormal(300, 0.1)
     norms[100:] *= 1e-6
-    limit, _, _ = limits(sg.ema_ratio(2.0, patience=50), norms)
+    limit, _, _ = limits(OF_50, norms)
     assert limit[175] < 3e-6
 
 

@@ -7,6 +7,7 @@ from stepping import limits, lognormal
 
 import stablegrad as sg
 
+DEFAULT, OF_64 = sg.window_zscore(6.0), sg.window_zscore(6.0, window=64)
 RTOL = 1e-4  # float32 logarithms against float64.
 
 
@@ -51,7 +52,7 @@ def test_loss_limits_match_the_float64_oracle():
 def test_one_huge_outlier_hides_no_other_within_the_window():
     norms = lognormal(300)
     norms[200], norms[250] = 1e30, 8.0
-    _, exceeded, state = limits(sg.window_zscore(6.0), norms)
+    _, exceeded, state = limits(DEFAULT, norms)
     assert exceeded[200] and exceeded[250]
     chex.assert_tree_all_finite(state)
 
@@ -59,7 +60,7 @@ def test_one_huge_outlier_hides_no_other_within_the_window():
 def test_one_nan_does_not_flag_the_steps_after_it():
     norms = lognormal(300)
     norms[200] = np.nan
-    _, exceeded, _ = limits(sg.window_zscore(6.0), norms)
+    _, exceeded, _ = limits(DEFAULT, norms)
     assert not exceeded.any()
 
 
@@ -67,7 +68,7 @@ def test_one_nan_does_not_flag_the_steps_after_it():
 def test_a_lasting_shift_is_normal_once_it_fills_half_the_window(factor):
     norms = lognormal(400)
     norms[200:] *= factor
-    _, exceeded, _ = limits(sg.window_zscore(6.0, window=64), norms)
+    _, exceeded, _ = limits(OF_64, norms)
     assert exceeded[200]
     assert not exceeded[200 + 33 :].any()
 
