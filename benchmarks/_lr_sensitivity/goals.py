@@ -73,7 +73,9 @@ def _worst(differences: np.ndarray) -> float:
 def _against_bare(compare: Callable) -> Callable[[Table, Row], float]:
     def value(table: Table, row: Row) -> float:
         bare = table.bare
-        return np.nan if bare is None else float(compare(table, row.scores, bare))
+        if bare is None or bare.seeds != row.seeds:  # Means of other runs.
+            return np.nan
+        return float(compare(table, row.scores, bare.scores))
 
     return value
 

@@ -33,6 +33,6 @@ class Table(NamedTuple):
         return next((row for row in self.rows if row.method == method), None)
 
     @property
-    def bare(self) -> Scores | None:
-        """The scores of the optimizer alone."""
-        return next((row.scores for row in self.rows if row.kind == "bare"), None)
+    def bare(self) -> Row | None:
+        """The row of the optimizer alone."""
+        return next((row for row in self.rows if row.kind == "bare"), None)
