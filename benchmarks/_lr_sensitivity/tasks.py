@@ -22,6 +22,13 @@ from . import transformer
 
 WARM_UP = 30
 DEPTH, WIDTH = 10, 64
+OPTIMIZERS = {  # And the rates of B and C.
+    "adam": (optax.adam, np.geomspace(1e-4, 1.0, 9)),
+    "momentum": (
+        lambda rate: optax.sgd(rate, momentum=0.9),
+        np.geomspace(1e-3, 10, 9),
+    ),
+}
 
 
 class Task(NamedTuple):
@@ -49,6 +56,18 @@ def _entropy(labels, classes) -> float:
     shares = np.bincount(labels.ravel(), minlength=classes) / labels.size
     shares = shares[shares > 0]
     return float(-(shares * np.log(shares)).sum())
+
+
+def _layers(key, widths, gain):
+    """Dense layers whose kernels have the variance gain / fan-in."""
+    keys = jax.random.split(key, len(widths) - 1)
+    return [
+        {
+            "kernel": jax.random.normal(k, (fan_in, fan_out)) * (gain / fan_in) ** 0.5,
+            "bias": jnp.zeros(fan_out),
+        }
+        for k, fan_in, fan_out in zip(keys, widths[:-1], widths[1:], strict=True)
+    ]
 
 
 @functools.cache
@@ -109,16 +128,6 @@ def digits_task(optimizer: str = "adam", batch_size: int = 64, steps: int = 600)
     train_images, train_labels, test_images, test_labels = map(jnp.asarray, _digits())
     widths = [train_images.shape[1], *[WIDTH] * (DEPTH - 1), 10]
 
-    def init(key):
-        keys = jax.random.split(key, DEPTH)
-        return [
-            {
-                "kernel": jax.random.normal(k, (fan_in, fan_out)) * (2 / fan_in) ** 0.5,
-                "bias": jnp.zeros(fan_out),
-            }
-            for k, fan_in, fan_out in zip(keys, widths[:-1], widths[1:], strict=True)
-        ]
-
     def hidden(params, x):
         layers = []
         for layer in params[:-1]:
@@ -145,20 +154,13 @@ def digits_task(optimizer: str = "adam", batch_size: int = 64, steps: int = 600)
         guesses = scores(params, test_images).argmax(-1)
         return jnp.mean(guesses == test_labels)
 
-    optimizers = {
-        "adam": (optax.adam, np.geomspace(1e-4, 1.0, 9)),
-        "momentum": (
-            lambda rate: optax.sgd(rate, momentum=0.9),
-            np.geomspace(1e-3, 10, 9),
-        ),
-    }
-    build, rates = optimizers[optimizer]
+    build, rates = OPTIMIZERS[optimizer]
     return Task(
         name=f"B {optimizer}" + (f", batch {batch_size}" if batch_size != 64 else ""),
         rates=rates,
         steps=steps,
         batch_size=batch_size,
-        init=init,
+        init=lambda key: _layers(key, widths, gain=2.0),
         batch=batch,
         loss=loss,
         final_loss=lambda params: loss(params, (train_images, train_labels)),
@@ -174,17 +176,6 @@ def curve_task(optimizer: str = "adam", steps: int = 3000, batch_size: int = 32)
     x = jnp.linspace(-2, 2, 128)[:, None]
     y = jnp.sin(4 * x) + 0.3 * x**2
 
-    def init(key):
-        widths = (1, 64, 64, 1)
-        keys = jax.random.split(key, 3)
-        return [
-            {
-                "kernel": jax.random.normal(k, (fan_in, fan_out)) * fan_in**-0.5,
-                "bias": jnp.zeros(fan_out),
-            }
-            for k, fan_in, fan_out in zip(keys, widths[:-1], widths[1:], strict=True)
-        ]
-
     def loss(params, rows):
         out = x[rows]
         for layer in params[:-1]:
@@ -192,20 +183,13 @@ def curve_task(optimizer: str = "adam", steps: int = 3000, batch_size: int = 32)
         out = out @ params[-1]["kernel"] + params[-1]["bias"]
         return jnp.mean((out - y[rows]) ** 2)
 
-    optimizers = {
-        "adam": (optax.adam, np.geomspace(1e-4, 1.0, 9)),
-        "momentum": (
-            lambda rate: optax.sgd(rate, momentum=0.9),
-            np.geomspace(1e-3, 10, 9),
-        ),
-    }
-    build, rates = optimizers[optimizer]
+    build, rates = OPTIMIZERS[optimizer]
     return Task(
         name=f"C {optimizer}",
         rates=rates,
         steps=steps,
         batch_size=batch_size,
-        init=init,
+        init=lambda key: _layers(key, (1, 64, 64, 1), gain=1.0),
         batch=lambda key: jax.random.randint(key, (batch_size,), 0, len(x)),
         loss=loss,
         final_loss=lambda params: loss(params, jnp.arange(len(x))),

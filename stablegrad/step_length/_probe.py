@@ -174,7 +174,7 @@ def _hvp(attempt: Attempt, scale, slope):
     zero, one = jnp.zeros((), jnp.float32), jnp.ones((), jnp.float32)
     try:
         curvature = jax.jvp(slope_at, (zero,), (one,))[1]
-    except (TypeError, NotImplementedError) as error:
+    except (TypeError, NotImplementedError) as error:  # Which, depends on the order.
         if "custom_" not in str(error):
             raise
         raise ValueError(

@@ -344,7 +344,6 @@ def test_a_radius_far_too_small_recovers_in_a_stated_number_of_steps(probe):
     # It doubles at five probes, and at every fourth step from there.
     for row, most in enumerate(steps):
         assert (found["trust_scale"][row, most:] == 1).all()
-        assert (found["trust_scale"][row, most:] == 1).all()
 
 
 def test_a_radius_below_what_the_loss_can_show_recovers_too():
@@ -427,19 +426,18 @@ def test_a_healthy_rate_on_a_convex_problem_is_the_bare_optimizers_run(probe):
 
 def wave(params):
     """A curve to learn, on which steps are long enough for the edge of stability."""
-    x = jnp.linspace(-2, 2, 64)[:, None]
-    for layer in params[:-1]:
-        x = jnp.tanh(x @ layer)
-    x0 = jnp.linspace(-2, 2, 64)[:, None]
-    return jnp.mean((x @ params[-1] - jnp.sin(4 * x0) - 0.3 * x0**2) ** 2)
+    x = jnp.linspace(-2, 2, 128)[:, None]
+    y = jnp.sin(4 * x) + 0.3 * x**2
+    for kernel, bias in params[:-1]:
+        x = jnp.tanh(x @ kernel + bias)
+    return jnp.mean((x @ params[-1][0] + params[-1][1] - y) ** 2)
 
 
 def wide_layers():
     keys = jax.random.split(jax.random.key(0), 3)
-    shapes = ((1, 32), (32, 32), (32, 1))
-    scale = lambda shape: shape[0] ** -0.5
+    shapes = ((1, 64), (64, 64), (64, 1))
     return [
-        scale(shape) * jax.random.normal(key, shape)
+        (shape[0] ** -0.5 * jax.random.normal(key, shape), jnp.zeros((1, shape[1])))
         for key, shape in zip(keys, shapes, strict=True)
     ]
 
@@ -452,7 +450,7 @@ def at_the_edge():
         jnp.ones(20),
         optax.sgd(1.0, momentum=0.99),
     )
-    edge = lambda: (wave, wide_layers(), optax.adam(3e-3))
+    edge = lambda: (wave, wide_layers(), optax.adam(2e-3))
 
     def last(loss_fn, start, tx):
         return run(tx, loss_fn, start, 2000)[1]["last"]
@@ -463,11 +461,14 @@ def at_the_edge():
     return jax.jit(lambda: {"heavy": both(*heavy()), "edge": both(*edge())})()
 
 
-@pytest.mark.parametrize("case, most", [("heavy", 1e-6), ("edge", 3.0)])
-def test_a_healthy_run_whose_steps_gain_nothing_is_hardly_slowed(case, most):
-    bare, held = at_the_edge()[case]
-    # What cuts whenever r is high ends at 1e-3, and at 6 times the bare loss.
-    assert held <= (most if case == "heavy" else most * bare)
+def test_heavy_momentum_that_swings_is_hardly_slowed():
+    _, held = at_the_edge()["heavy"]
+    assert held < 2e-7  # 1.4e-8; 2.9e-6 where progress holds back no cut.
+
+
+def test_a_healthy_run_at_the_edge_of_stability_is_hardly_slowed():
+    bare, held = at_the_edge()["edge"]
+    assert held < 2 * bare  # 1.5 times; 2.9 where progress holds back no cut.
 
 
 @pytest.mark.parametrize("scale", [4.0, 2.0**15])
