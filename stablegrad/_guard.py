@@ -1,9 +1,9 @@
 """The guard: measures a step once, asks every response, multiplies and selects once.
 
-    gradient -> measure -> judge -> propose -> [hold | inner optimizer -> measure
-             -> judge -> propose -> hold or commit] -> learn -> settle -> record
+    gradient -> measure -> judge -> propose -> [inner optimizer -> measure -> judge
+             -> propose -> hold or commit] -> learn -> settle -> record
 
-Everything in brackets runs under one `lax.cond`: a step that is rejected for its
+What is in brackets is a way of stepping (`stepping`). A step that is rejected for its
 gradient or loss never reaches the inner optimizer.
 """
 
@@ -12,14 +12,21 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jax import lax
 
 from . import _checks, _judging, _looking, _record, _trees
+from ._across import AxisName, across
 from ._groups import group
-from ._measure import Measurement, measure, newly_nonfinite, scaled_norm, unmeasured
-from ._reasons import Reason, first_reason
-from .responses._core import Foresight, Response, Verdict
+from ._measure import measure, scaled_norm
+from .bounds._kinds import layout_of
+from .bounds._ranges import unknown
+from .responses._core import Response
+from .stepping._checked import checked_step
+from .stepping._core import Situation, Taken
+from .stepping._proven import proven_step
+
+SMALL = 65_536  # Elements up to which every step is checked in all of them.
 
 
 class GuardState(NamedTuple):
@@ -29,6 +36,7 @@ class GuardState(NamedTuple):
     threshold_states: tuple  # For each response, one state a threshold.
     response_states: tuple  # For each response, its own state.
     record: _record.Record  # What `metrics` and `events` read.
+    ranges: Any  # Of inner state and parameters, `()` where every step is checked.
     layout: dict[str, None]  # Names of the leaves given to `init`; no arrays.
 
 
@@ -38,21 +46,11 @@ class GuardedTransformation(optax.GradientTransformationExtraArgs):
     fused_step: Callable[..., tuple[Any, GuardState]]
 
 
-class _Taken(NamedTuple):
-    """What the bracketed part of a step gave."""
-
-    ahead: Foresight  # Of all responses that look along the step.
-
-    result: Any  # Updates or parameters, whichever the caller asked for.
-    inner_state: Any
-    update: Measurement  # Of the inner transformation's own update.
-    applied_norm: jax.Array  # The norm of what the caller gets to add.
-    words: _judging.Words  # What every threshold said in the end.
-    verdict: Verdict  # A reason of 0 if the step was taken.
-
-
 def guard(
-    inner: optax.GradientTransformation, *responses: Response
+    inner: optax.GradientTransformation,
+    *responses: Response,
+    axis_name: AxisName = None,
+    exact_updates: bool | None = None,
 ) -> GuardedTransformation:
     """Runs an optimizer so that no single step can harm it, and says what it did.
 
@@ -70,6 +68,17 @@ def guard(
     Args:
         inner: The optimizer, any optax transformation; extra arguments reach it.
         *responses: What to do about which steps: `clip`, `skip`, `back_off`, `halt`.
+        axis_name: The mapped axis, or a tuple of axes, of `shard_map` or `pmap` over
+            which gradients and parameters are sharded: norms are those of all shards,
+            losses are averaged, and every device decides alike. A leaf that does not
+            vary over the axis counts once, where `shard_map` tells (`check_vma`);
+            otherwise every leaf counts as a shard. None: what a device sees is all.
+        exact_updates: Whether every update is computed, measured and checked in each
+            element before it is kept, which takes memory for another copy of parameters
+            and state. If not, its norm is that of a sample of its rows, within a few
+            percent, and it is written in place once the ranges of what enters it show
+            that nothing can overflow; where they do not, it is inspected first. None:
+            exact up to 65,536 elements.
 
     Returns:
         A transformation for `update`, or for `stablegrad.apply`. It keeps structure,
@@ -101,6 +110,7 @@ def guard(
             )
     transformation = optax.with_extra_args_support(inner)
     limit_names = _judging.limit_names(responses)
+    over = across(axis_name)
 
     def init_fn(params) -> Any:
         names = _trees.leaf_names(params)
@@ -110,101 +120,54 @@ def guard(
         )
         answers = tuple(response.init() for response in responses)
         record = _record.init_record(limit_names)
+        inner_state = _trees.strongly_typed(transformation.init(params))
+        in_place = not (_is_small(params) if exact_updates is None else exact_updates)
+        ranges = unknown(layout_of(inner_state, params).count) if in_place else ()
         return GuardState(
-            _trees.strongly_typed(transformation.init(params)),
-            *_trees.distinct((watched, answers, record)),
+            inner_state,
+            *_trees.distinct((watched, answers, record, ranges)),
             layout=_trees.layout(names),
         )
 
     def run(updates, state: GuardState, params, extra, commit, held) -> Any:
         """One step: `commit(update, params)` if taken, `held(params)` if not."""
         _checks.same_leaves(_trees.names_in(state.layout), _trees.leaf_names(updates))
-        gradient = measure(updates)
+        gradient = measure(updates, over=over)
         states = state.threshold_states
-        scopes = _judging.scopes_of(responses, updates, params)
+        scopes = _judging.scopes_of(responses, updates, params, over)
         incoming = _judging.judge_incoming(
-            responses, states, scopes, gradient, updates, params, extra
+            responses, states, scopes, gradient, updates, params, extra, over
         )
-        before = _judging.verdict_on(responses, state.response_states, incoming)
 
-        def take(updates, inner_state, params) -> _Taken:
-            clipped = _trees.scale_leaves(updates, before.gradient_scale, updates)
-            update, new_inner = transformation.update(
-                clipped, inner_state, params, **extra
-            )
-            _checks.same_state(inner_state, new_inner)
-            measured = measure(update, like=updates)
-            words = _judging.judge_outgoing(
-                responses,
-                states,
-                scopes,
-                incoming,
-                measured,
-                _trees.inexact_leaves(update, updates),
-            )
-            after = _judging.verdict_on(responses, state.response_states, words)
-            broken = newly_nonfinite(new_inner, inner_state)
-            reason = first_reason(
-                (
-                    after.reason,
-                    jnp.where(measured.finite, 0, int(Reason.NONFINITE_UPDATE)),
-                    jnp.where(broken, int(Reason.NONFINITE_STATE), 0),
-                )
-            )
-            scales = _trees.times(after.update_scale, after.lr_scale)
-            length = scaled_norm(measured, scales, update, updates)
-            ahead = _looking.look_ahead(
-                responses,
-                state.response_states,
-                updates,
-                _trees.scale_leaves(update, scales, updates),
-                length,
-                params,
-                extra,
-            )
-            scales = _trees.times(scales, ahead.step_scale)
-            step = _trees.scale_leaves(update, scales, updates)
-            if params is not None:
-                # Scaling, adding, or the parameters' dtype may still overflow.
-                spoilt = newly_nonfinite(optax.apply_updates(params, step), params)
-                last = jnp.where(spoilt, int(Reason.NONFINITE_PARAMETERS), 0)
-                reason = first_reason((reason, last))
-            fine = reason == 0
-            return _Taken(
-                ahead,
-                _trees.select(fine, commit(step, params), held(params)),
-                _trees.select(fine, new_inner, inner_state),
-                measured,
-                length * ahead.step_scale,
-                words,
-                after._replace(reason=reason),
-            )
+        def step_inner(updates, inner_state, params):
+            update, new = transformation.update(updates, inner_state, params, **extra)
+            _checks.same_state(inner_state, new)
+            return update, new
 
-        def hold(updates, inner_state, params) -> _Taken:
-            del updates
-            nothing = unmeasured(gradient.leaf_norms.shape[0])
-            return _Taken(
-                _looking.unlooked(state.response_states),
-                held(params),
-                inner_state,
-                nothing,
-                nothing.norm,
-                incoming,
-                before,
-            )
-
-        reached = before.reason == 0
-        taken = lax.cond(reached, take, hold, updates, state.guarded_inner, params)
-        words = taken.words
+        now = Situation(
+            responses=responses,
+            threshold_states=states,
+            response_states=state.response_states,
+            scopes=scopes,
+            gradient=gradient,
+            words=incoming,
+            verdict=_judging.verdict_on(responses, state.response_states, incoming),
+            extra=extra,
+            over=over,
+            inner=step_inner,
+            commit=commit,
+            held=held,
+        )
+        taken = _take(now, updates, state, params)
         reason = taken.verdict.reason
         settled = tuple(
             response.settle(response_state, own, reason)
             for response, response_state, own in zip(
-                responses, taken.ahead.state, words, strict=True
+                responses, taken.ahead.state, taken.words, strict=True
             )
         )
         halted = [r.halts(s) for r, s in zip(responses, settled, strict=True)]
-        limits = (judgement.limit for own in words for judgement in own)
+        limits = (judgement.limit for own in taken.words for judgement in own)
         record = _record.update_record(
             state.record,
             gradient,
@@ -213,13 +176,13 @@ def guard(
             clipped_norm=scaled_norm(gradient, taken.verdict.gradient_scale, updates),
             applied_norm=taken.applied_norm,
             limits=dict(zip(limit_names, limits, strict=True)),
-            loss=_judging.loss_of(extra),
+            loss=_judging.loss_of(extra, over),
             ahead=taken.ahead,
             halted=jnp.any(jnp.stack(halted)) if halted else jnp.zeros((), bool),
         )
-        learned = _judging.learned(responses, states, words)
+        learned = _judging.learned(responses, states, taken.words)
         return taken.result, GuardState(
-            taken.inner_state, learned, settled, record, state.layout
+            taken.inner_state, learned, settled, record, taken.ranges, state.layout
         )
 
     def update_fn(updates, state, params=None, **extra):
@@ -256,3 +219,18 @@ def guard(
     guarded = GuardedTransformation(init_fn, update_fn)
     guarded.fused_step = fused_step
     return guarded
+
+
+def _is_small(params) -> bool:
+    return sum(np.size(leaf) for leaf in jax.tree.leaves(params)) <= SMALL
+
+
+def _take(now: Situation, updates, state: GuardState, params) -> Taken:
+    """The step, in place where that can be shown to be safe."""
+    ranges = state.ranges
+    if ranges and not _looking.will_look(now.responses, params, now.extra):
+        taken = proven_step(now, updates, state.guarded_inner, params, ranges)
+        if taken is not None:
+            return taken
+    forgotten = unknown(ranges.least.shape[0]) if ranges else ()
+    return checked_step(now, updates, state.guarded_inner, params, forgotten)

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from . import _checks, _trees
+from ._across import Across
 from ._groups import group, group_norms
 from ._measure import Measurement, unguarded, unguarded_over
 from ._signals import is_norm, is_outgoing, scalar_signal, signal_name
@@ -16,17 +17,25 @@ from .thresholds._core import Judgement, Scope, Threshold, judge, learn, unobser
 Words = list[tuple[Judgement, ...]]
 
 
-def scopes_of(responses: tuple[Response, ...], updates, params) -> list[tuple]:
+def scopes_of(
+    responses: tuple[Response, ...], updates, params, over: Across
+) -> list[tuple]:
     """What each threshold of each response is applied to, in this step."""
     leaves, measured = [], None
     if any(t.of_params for response in responses for t in response.thresholds):
         if params is None:
             raise _checks.missing_params("`param_ratio`")
         leaves = _trees.inexact_leaves(params, updates)
-        measured = unguarded(params, updates)
+        measured = unguarded(params, updates, over)
 
     def scope(threshold: Threshold, _) -> Scope:
         grouping = group(threshold.per, updates)
+        if over.names and not grouping.by_leaf:
+            raise ValueError(
+                f"`{threshold.name}(..., per='unit')` cannot be used with `axis_name`: "
+                "a device cannot tell which part of a unit it holds. Use per='leaf', "
+                "or `jax.jit` with sharded arrays, where every unit is whole."
+            )
         if not threshold.of_params or measured is None:
             return Scope(grouping)
         norms = group_norms(grouping, measured, leaves, unguarded_over)
@@ -43,6 +52,7 @@ def judge_incoming(
     updates: Any,
     params: Any,
     extra: dict[str, Any],
+    over: Across,
 ) -> Words:
     """What every threshold says before the inner optimizer has run."""
     leaves = _trees.inexact_leaves(updates)
@@ -54,7 +64,7 @@ def judge_incoming(
         if is_norm(threshold.of):
             signal = group_norms(scope.grouping, gradient, leaves)
         else:
-            signal = _scalar(threshold, updates, params, extra)
+            signal = _scalar(threshold, updates, params, extra, over)
         if signal is None:
             return unobserved(threshold, state, scope)
         return judge(threshold, state, signal, scope)
@@ -128,19 +138,21 @@ def _each(function, responses, items) -> list:
     ]
 
 
-def loss_of(extra: dict[str, Any]) -> jax.Array | None:
+def loss_of(extra: dict[str, Any], over: Across) -> jax.Array | None:
     """The step's loss, float32 (), or None if no `value=` was passed."""
     loss = extra.get("value")
-    return None if loss is None else scalar_signal("value", loss)[0]
+    return None if loss is None else over.mean(scalar_signal("value", loss))[0]
 
 
-def _scalar(threshold: Threshold, updates, params, extra) -> jax.Array | None:
+def _scalar(
+    threshold: Threshold, updates, params, extra, over: Across
+) -> jax.Array | None:
     """The signal of a threshold that watches the loss or a function; None if absent."""
     if callable(threshold.of):
         value = threshold.of(updates, params, extra)
-        return scalar_signal(signal_name(threshold.of), value)
+        return over.mean(scalar_signal(signal_name(threshold.of), value))
     if extra.get("value") is not None:
-        return scalar_signal("value", extra["value"])
+        return over.mean(scalar_signal("value", extra["value"]))
     if threshold.required:
         raise _checks.missing_value(f"`{threshold.name}(..., of='value')`")
     return None

@@ -6,6 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from . import _checks, _trees
+from ._across import Across
 from ._judging import loss_of
 from .responses._core import Foresight, Response
 from .step_length._probe import Attempt
@@ -24,9 +25,10 @@ def look_ahead(
     length,
     params: Any,
     extra: dict[str, Any],
+    over: Across,
 ) -> Foresight:
     """One foresight for all: scales multiply, and `state` holds every response's."""
-    ahead, loss = unlooked(states), loss_of(extra)
+    ahead, loss = unlooked(states), loss_of(extra, over)
     for i, response in enumerate(responses):
         if response.look_ahead is None or not _may_look(response, params, extra):
             continue
@@ -37,8 +39,9 @@ def look_ahead(
             params,
             ahead.step_scale * length,
             loss,
-            _checked(extra["value_fn"]),
+            _checked(extra["value_fn"], over),
             _resolution(extra["value"]),
+            over,
         )
         found = response.look_ahead(ahead.state[i], attempt)
         ahead = Foresight(
@@ -47,6 +50,14 @@ def look_ahead(
             (*ahead.state[:i], found.state, *ahead.state[i + 1 :]),
         )
     return ahead
+
+
+def will_look(responses: tuple[Response, ...], params, extra) -> bool:
+    """Whether any response looks along this step."""
+    return any(
+        response.look_ahead is not None and _may_look(response, params, extra)
+        for response in responses
+    )
 
 
 def _may_look(response: Response, params, extra) -> bool:
@@ -59,7 +70,7 @@ def _may_look(response: Response, params, extra) -> bool:
     return not absent
 
 
-def _checked(value_fn) -> Callable[[Any], Any]:
+def _checked(value_fn, over: Across) -> Callable[[Any], Any]:
     """The same function, with an error of its own for what is no loss."""
     if not callable(value_fn):
         raise _checks.not_a_loss(f"it is {_checks.described(value_fn)}")
@@ -68,7 +79,7 @@ def _checked(value_fn) -> Callable[[Any], Any]:
         loss = value_fn(params)
         if isinstance(loss, (tuple, list, dict)) or loss is None:
             raise _checks.not_a_loss(f"it returns a {type(loss).__name__}")
-        return loss
+        return over.mean(loss)
 
     return loss_fn
 

@@ -8,6 +8,8 @@ import numpy as np
 from jax import lax
 
 from . import _trees
+from ._across import HERE, Across
+from ._rows import reduce_rows
 
 LARGEST = float(np.finfo(np.float32).max)
 # Below it, squares of float32 elements may have been rounded to zero.
@@ -27,10 +29,11 @@ class Measurement(NamedTuple):
         return self.first_bad_leaf < 0
 
 
-def measure(tree, like=None) -> Measurement:
+def measure(tree, like=None, over: Across = HERE) -> Measurement:
     """Measures the norms of a pytree in float32, whatever its dtypes.
 
-    Leaves that are not floating point (in `like`, if given) are passed over.
+    Leaves that are not floating point (in `like`, if given) are passed over; leaves
+    that are sharded `over` mapped axes are measured whole.
 
     n = sqrt(sum_i |x_i|^2). The usual case is one pass: a finite sum of squares also
     tells that every element is finite. Only where the sum overflows or vanishes does a
@@ -41,10 +44,16 @@ def measure(tree, like=None) -> Measurement:
     leaves = _trees.inexact_leaves(tree, like)
     if not leaves:
         return unmeasured(0)
-    squares = jnp.stack([_sum_of_squares(leaf) for leaf in leaves])
+    squares = over.totals([_sum_of_squares(leaf) for leaf in leaves], leaves)
     total = jnp.sum(squares)
     usual = jnp.isfinite(total) & (total > SMALLEST_SAFE_SUM)
-    return lax.cond(usual, _from_squares, _rescaled, squares, leaves)
+    return lax.cond(
+        usual,
+        lambda squares, leaves: _from_squares(squares),
+        lambda squares, leaves: _rescaled(leaves, over),
+        squares,
+        leaves,
+    )
 
 
 def unmeasured(leaves: int) -> Measurement:
@@ -61,11 +70,11 @@ def scaled_norm(measured: Measurement, scales, tree, like=None) -> jax.Array:
         like = tree if like is None else like
         return unguarded(_trees.scale_leaves(tree, scales, like), like).norm
     if scales.ndim == 1:
-        return _norm_of_norms(scales * measured.leaf_norms)
+        return norm_of_norms(scales * measured.leaf_norms)
     return scales * measured.norm
 
 
-def unguarded(tree, like=None) -> Measurement:
+def unguarded(tree, like=None, over: Across = HERE) -> Measurement:
     """The same norms as published methods take them: sqrt(sum |x|^2) in float32.
 
     Squares may overflow to inf, and a nan or inf goes where it goes.
@@ -73,7 +82,9 @@ def unguarded(tree, like=None) -> Measurement:
     leaves = _trees.inexact_leaves(tree, like)
     if not leaves:
         return unmeasured(0)
-    return _from_squares(jnp.stack([_sum_of_squares(leaf) for leaf in leaves]), leaves)
+    return _from_squares(
+        over.totals([_sum_of_squares(leaf) for leaf in leaves], leaves)
+    )
 
 
 def unguarded_over(leaves, axes) -> list[jax.Array]:
@@ -127,39 +138,52 @@ def newly_nonfinite(new, old) -> jax.Array:
     )
 
 
-def _from_squares(squares, leaves) -> Measurement:
-    del leaves
+def _from_squares(squares) -> Measurement:
     none = jnp.full((), -1, jnp.int32)
     return Measurement(jnp.sqrt(squares), jnp.sqrt(jnp.sum(squares)), none)
 
 
-def _rescaled(squares, leaves) -> Measurement:
+def _rescaled(leaves, over: Across) -> Measurement:
     """The norms by way of each leaf's largest element, at the price of a second pass.
 
     Divided by it, squares sum to the leaf's size at most, unless there is a nan or inf.
     """
-    del squares
-    parts = [[x.real, x.imag] if jnp.iscomplexobj(x) else [x] for x in leaves]
-    unit = _unit(jnp.stack([_peak(part) for part in parts]))
-    total = jnp.stack(
-        [
-            sum(jnp.sum(jnp.square(_divided(x, unit[i]))) for x in part)
-            for i, part in enumerate(parts)
-        ]
-    )
+    unit = _unit(over.largest(jnp.stack([_peak(leaf) for leaf in leaves])))
+    sums = [_squares_in_units(leaf, unit[i]) for i, leaf in enumerate(leaves)]
+    total = over.totals(sums, leaves)
     bad = ~jnp.isfinite(total)
     norms = jnp.where(bad, jnp.nan, _saturate(unit * jnp.sqrt(total)))
     first = jnp.where(jnp.any(bad), jnp.argmax(bad), -1).astype(jnp.int32)
-    norm = jnp.where(jnp.any(bad), jnp.nan, _norm_of_norms(norms))
+    norm = jnp.where(jnp.any(bad), jnp.nan, norm_of_norms(norms))
     return Measurement(norms, norm, first)
 
 
-def _peak(parts) -> jax.Array:
-    """The largest finite magnitude; XLA's CPU maximum may lose a nan among numbers."""
-    sizes = [jnp.where(jnp.isfinite(x), jnp.abs(x), 0) for x in parts]
-    peaks = [jnp.max(size, initial=0) for size in sizes]
-    peak = peaks[0] if len(peaks) == 1 else jnp.maximum(*peaks)
+def _peak(leaf) -> jax.Array:
+    """The largest finite magnitude of any part."""
+
+    def merge(a, b):
+        return jnp.maximum(a[0], b[0]), jnp.maximum(a[1], b[1])
+
+    columns = [jnp.where(jnp.isfinite(x), jnp.abs(x), 0) for x in _parts(leaf)]
+    peak = jnp.maximum(*reduce_rows(columns, (0, 0), merge))
     return peak.astype(np.promote_types(peak.dtype, np.float32))
+
+
+def _squares_in_units(leaf, unit) -> jax.Array:
+    """Sum of |x / unit|^2; a nan or inf makes it one."""
+
+    def merge(a, b):
+        return a[0] + b[0], a[1] + b[1]
+
+    columns = [jnp.square(_divided(x, unit)) for x in _parts(leaf)]
+    return sum(reduce_rows(columns, (0, 0), merge), jnp.zeros((), jnp.float32))
+
+
+def _parts(leaf) -> tuple[jax.Array, jax.Array]:
+    """Real and imaginary part."""
+    if jnp.iscomplexobj(leaf):
+        return leaf.real, leaf.imag
+    return leaf, jnp.zeros_like(leaf)
 
 
 def _unit(peak) -> jax.Array:
@@ -180,13 +204,13 @@ def _squares_over(leaf, axes) -> jax.Array:
 
 def _rescaled_over(leaf, axes) -> jax.Array:
     size = jnp.abs(leaf)
-    unit = _unit(_peak([size]))
+    unit = _unit(_peak(size))
     square = _squares_over(_divided(size, unit), axes)
     norm = _saturate(unit * jnp.sqrt(square))
     return jnp.where(jnp.isfinite(square), norm, jnp.nan)
 
 
-def _norm_of_norms(norms) -> jax.Array:
+def norm_of_norms(norms) -> jax.Array:
     unit = jnp.max(norms, initial=0.0)
     unit = jnp.where(jnp.isfinite(unit) & (unit > 0), unit, 1.0)
     return _saturate(unit * jnp.sqrt(jnp.sum(jnp.square(norms / unit))))

@@ -3,6 +3,7 @@
 import jax
 import optax
 
+from ._across import AxisName
 from ._groups import Granularity
 from ._guard import GuardedTransformation, guard
 from .responses._back_off import back_off
@@ -27,6 +28,8 @@ def stabilize(
     max_consecutive: int | jax.Array = 20,
     halt_after: int | jax.Array = 20,
     per: Granularity = "global",
+    axis_name: AxisName = None,
+    exact_updates: bool | None = None,
 ) -> GuardedTransformation:
     """Guards an optimizer with defaults that healthy training hardly notices.
 
@@ -76,6 +79,8 @@ def stabilize(
             transient lasts as long.
         per: For what gradient and update are clipped, as for `fixed`. "global" keeps
             the gradient's direction.
+        axis_name: As for `guard`.
+        exact_updates: As for `guard`.
 
     Returns:
         A guarded transformation, for `update` or `stablegrad.apply`.
@@ -108,4 +113,6 @@ def stabilize(
         ),
         optional_trust_region(),
         halt(after=halt_after),
+        axis_name=axis_name,
+        exact_updates=exact_updates,
     )

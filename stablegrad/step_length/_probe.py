@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from .. import _trees
+from .._across import HERE, Across
 from .._measure import LARGEST
 from .._signals import scalar_signal
 
@@ -39,9 +40,9 @@ class Attempt(NamedTuple):
     length: jax.Array  # float32, (): L2 norm of `step`.
     loss: jax.Array  # float32, (): at `params`.
     loss_fn: Callable[[Any], jax.Array]  # params -> loss, on the same batch.
-    resolution: float = (
-        2.0**-23
-    )  # Of the loss's own dtype: its unit in the last place, relative.
+    # Of the loss's own dtype: its unit in the last place, relative.
+    resolution: float = 2.0**-23
+    over: Across = HERE  # Axes over which gradient and step are sharded.
 
 
 class Look(NamedTuple):
@@ -68,12 +69,12 @@ def slope_along(attempt: Attempt, scale) -> jax.Array:
     """s = g . d for d = scale * step, in float32; complex leaves count as pairs."""
     gradients = _trees.inexact_leaves(attempt.gradient)
     pairs = zip(gradients, _taken(attempt, scale), strict=True)
-    total = jnp.zeros((), jnp.float32)
+    products = [jnp.zeros((), jnp.float32)]
     for gradient, step in pairs:
         wide = jnp.promote_types(gradient.dtype, jnp.float32)
         product = jnp.conj(gradient.astype(wide)) * step.astype(wide)
-        total += jnp.sum(jnp.real(product)).astype(jnp.float32)
-    return total
+        products.append(jnp.sum(jnp.real(product)).astype(jnp.float32))
+    return jnp.sum(attempt.over.totals(products, [products[0], *gradients]))
 
 
 def _taken(attempt: Attempt, scale):

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from stepping import limits
+from thresholding import limits
 
 import stablegrad as sg
 from stablegrad._groups import independent

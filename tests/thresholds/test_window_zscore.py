@@ -3,7 +3,7 @@
 import chex
 import numpy as np
 import pytest
-from stepping import limits, lognormal
+from thresholding import limits, lognormal
 
 import stablegrad as sg
 

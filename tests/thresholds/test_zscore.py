@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from stepping import limits, lognormal
+from thresholding import limits, lognormal
 
 import stablegrad as sg
 from stablegrad._groups import independent

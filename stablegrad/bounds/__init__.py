@@ -1,0 +1,1 @@
+"""Showing that a step stays finite, from the ranges of what enters it."""

@@ -1,0 +1,49 @@
+"""The norm of an update from one in 64 of its rows.
+
+    ||u|| ~ sqrt(sum_i n_i / k_i sum_{j in rows of leaf i} u_ij^2)
+
+Only those rows are ever computed, since nothing else reads the rest. Leaves up to 4,096
+elements are taken whole, and of any leaf 2,048 elements at least.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .. import _trees
+from .._across import Across
+from .._measure import Measurement, measure, norm_of_norms
+
+STRIDE = 64
+WHOLE, LEAST = 4096, 2048  # Elements.
+ROW = 256  # Elements of a leaf of rank 1 that count as a row.
+
+
+def sampled_norms(update, like, over: Across) -> Measurement:
+    """The norms of `update` as its sample tells; it says nothing of what is finite."""
+    leaves = _trees.inexact_leaves(update, like)
+    rows = [_rows(leaf) for leaf in leaves]
+    sizes = [
+        leaf.size / max(row.size, 1) for leaf, row in zip(leaves, rows, strict=True)
+    ]
+    # Where nothing else tells over which axes a leaf varies, its rows do.
+    found = measure(rows, over=over)
+    norms = found.leaf_norms * np.sqrt(np.array(sizes, np.float32))
+    return Measurement(norms, norm_of_norms(norms), jnp.full((), -1, jnp.int32))
+
+
+def _rows(leaf: jax.Array) -> jax.Array:
+    """Some of the rows, along an axis that devices may be split over.
+
+    A strided slice stays on its shard, where a slice of the first rows would not.
+    """
+    if leaf.size <= WHOLE:
+        return leaf
+    if leaf.ndim == 1 and leaf.size % (ROW * STRIDE) == 0:
+        leaf = leaf.reshape(-1, ROW)
+    stride = min(STRIDE, 2 ** int(np.log2(leaf.size / LEAST)))
+    sizes = leaf.shape[:-1] or leaf.shape
+    axis = len(sizes) - 1 if sizes[-1] >= 2 * stride else int(np.argmax(sizes))
+    if sizes[axis] < 2 * stride:
+        axis = int(np.argmax(leaf.shape))
+    return leaf[(slice(None),) * axis + (slice(None, None, stride),)]

@@ -1,0 +1,218 @@
+"""Steps that are written in place, beside those that are checked afterwards."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import training
+
+import stablegrad as sg
+from stablegrad._guard import SMALL
+
+STEPS = 40
+
+
+def guarded(inner, exact, *responses):
+    responses = responses or (
+        sg.clip(sg.fixed(3.0)),
+        sg.clip(sg.fixed(0.5, of="update_norm")),
+        sg.skip(sg.nonfinite(), sg.fixed(1e3)),
+        sg.halt(after=5),
+    )
+    return sg.guard(inner, *responses, exact_updates=exact)
+
+
+def params_of(seed=0, rows=24):
+    a, b = jax.random.split(jax.random.key(seed))
+    return {"w": jax.random.normal(a, (rows, 8)), "b": jax.random.normal(b, (8,))}
+
+
+def gradients(faults=()):
+    """Healthy gradients of slowly varying size, with some leaves replaced."""
+    rng = np.random.default_rng(0)
+    size = 1 + np.sin(np.arange(STEPS))[:, None] ** 2
+    w = (rng.standard_normal((STEPS, 24 * 8)) * size).reshape(STEPS, 24, 8)
+    b = rng.standard_normal((STEPS, 8)) * size
+    for step, value in faults:
+        w[step, 3, 4] = value
+    return {"w": jnp.asarray(w, jnp.float32), "b": jnp.asarray(b, jnp.float32)}
+
+
+INNER = {
+    "sgd": optax.sgd(0.1, momentum=0.9),
+    "adamw": optax.adamw(0.05),
+    "clipped": optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.05)),
+    "muon": optax.contrib.muon(0.05),  # No proof: every step is checked.
+}
+
+
+@functools.lru_cache(32)
+def pair(name):
+    return guarded(INNER[name], exact=False), guarded(INNER[name], exact=True)
+
+
+@pytest.mark.parametrize("apply", [False, True], ids=["update", "apply"])
+@pytest.mark.parametrize("name", INNER)
+def test_decisions_numbers_and_parameters_are_those_of_checked_steps(name, apply):
+    faults = [(5, np.nan), (9, 1e5), (10, np.inf), (20, 50.0), (30, -np.inf)]
+    runs = [
+        training.scan(tx, gradients(faults), params_of(), apply=apply)
+        for tx in pair(name)
+    ]
+    (params, state, (_, proven, _)), (_, other, (_, checked, _)) = runs
+    assert proven["skipped"].sum() == 4 and proven["clipped_steps"][-1] > 20
+    for key in checked:
+        chex.assert_trees_all_close(proven[key], checked[key], rtol=1e-4)
+    chex.assert_trees_all_close(params, runs[1][0], rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(
+        state.guarded_inner, other.guarded_inner, rtol=1e-4, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e5])
+def test_a_rejected_step_leaves_everything_bit_for_bit(bad):
+    tx = pair("adamw")[0]
+    params = params_of()
+    _, state, (every, _, inner) = training.scan(
+        tx, gradients([(7, bad)]), params, apply=True
+    )
+    before, after = (jax.tree.map(lambda x: x[i], (every, inner)) for i in (6, 7))  # noqa: B023
+    chex.assert_trees_all_equal(before, after)
+    assert sg.events(state, params)[0].step == 7
+
+
+def finite_after(value, inner, *responses, dtype=jnp.float32, start=None):
+    """Metrics and the final state of a run with one element of a gradient set."""
+    tx = guarded(inner, False, *responses)
+    params = jax.tree.map(lambda x: x.astype(dtype), start or params_of())
+    grads = jax.tree.map(lambda x: x.astype(dtype), gradients([(7, value)]))
+    params, state, (_, seen, _) = training.scan(tx, grads, params, apply=True)
+    chex.assert_tree_all_finite((params, state.guarded_inner))
+    return params, state, seen
+
+
+@pytest.mark.parametrize("value", [1e15, 1e17, 1e18])
+def test_a_huge_gradient_that_the_optimizer_bears_is_taken(value):
+    _, _, seen = finite_after(value, INNER["adamw"], sg.skip())
+    assert seen["skipped_steps"][-1] == 0
+
+
+@pytest.mark.parametrize("value", [1e20, 1e30, 3e38])
+def test_a_gradient_that_breaks_a_moment_is_rejected_and_the_next_step_taken(value):
+    params, state, seen = finite_after(value, INNER["adamw"], sg.skip())
+    assert seen["skipped"].tolist() == [i == 7 for i in range(STEPS)]
+    assert sg.events(state, params)[0].reason == "nonfinite_state"
+
+
+def test_an_update_that_overflows_is_rejected_with_its_leaf():
+    params, state, seen = finite_after(1e38, optax.sgd(1e3), sg.skip())
+    assert seen["skipped"].tolist() == [i == 7 for i in range(STEPS)]
+    event = sg.events(state, params)[0]
+    assert (event.reason, event.leaf) == ("nonfinite_update", "w")
+
+
+def test_parameters_that_would_overflow_are_held():
+    start = {"w": jnp.full((24, 8), -3e38), "b": jnp.zeros(8)}
+    params, state, seen = finite_after(2e38, optax.sgd(1.0), sg.skip(), start=start)
+    assert seen["skipped"].tolist() == [i == 7 for i in range(STEPS)]
+    assert sg.events(state, params)[0].reason == "nonfinite_parameters"
+
+
+def test_bfloat16_is_proven_and_float16_checked():
+    for dtype, count in ((jnp.bfloat16, 0), (jnp.float16, 1)):
+        _, state, seen = finite_after(6e4, optax.sgd(1.9), sg.skip(), dtype=dtype)
+        assert seen["skipped_steps"][-1] == count, dtype
+        known = bool(jnp.all(jnp.abs(state.ranges.most) < 1e30))
+        assert known == (dtype == jnp.bfloat16)
+
+
+def test_a_checked_step_in_between_forgets_the_ranges():
+    tx = sg.guard(optax.sgd(0.1), sg.trust_region(), exact_updates=False)
+    tx = sg.stabilize(optax.adamw(1e-3), exact_updates=False)
+    params, grads = params_of(), jax.tree.map(lambda x: x[0], gradients())
+
+    def known(state):
+        return bool(jnp.all(state.ranges.most < 1e30))
+
+    @functools.partial(jax.jit, static_argnums=3)
+    def step(params, state, grads, look):
+        extra = {"value_fn": lambda p: jnp.sum(p["w"] ** 2)} if look else {}
+        return sg.apply(tx, grads, state, params, value=1.0, **extra)
+
+    state = tx.init(params)
+    assert not known(state)
+    params, state = step(params, state, grads, False)
+    assert known(state)
+    params, state = step(params, state, grads, True)
+    assert not known(state)
+    params, state = step(params, state, grads, False)
+    assert known(state)
+
+
+@pytest.mark.parametrize("apply", [False, True], ids=["update", "apply"])
+def test_one_trace_and_members_of_an_ensemble_decide_alone(apply):
+    tx = guarded(INNER["adamw"], exact=False)
+
+    @jax.jit
+    @chex.assert_max_traces(1)
+    def step(params, state, grads):
+        def one(params, state, grads):
+            if apply:
+                return sg.apply(tx, grads, state, params)
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        return jax.vmap(one)(params, state, grads)
+
+    stack = lambda *trees: jax.tree.map(lambda *x: jnp.stack(x), *trees)
+    params = stack(params_of(0), params_of(1), params_of(2))
+    state = jax.vmap(tx.init)(params)
+    healthy = jax.tree.map(lambda x: x[:3], gradients())
+    faulty = {**healthy, "b": healthy["b"].at[1, 2].set(jnp.nan)}
+    before = params
+    for grads in (healthy, faulty, healthy):
+        params, state = step(params, state, grads)
+    assert sg.metrics(state)["skipped_steps"].tolist() == [0, 1, 0]
+    moved = jnp.any(params["w"] != before["w"], axis=(1, 2))
+    assert moved.all()
+
+
+def compiled(tx, rows=1024):
+    params = {"w": jnp.ones((rows, 256)), "b": jnp.ones((256,))}
+    state = tx.init(params)
+
+    def step(params, state, grads):
+        return sg.apply(tx, grads, state, params, value=1.0)
+
+    jitted = jax.jit(step, donate_argnums=(0, 1), compiler_options=training.AS_USERS)
+    return jitted.lower(params, state, params).compile(), params
+
+
+def test_nothing_of_the_size_of_a_parameter_is_held_or_copied():
+    program, params = compiled(sg.stabilize(optax.adamw(1e-3)))
+    size = params["w"].nbytes
+    assert size > 4 * SMALL
+    assert program.memory_analysis().temp_size_in_bytes < size / 8
+    shape = "f32[1024,256]"
+    copies = [
+        line
+        for line in program.as_text().splitlines()
+        if f"= {shape}" in line and " copy(" in line
+    ]
+    assert not copies
+
+
+def test_exact_updates_hold_a_second_copy():
+    program, params = compiled(sg.stabilize(optax.adamw(1e-3), exact_updates=True))
+    assert program.memory_analysis().temp_size_in_bytes > params["w"].nbytes
+
+
+def test_what_decides_is_the_size_of_the_tree():
+    tx = sg.guard(optax.sgd(0.1))
+    assert tx.init({"w": jnp.zeros(SMALL)}).ranges == ()
+    assert tx.init({"w": jnp.zeros(SMALL + 1)}).ranges != ()
+    assert guarded(optax.sgd(0.1), True).init({"w": jnp.zeros(SMALL + 1)}).ranges == ()
