@@ -1,136 +1,101 @@
-"""What a guard costs: one optimizer step, as a ratio to bare AdamW in the same run.
+"""What a guard costs: one step, as a ratio to bare AdamW in the same run.
 
     command:   pip install -e ".[examples]" && python benchmarks/cost.py
-    hardware:  any; the ratios differ between machines, so compare within one table
-    time:      about one minute on two CPU cores
+    hardware:  any; ratios differ between machines, so compare within one table
+    time:      a quarter of an hour on two CPU cores; `--sizes 2e7 --leaves 8` a minute
+    expected:  `stabilize, apply` near 1.2, Optax's clip and apply_if_finite near 3
 
-Every row takes one step on the same gradients with donated parameters and state, in
-turn with all others, and is compared with the bare step of the same round. Peers are
-optax's own functions: `clip_by_global_norm(1.0)` and `apply_if_finite(..., 5)`.
+The optimizer alone at three sizes, in few leaves and in many, and a whole training step
+of a transformer. Every step donates what it replaces, and is timed in turn with the
+bare one, round by round. Peers are Optax's own functions, `clip_by_global_norm(1.0)`,
+`adaptive_grad_clip(0.01)`, `apply_if_finite(..., 5)`, and, where PyTorch is installed,
+its AdamW(foreach=True) alone and behind `clip_grad_norm_(1.0)`.
 """
 
-import argparse
-import statistics
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
-import optax
-from rich import box
 from rich.console import Console
-from rich.progress import track
-from rich.table import Table
+from rich.progress import Progress
 
-import stablegrad as sg
-
+sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from options import Parser, whole
+from _cost import pytorch, report
+from _cost.measuring import Cost, Stepper, compare, compiled, in_turn, ratios
+from _cost.problems import Problem, optimizer_alone, training_step
+from _cost.steps import BARE, steps
+from options import Parser, number, whole
+
+SIZES, LEAVES = [1e6, 2e7, 1e8], [8, 200]
+# In a whole training step, of which the optimizer is a part.
+IN_TRAINING = (
+    "optax.clip_by_global_norm",
+    "optax, clip + apply_if_finite",
+    "clip_by_norm",
+    "guard, update",
+    "guard, apply",
+    "stabilize, update",
+    "stabilize, apply",
+    "stabilize, trust region, apply",
+)
 
 
-class Row(NamedTuple):
-    """A name, an optimizer, and how it steps."""
-
-    name: str
-    tx: optax.GradientTransformation
-    step: Callable
-
-
-def by_update(tx):
-    """The step as optax users write it."""
-    extended = optax.with_extra_args_support(tx)
-
-    def step(params, state, grads):
-        updates, state = extended.update(grads, state, params, value=1.0)
-        return optax.apply_updates(params, updates), state
-
-    return step
-
-
-def by_apply(tx):
-    """The step through `stablegrad.apply`."""
-    return lambda params, state, grads: sg.apply(tx, grads, state, params, value=1.0)
-
-
-def rows() -> list[Row]:
-    """Bare AdamW first, then optax's pieces, then ours."""
-    bare = optax.adamw(1e-3)
-    clipped = optax.chain(optax.clip_by_global_norm(1.0), bare)
-    through_update = {
-        "adamw": bare,
-        "clip_by_global_norm": clipped,
-        "apply_if_finite": optax.apply_if_finite(bare, 5),
-        "both of these": optax.apply_if_finite(clipped, 5),
-        "guard(), update": sg.guard(bare),
-        "stabilize, update": sg.stabilize(bare),
-    }
-    through_apply = {
-        "guard(), apply": sg.guard(bare),
-        "stabilize, apply": sg.stabilize(bare),
-    }
-    return [
-        *(Row(name, tx, by_update(tx)) for name, tx in through_update.items()),
-        *(Row(name, tx, by_apply(tx)) for name, tx in through_apply.items()),
-    ]
-
-
-def measure(size: int, leaves: int, rounds: int) -> list[tuple[str, float, float, int]]:
-    """Name, median ratio, seconds to compile and temporary bytes of every row."""
-    keys = jax.random.split(jax.random.key(0), leaves)
-    params = {
-        f"w{i}": jax.random.normal(k, (size // leaves,)) for i, k in enumerate(keys)
-    }
-    grads = jax.tree.map(lambda x: 0.01 * x, params)
-    programs = {}
-    for row in rows():
-        state, started = row.tx.init(params), time.perf_counter()
-        lowered = jax.jit(row.step, donate_argnums=(0, 1)).lower(params, state, grads)
-        program = lowered.compile()
-        seconds = time.perf_counter() - started
-        memory = program.memory_analysis().temp_size_in_bytes
-        carry = (jax.tree.map(jnp.copy, params), state)
-        programs[row.name] = [program, carry, seconds, memory, []]
-    for _ in track(range(rounds + 2), description="rounds", transient=True):
-        for entry in programs.values():
-            started = time.perf_counter()
-            entry[1] = jax.block_until_ready(entry[0](*entry[1], grads))
-            entry[4].append(time.perf_counter() - started)
-    base = next(iter(programs.values()))[4]
-    table = []
-    for name, (_, _, seconds, memory, times) in programs.items():
-        ratios = [mine / bare for mine, bare in zip(times[2:], base[2:], strict=True)]
-        table.append((name, statistics.median(ratios), seconds, memory))
-    return table
+def measure(
+    problem: Problem, names: list[str], rounds: int, progress: Progress, torch: bool
+) -> list[Cost]:
+    """The rows of one table; a step that fails is told, and costs only its row."""
+    chosen = {step.name: step for step in steps()}
+    missing = [chosen[name] for name in names]
+    task = progress.add_task(problem.name, total=len(missing) + 1)
+    bare = Stepper(compiled(chosen[BARE], problem), problem.data)
+    costs = [compare(chosen[BARE], bare, problem, rounds)]
+    progress.advance(task)
+    for step in missing:
+        try:
+            costs.append(compare(step, bare, problem, rounds))
+        except (RuntimeError, MemoryError) as error:
+            progress.console.print(f"{step.name}: {error}")
+        progress.advance(task)
+    if torch and pytorch.available():
+        for name, step in pytorch.steppers(problem).items():
+            found = ratios(in_turn([bare, step], rounds))
+            costs.append(Cost(name, *found, 0, 0, 0, 0, 0, 0))
+    return costs
 
 
 def main(argv=None) -> int:
-    """Prints the table."""
-    parser = Parser(
-        description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--size", type=whole(64), default=20_000_000, help="parameters")
-    parser.add_argument("--leaves", type=whole(1), default=8, help="arrays they are in")
-    parser.add_argument("--rounds", type=whole(1), default=9, help="counted rounds")
+    """Prints the tables, and writes them where asked."""
+    names = [step.name for step in steps() if step.name != BARE]
+    parser = Parser(description=__doc__.splitlines()[0])
+    size = number(float, lambda x: x >= 64, "a number >= 64")
+    parser.add_argument("--sizes", type=size, nargs="*", default=SIZES, metavar="N")
+    parser.add_argument("--leaves", type=whole(1), nargs="+", default=LEAVES)
+    parser.add_argument("--rounds", type=whole(1), default=15, help="counted rounds")
+    parser.add_argument("--only", nargs="+", choices=names, default=names)
+    parser.add_argument("--width", type=whole(4), default=320, help="transformer's")
+    parser.add_argument("--layers", type=whole(1), default=8, help="transformer's")
+    parser.add_argument("--no-training", action="store_true", help="optimizer alone")
+    parser.add_argument("--out", type=Path, help="Markdown file to write")
     options = parser.parse_args(argv)
-    table = Table(box=box.SIMPLE_HEAD)
-    for column in ("step", "time / adamw", "compile (s)", "temporary (MB)"):
-        table.add_column(column, justify="left" if column == "step" else "right")
-    for name, ratio, seconds, memory in measure(
-        options.size, options.leaves, options.rounds
-    ):
-        table.add_row(name, f"{ratio:.2f}", f"{seconds:.2f}", f"{memory / 1e6:.0f}")
-    console = Console()
-    console.print(table)
-    console.print(
-        f"{options.size} parameters in {options.leaves} arrays, median of "
-        f"{options.rounds} rounds on {jax.default_backend()}, jax {jax.__version__}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    if options.width % 4:
+        parser.error("--width must be a multiple of 4, one for each head")
+    console, parts = Console(width=max(Console().width, 128)), {}
+
+    def show(problem: Problem, names: list[str], torch: bool) -> None:
+        with Progress(console=console, transient=True) as progress:
+            costs = measure(problem, names, options.rounds, progress, torch)
+        parts[problem.name] = costs
+        console.print(report.table(problem.name, costs))
+        if options.out:  # As it goes: an interrupted run keeps what it has.
+            options.out.write_text(report.markdown(parts, options.rounds))
+
+    for count in options.sizes:
+        for leaves in options.leaves:
+            show(optimizer_alone(int(count), leaves), options.only, torch=True)
+    if not options.no_training:
+        chosen = [name for name in IN_TRAINING if name in options.only]
+        show(training_step(options.layers, options.width), chosen, torch=False)
+    console.print(report.LEGEND, report.machine(), sep="\n", highlight=False)
     return 0
 
 

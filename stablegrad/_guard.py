@@ -7,33 +7,31 @@ What is in brackets is a way of stepping (`stepping`). A step that is rejected f
 gradient or loss never reaches the inner optimizer.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from . import _checks, _judging, _looking, _record, _trees
+from . import _checks, _judging, _record, _trees
 from ._across import AxisName, across
 from ._groups import group
 from ._measure import measure, scaled_norm
-from .bounds._kinds import layout_of
-from .bounds._ranges import unknown
 from .responses._core import Response
-from .stepping._checked import checked_step
-from .stepping._core import Situation, Taken
-from .stepping._proven import proven_step
+from .stepping._core import Situation
+from .stepping._ways import init_ranges, take_step
+from .thresholds._batches import batches_of, init_batches, learned, with_limits
 
-SMALL = 65_536  # Elements up to which every step is checked in all of them.
+FUSED = "fused_step"  # Where a guard's `update` keeps it.
 
 
 class GuardState(NamedTuple):
     """State of `guard`."""
 
     guarded_inner: Any  # State of the inner transformation.
-    threshold_states: tuple  # For each response, one state a threshold.
+    threshold_states: tuple  # One state for all thresholds of a family.
     response_states: tuple  # For each response, its own state.
     record: _record.Record  # What `metrics` and `events` read.
     ranges: Any  # Of inner state and parameters, `()` where every step is checked.
@@ -43,7 +41,10 @@ class GuardState(NamedTuple):
 class GuardedTransformation(optax.GradientTransformationExtraArgs):
     """A guard's `init` and `update`, and the fused step that `apply` takes."""
 
-    fused_step: Callable[..., tuple[Any, GuardState]]
+    @property
+    def fused_step(self) -> Callable[..., tuple[Any, GuardState]]:
+        """Kept with `update`, so that a copy of the guard, as a pytree, has it too."""
+        return getattr(self.update, FUSED)
 
 
 def guard(
@@ -109,20 +110,21 @@ def guard(
                 f"by one; got {_checks.described(response)}."
             )
     transformation = optax.with_extra_args_support(inner)
+    known = _known_arguments(transformation.update)
     limit_names = _judging.limit_names(responses)
     over = across(axis_name)
+    batches = batches_of(responses)
 
     def init_fn(params) -> Any:
         names = _trees.leaf_names(params)
-        watched = tuple(
-            tuple(t.init(group(t.per, params).count) for t in r.thresholds)
-            for r in responses
-        )
+        watched = init_batches(batches, lambda t: group(t.per, params).count)
         answers = tuple(response.init() for response in responses)
         record = _record.init_record(limit_names)
-        inner_state = _trees.strongly_typed(transformation.init(params))
-        in_place = not (_is_small(params) if exact_updates is None else exact_updates)
-        ranges = unknown(layout_of(inner_state, params).count) if in_place else ()
+        # Some optimizers start with one buffer in two places, which cannot be donated.
+        inner_state = _trees.distinct(
+            _trees.strongly_typed(transformation.init(params))
+        )
+        ranges = init_ranges(inner_state, params, exact_updates)
         return GuardState(
             inner_state,
             *_trees.distinct((watched, answers, record, ranges)),
@@ -133,20 +135,21 @@ def guard(
         """One step: `commit(update, params)` if taken, `held(params)` if not."""
         _checks.same_leaves(_trees.names_in(state.layout), _trees.leaf_names(updates))
         gradient = measure(updates, over=over)
-        states = state.threshold_states
         scopes = _judging.scopes_of(responses, updates, params, over)
+        limited = with_limits(batches, state.threshold_states, responses, scopes)
         incoming = _judging.judge_incoming(
-            responses, states, scopes, gradient, updates, params, extra, over
+            limited, scopes, gradient, updates, params, extra, over
         )
 
         def step_inner(updates, inner_state, params):
-            update, new = transformation.update(updates, inner_state, params, **extra)
+            update, new = transformation.update(
+                updates, inner_state, params, **known(extra)
+            )
             _checks.same_state(inner_state, new)
             return update, new
 
         now = Situation(
-            responses=responses,
-            threshold_states=states,
+            responses=limited,
             response_states=state.response_states,
             scopes=scopes,
             gradient=gradient,
@@ -158,7 +161,7 @@ def guard(
             commit=commit,
             held=held,
         )
-        taken = _take(now, updates, state, params)
+        taken = take_step(now, updates, state.guarded_inner, params, state.ranges)
         reason = taken.verdict.reason
         settled = tuple(
             response.settle(response_state, own, reason)
@@ -180,15 +183,19 @@ def guard(
             ahead=taken.ahead,
             halted=jnp.any(jnp.stack(halted)) if halted else jnp.zeros((), bool),
         )
-        learned = _judging.learned(responses, states, taken.words)
         return taken.result, GuardState(
-            taken.inner_state, learned, settled, record, taken.ranges, state.layout
+            taken.inner_state,
+            learned(batches, state.threshold_states, taken.words),
+            settled,
+            record,
+            taken.ranges,
+            state.layout,
         )
 
     def update_fn(updates, state, params=None, **extra):
         try:
             structs, _ = jax.eval_shape(
-                lambda *args: transformation.update(*args, **extra),
+                lambda *args: transformation.update(*args, **known(extra)),
                 updates,
                 state.guarded_inner,
                 params,
@@ -216,21 +223,16 @@ def guard(
             held=lambda params: params,
         )
 
-    guarded = GuardedTransformation(init_fn, update_fn)
-    guarded.fused_step = fused_step
-    return guarded
+    setattr(update_fn, FUSED, fused_step)
+    return GuardedTransformation(init_fn, update_fn)
 
 
-def _is_small(params) -> bool:
-    return sum(np.size(leaf) for leaf in jax.tree.leaves(params)) <= SMALL
+def _known_arguments(update) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Leaves out what an inner `update` without `**extra_args` would not take.
 
-
-def _take(now: Situation, updates, state: GuardState, params) -> Taken:
-    """The step, in place where that can be shown to be safe."""
-    ranges = state.ranges
-    if ranges and not _looking.will_look(now.responses, params, now.extra):
-        taken = proven_step(now, updates, state.guarded_inner, params, ranges)
-        if taken is not None:
-            return taken
-    forgotten = unknown(ranges.least.shape[0]) if ranges else ()
-    return checked_step(now, updates, state.guarded_inner, params, forgotten)
+    A guard itself takes `value=`, which its user must be free to pass.
+    """
+    parameters = inspect.signature(update).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return lambda extra: extra
+    return lambda extra: {k: v for k, v in extra.items() if k in parameters}

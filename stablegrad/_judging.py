@@ -6,19 +6,19 @@ from typing import Any
 import jax
 
 from . import _checks, _trees
-from ._across import Across
+from ._across import HERE, Across
 from ._groups import group, group_norms
 from ._measure import Measurement, unguarded, unguarded_over
 from ._signals import is_norm, is_outgoing, scalar_signal, signal_name
 from .responses._core import Response, Verdict, combine
-from .thresholds._core import Judgement, Scope, Threshold, judge, learn, unobserved
+from .thresholds._core import Judgement, Scope, Threshold, judge, unobserved
 
 # For each response, one judgement a threshold.
 Words = list[tuple[Judgement, ...]]
 
 
 def scopes_of(
-    responses: tuple[Response, ...], updates, params, over: Across
+    responses: tuple[Response, ...], updates, params, over: Across = HERE
 ) -> list[tuple]:
     """What each threshold of each response is applied to, in this step."""
     leaves, measured = [], None
@@ -46,35 +46,35 @@ def scopes_of(
 
 def judge_incoming(
     responses: tuple[Response, ...],
-    states: tuple,
     scopes: list[tuple],
     gradient: Measurement,
     updates: Any,
     params: Any,
     extra: dict[str, Any],
-    over: Across,
+    over: Across = HERE,
 ) -> Words:
-    """What every threshold says before the inner optimizer has run."""
+    """What every threshold says before the inner optimizer has run.
+
+    The thresholds of `responses` know their limits: `thresholds._batches.with_limits`.
+    """
     leaves = _trees.inexact_leaves(updates)
 
-    def word(threshold: Threshold, item) -> Judgement:
-        state, scope = item
+    def word(threshold: Threshold, scope: Scope) -> Judgement:
         if is_outgoing(threshold.of):
-            return unobserved(threshold, state, scope)
+            return unobserved(threshold, None, scope)
         if is_norm(threshold.of):
             signal = group_norms(scope.grouping, gradient, leaves)
         else:
             signal = _scalar(threshold, updates, params, extra, over)
         if signal is None:
-            return unobserved(threshold, state, scope)
-        return judge(threshold, state, signal, scope)
+            return unobserved(threshold, None, scope)
+        return judge(threshold, None, signal, scope)
 
-    return _each(word, responses, _paired(states, scopes))
+    return _each(word, responses, scopes)
 
 
 def judge_outgoing(
     responses: tuple[Response, ...],
-    states: tuple,
     scopes: list[tuple],
     words: Words,
     update: Measurement,
@@ -83,13 +83,14 @@ def judge_outgoing(
     """The same words, completed by those on the inner optimizer's update."""
 
     def word(threshold: Threshold, item) -> Judgement:
-        state, scope, earlier = item
+        scope, earlier = item
         if not is_outgoing(threshold.of):
             return earlier
         signal = group_norms(scope.grouping, update, leaves)
-        return judge(threshold, state, signal, scope)
+        return judge(threshold, None, signal, scope)
 
-    return _each(word, responses, _paired(states, scopes, words))
+    paired = [tuple(zip(*own, strict=True)) for own in zip(scopes, words, strict=True)]
+    return _each(word, responses, paired)
 
 
 def verdict_on(responses, response_states, words: Words) -> Verdict:
@@ -98,16 +99,6 @@ def verdict_on(responses, response_states, words: Words) -> Verdict:
         response.propose(state, own)
         for response, state, own in zip(responses, response_states, words, strict=True)
     )
-
-
-def learned(responses, states, words: Words) -> tuple:
-    """The threshold states after this step."""
-
-    def after(threshold: Threshold, item):
-        state, judgement = item
-        return learn(threshold, state, judgement)
-
-    return tuple(_each(after, responses, _paired(states, words)))
 
 
 def limit_names(responses: Iterable[Response]) -> list[str]:
@@ -120,11 +111,6 @@ def limit_names(responses: Iterable[Response]) -> list[str]:
             repeats = sum(name.startswith(base) for name in names)
             names.append(f"{base}_{repeats + 1}" if repeats else base)
     return names
-
-
-def _paired(*nested) -> list[tuple]:
-    """Zips what each threshold of each response has several of."""
-    return [tuple(zip(*own, strict=True)) for own in zip(*nested, strict=True)]
 
 
 def _each(function, responses, items) -> list:

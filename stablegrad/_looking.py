@@ -79,7 +79,7 @@ def _checked(value_fn, over: Across) -> Callable[[Any], Any]:
         loss = value_fn(params)
         if isinstance(loss, (tuple, list, dict)) or loss is None:
             raise _checks.not_a_loss(f"it returns a {type(loss).__name__}")
-        return over.mean(loss)
+        return over.mean(jnp.asarray(loss)) if over.names else loss
 
     return loss_fn
 

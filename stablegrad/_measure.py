@@ -176,7 +176,8 @@ def _squares_in_units(leaf, unit) -> jax.Array:
         return a[0] + b[0], a[1] + b[1]
 
     columns = [jnp.square(_divided(x, unit)) for x in _parts(leaf)]
-    return sum(reduce_rows(columns, (0, 0), merge), jnp.zeros((), jnp.float32))
+    real, imaginary = reduce_rows(columns, (0, 0), merge)
+    return real + imaginary
 
 
 def _parts(leaf) -> tuple[jax.Array, jax.Array]:

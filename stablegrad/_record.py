@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from ._measure import LARGEST, Measurement
 from ._trees import count_if, increment, least
@@ -197,6 +198,12 @@ def log_event(log: EventLog, step, last: LastStep, backed_off, shortened) -> Eve
     kind = jnp.where(backed_off, int(EventKind.BACK_OFF), kind)
     kind = jnp.where(last.skipped, int(EventKind.SKIP), kind)
     kind = jnp.where(last.halted, int(EventKind.HALT), kind).astype(jnp.int32)
+    # Hardly any step has something to tell.
+    return lax.cond(kind > 0, _with_event, lambda log, *_: log, log, step, last, kind)
+
+
+def _with_event(log: EventLog, step, last: LastStep, kind) -> EventLog:
+    """One more event, or a longer one."""
     latest = jnp.argmax(log.event_step)
     goes_on = (
         (log.event_kind[latest] == kind)
@@ -216,10 +223,9 @@ def log_event(log: EventLog, step, last: LastStep, backed_off, shortened) -> Eve
         event_loss=last.loss_value,
         event_lr_scale=last.lr_scale,
     )
-    begun = slot & (kind > 0) & ~goes_on
+    begun = slot & ~goes_on
     written = jax.tree.map(lambda new, old: jnp.where(begun, new, old), row, log)
-    until = jnp.where(slot & (kind > 0), step, written.event_until)
-    return written._replace(event_until=until)
+    return written._replace(event_until=jnp.where(slot, step, written.event_until))
 
 
 class Event(NamedTuple):

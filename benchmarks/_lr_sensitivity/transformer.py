@@ -9,30 +9,36 @@ import jax.numpy as jnp
 LAYERS, WIDTH, HEADS, CONTEXT = 2, 64, 4, 64
 
 
-def init(key, characters: int):
+def init(
+    key,
+    characters: int,
+    layers: int = LAYERS,
+    width: int = WIDTH,
+    context: int = CONTEXT,
+):
     """Parameters, of which LayerNorm scales start at one."""
-    keys = iter(jax.random.split(key, 3 + 4 * LAYERS))
+    keys = iter(jax.random.split(key, 3 + 4 * layers))
     lecun = jax.nn.initializers.lecun_normal()
-    embed = jax.nn.initializers.normal(WIDTH**-0.5)
+    embed = jax.nn.initializers.normal(width**-0.5)
 
     def kernel(*shape):
         return lecun(next(keys), shape)
 
     return {
-        "characters": embed(next(keys), (characters, WIDTH)),
-        "positions": embed(next(keys), (CONTEXT, WIDTH)),
+        "characters": embed(next(keys), (characters, width)),
+        "positions": embed(next(keys), (context, width)),
         "layers": [
             {
-                "norm": jnp.ones((2, WIDTH)),
-                "queries_keys_values": kernel(WIDTH, 3 * WIDTH),
-                "out": kernel(WIDTH, WIDTH),
-                "up": kernel(WIDTH, 4 * WIDTH),
-                "down": kernel(4 * WIDTH, WIDTH),
+                "norm": jnp.ones((2, width)),
+                "queries_keys_values": kernel(width, 3 * width),
+                "out": kernel(width, width),
+                "up": kernel(width, 4 * width),
+                "down": kernel(4 * width, width),
             }
-            for _ in range(LAYERS)
+            for _ in range(layers)
         ],
-        "norm": jnp.ones(WIDTH),
-        "head": kernel(WIDTH, characters),
+        "norm": jnp.ones(width),
+        "head": kernel(width, characters),
     }
 
 
@@ -42,15 +48,15 @@ def _normalised(x, scale):
 
 
 def _attended(x, layer):
-    batch, length, _ = x.shape
+    batch, length, width = x.shape
     projected = x @ layer["queries_keys_values"]
-    shape = (batch, length, 3, HEADS, WIDTH // HEADS)
+    shape = (batch, length, 3, HEADS, width // HEADS)
     queries, keys, values = jnp.moveaxis(projected.reshape(shape), 2, 0)
-    scores = jnp.einsum("bthd,bshd->bhts", queries, keys) * (WIDTH // HEADS) ** -0.5
+    scores = jnp.einsum("bthd,bshd->bhts", queries, keys) * (width // HEADS) ** -0.5
     past = jnp.tril(jnp.ones((length, length), bool))
     weights = jax.nn.softmax(jnp.where(past, scores, -1e30), axis=-1)
     mixed = jnp.einsum("bhts,bshd->bthd", weights, values)
-    return mixed.reshape(batch, length, WIDTH) @ layer["out"]
+    return mixed.reshape(batch, length, width) @ layer["out"]
 
 
 def logits(params, text):

@@ -21,7 +21,7 @@ class Layout(NamedTuple):
 
     of_state: Kinds
     of_params: Kinds  # Kind 0, unless a single element.
-    count: int  # Kinds in all.
+    kinds: int  # How many there are.
     owners: tuple[int | None, ...]  # For each state leaf, the parameter it belongs to.
 
 

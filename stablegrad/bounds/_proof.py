@@ -39,7 +39,7 @@ def prove(
     `size` bounds the gradient's elements. None if the program does something that no
     rule covers, or works in a dtype whose range is too narrow for any proof.
     """
-    known = by_kind(ranges, layout.count)
+    known = by_kind(ranges, layout.kinds)
     bound = (SLACK * size).astype(jnp.float32)
     gradient = Range(-bound, bound)
     state_leaves, param_leaves = jax.tree.leaves(inner_state), jax.tree.leaves(params)
@@ -70,8 +70,8 @@ def prove(
     for fact, leaf, kind in zip(
         results[count:], state_leaves, layout.of_state, strict=True
     ):
-        if kind is not None:
-            found[kind, id(fact)] = (kind, span(fact))
+        if kind is not None and (own := span(fact)) is not None:
+            found[kind, id(fact)] = (kind, own)
         elif isinstance(fact, Known) and _trees.is_inexact(leaf):
             # A state may hold an inf on purpose, as a best loss not yet seen.
             holds[id(leaf)] = jnp.all(jnp.isfinite(fact.value) | ~jnp.isfinite(leaf))

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jax.extend import core as jex
 
 from ._range import Fact, Known, Range, given, join, largest, span
@@ -123,9 +124,8 @@ class Walk:
                 values = [case.value for case in cases]
                 joined.append(Known(lax.select_n(index, *values)))
                 continue
-            ranges = [span(case) for case in cases]
-            unknown = any(x is None for x in ranges)
-            joined.append(None if unknown else join(*ranges))
+            ranges = [x for x in map(span, cases) if x is not None]
+            joined.append(join(*ranges) if len(ranges) == len(cases) else None)
         return joined
 
     def once(self, key: tuple, alive, function) -> Any:
@@ -143,7 +143,7 @@ def _identity(value) -> tuple:
     """What tells a constant: its number, or the array itself."""
     if isinstance(value, (bool, int, float)):
         return (type(value), value)
-    if not isinstance(value, jax.core.Tracer) and jnp.size(value) == 1:
+    if not isinstance(value, Tracer) and jnp.size(value) == 1:
         dtype = jax.dtypes.result_type(value)
         if not jnp.issubdtype(dtype, jax.dtypes.extended):
             return (str(dtype), jnp.shape(value), str(value))

@@ -15,6 +15,7 @@ from .._record import encode
 from .._trees import count_if, distinct
 from ..responses._back_off import explosion_response, signs
 from ..responses._core import Response
+from ..thresholds._batches import batches_of, init_batches, learned, with_limits
 from ..thresholds._core import Judgement, Threshold
 from ._explosions import ExplosionSettings, ExplosionState
 
@@ -81,8 +82,10 @@ def explosion_aware(
 
 def init_schedule(parts: ExplosionAware, groups) -> ScheduleState:
     """The state before the first step; `groups` counts those of each threshold."""
-    pairs = zip(parts.rule.thresholds, groups, strict=True)
-    watched = tuple(threshold.init(count) for threshold, count in pairs)
+    counts = {
+        id(t): count for t, count in zip(parts.rule.thresholds, groups, strict=True)
+    }
+    watched = init_batches(batches_of((parts.rule,)), lambda t: counts[id(t)])
     one, none = jnp.ones((), jnp.float32), jnp.zeros((), jnp.int32)
     readings = ScheduleReadings(one, jnp.zeros((), jnp.float32), none, none, none)
     return ScheduleState(*distinct((watched, parts.rule.init(), readings)))
@@ -97,13 +100,17 @@ def judged(
     extra: dict[str, Any],
 ) -> tuple[Judgement, ...]:
     """What every threshold of the rule says of a step."""
-    rules = (parts.rule,)
-    scopes = _judging.scopes_of(rules, updates, params)
-    states = (state.explosion_thresholds,)
+    scopes = _judging.scopes_of((parts.rule,), updates, params)
     (words,) = _judging.judge_incoming(
-        rules, states, scopes, measured, updates, params, extra
+        limited(parts, state, scopes), scopes, measured, updates, params, extra
     )
     return words
+
+
+def limited(parts: ExplosionAware, state: ScheduleState, scopes: list[tuple]):
+    """The rule, whose thresholds know their limits."""
+    batches = batches_of((parts.rule,))
+    return with_limits(batches, state.explosion_thresholds, (parts.rule,), scopes)
 
 
 def rate_now(parts: ExplosionAware, state: ScheduleState, lr_scale) -> jax.Array:
@@ -123,10 +130,8 @@ def after_step(
     lr_scale = parts.rule.propose(state.explosions, words).lr_scale
     before = state.schedule_readings
     cut = lr_scale < before.schedule_lr_scale
-    rules, states = (parts.rule,), (state.explosion_thresholds,)
-    (learned,) = _judging.learned(rules, states, [words])
     return ScheduleState(
-        learned,
+        learned(batches_of((parts.rule,)), state.explosion_thresholds, [words]),
         parts.rule.settle(state.explosions, words, reason),
         ScheduleReadings(
             schedule_lr_scale=lr_scale,

@@ -18,6 +18,7 @@ from ._explosion_aware import (
     explosion_aware,
     init_schedule,
     judged,
+    limited,
     rate_now,
 )
 from ._explosions import ExplosionSettings
@@ -51,8 +52,10 @@ class ExplosionAwareSchedule:
             words = self._words(state, extra_args)
         else:
             scope = Scope(group("global", None))
-            pairs = zip(self._parts.thresholds, state.explosion_thresholds, strict=True)
-            words = tuple(unobserved(*pair, scope) for pair in pairs)
+            (rule,) = limited(
+                self._parts, state, [(scope,) * len(self._parts.thresholds)]
+            )
+            words = tuple(unobserved(t, None, scope) for t in rule.thresholds)
         verdict = self._parts.rule.propose(state.explosions, words)
         return rate_now(self._parts, state, verdict.lr_scale).astype(jnp.float32)
 

@@ -25,7 +25,6 @@ def checked_step(now: Situation, updates, inner_state, params, ranges: Any) -> T
         measured = measure(update, like=updates, over=now.over)
         words = _judging.judge_outgoing(
             now.responses,
-            now.threshold_states,
             now.scopes,
             now.words,
             measured,

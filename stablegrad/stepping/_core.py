@@ -14,8 +14,7 @@ from ..responses._core import Foresight, Response, Verdict
 class Situation(NamedTuple):
     """A step that is about to be taken, as far as it has been judged."""
 
-    responses: tuple[Response, ...]
-    threshold_states: tuple
+    responses: tuple[Response, ...]  # Whose thresholds know their limits.
     response_states: tuple
     scopes: list[tuple]  # What each threshold is applied to.
     gradient: Measurement

@@ -99,7 +99,7 @@ def inspect(
         for array, x in zip(arrays, sums, strict=True)
         if array.kind is not None
     ]
-    after = stacked(collect(found, by_kind(ranges, layout.count)))
+    after = stacked(collect(found, by_kind(ranges, layout.kinds)))
     none = jnp.zeros((), bool)
     return Inspection(
         jnp.where(jnp.any(wrong), jnp.argmax(wrong), -1).astype(jnp.int32),

@@ -58,7 +58,6 @@ def proven_step(
         measured = sampled_norms(update, updates, now.over)
         words = _judging.judge_outgoing(
             now.responses,
-            now.threshold_states,
             now.scopes,
             now.words,
             measured,
@@ -144,7 +143,7 @@ def _plan(now: Situation, updates, inner_state, params, ranges) -> _Plan | None:
         return None
     norms = scale * now.gradient.leaf_norms if scale.ndim else scale * now.gradient.norm
     layout = layout_of(inner_state, updates if params is None else params)
-    if layout.count != ranges.least.shape[0]:
+    if layout.kinds != ranges.least.shape[0]:
         return None
     proof = prove(program, layout, ranges, jnp.max(norms), updates, inner_state, params)
     if proof is None:

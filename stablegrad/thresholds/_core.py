@@ -5,7 +5,7 @@ the largest value that it still calls normal. Statistics learn in one place, `le
 from the raw signal, finite values only.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +24,15 @@ class Scope(NamedTuple):
     param_norms: Any = None  # float32 (groups,), if `of_params`.
 
 
+class Family(NamedTuple):
+    """What several thresholds share, so that their statistics can be one."""
+
+    key: Hashable  # Static: thresholds of equal key differ in their settings alone.
+    settings: tuple  # Numbers, each of rank 0.
+    # settings, each of rank 0 or (groups,) -> init, limit, update of a threshold
+    build: Callable[[tuple], tuple[Callable, Callable, Callable]]
+
+
 class Threshold(NamedTuple):
     """One rule for what is normal; build it with a factory of this module."""
 
@@ -36,6 +45,7 @@ class Threshold(NamedTuple):
     required: bool = True  # Whether a step without the signal is an error.
     of_params: bool = False  # Whether the limit depends on the parameters' norms.
     learns_all: bool = False  # Whether it learns from nan, inf and zero as they come.
+    family: Family | None = None
 
 
 class Judgement(NamedTuple):

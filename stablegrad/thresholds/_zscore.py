@@ -9,7 +9,7 @@ from .._checks import require, require_count
 from .._groups import Granularity
 from .._signals import Signal, check_signal, is_norm
 from . import _statistics as stats
-from ._core import Scope, Threshold
+from ._core import Family, Scope, Threshold
 
 
 class Track(NamedTuple):
@@ -96,7 +96,19 @@ def zscore(
     require_count("warmup_steps", warmup_steps, 3)
     require("spread_floor", spread_floor, "> 0", lambda x: 0 < x < float("inf"))
     require_count("patience", patience, warmup_steps)
-    scales = (True,) if is_norm(of) else (True, False)  # Logarithmic or not.
+    norm = is_norm(of)
+    family = Family(
+        ("zscore", warmup_steps, patience, norm),
+        (z, decay, spread_floor),
+        lambda settings: _rule(settings, warmup_steps, patience, norm),
+    )
+    return Threshold("zscore", of, per, *family.build(family.settings), family=family)
+
+
+def _rule(settings: tuple, warmup_steps: int, patience: int, norm: bool):
+    """How a z-score starts, limits and learns; settings may differ by group."""
+    z, decay, spread_floor = settings
+    scales = (True,) if norm else (True, False)  # Logarithmic or not.
 
     def init(groups: int) -> ZScoreState:
         def track():
@@ -119,7 +131,7 @@ def zscore(
             log = jnp.where(state.always_positive, both, linear[0])
         track = state.tracks[0]
         early: jax.Array | float = jnp.inf
-        if is_norm(of):
+        if norm:
             seen = track.recent.finite_seen
             early = stats.early_limit(seen, track.center, track.spread, z)
         return jnp.where(stats.warming(track.recent), early, log)
@@ -158,4 +170,4 @@ def zscore(
             state.always_positive & (signal > 0),
         )
 
-    return Threshold("zscore", of, per, init, limit, update)
+    return init, limit, update

@@ -40,7 +40,7 @@ def tree(seed=0, dtype=jnp.float32):
 
 def ranges_of(layout, state, params):
     """The true ranges of every kind."""
-    values = [[] for _ in range(layout.count)]
+    values = [[] for _ in range(layout.kinds)]
     for kinds, leaves in (
         (layout.of_state, jax.tree.leaves(state)),
         (layout.of_params, jax.tree.leaves(params)),
@@ -137,7 +137,7 @@ def test_there_is_no_proof_for_what_no_rule_covers(tx):
     params = tree()
     state = tx.init(params)
     layout = layout_of(state, params)
-    ranges = Ranges(jnp.zeros(layout.count), jnp.ones(layout.count))
+    ranges = Ranges(jnp.zeros(layout.kinds), jnp.ones(layout.kinds))
     assert shown(tx)(params, state, params, ranges)[0] is None
 
 
@@ -154,7 +154,7 @@ def test_leaves_of_one_kind_share_one_range_and_the_proof_does_not_grow_with_the
         tx = optax.adamw(1e-3)
         state = tx.init(params)
         layout = layout_of(state, params)
-        assert layout.count == 3  # Parameters and two moments.
+        assert layout.kinds == 3  # Parameters and two moments.
         assert [owner for owner in layout.owners if owner is not None] == [
             *range(leaves),
             *range(leaves),

@@ -11,7 +11,7 @@ import pytest
 import training
 
 import stablegrad as sg
-from stablegrad._guard import SMALL
+from stablegrad.stepping._ways import SMALL
 
 STEPS = 40
 

@@ -1,0 +1,32 @@
+"""Which way a step is taken."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from .. import _looking
+from ..bounds._kinds import layout_of
+from ..bounds._ranges import unknown
+from ._checked import checked_step
+from ._core import Situation, Taken
+from ._proven import proven_step
+
+SMALL = 65_536  # Elements up to which every step is checked in all of them.
+
+
+def init_ranges(inner_state, params, exact: bool | None) -> Any:
+    """What the steps will carry along: `()` if every one is checked."""
+    if exact is None:
+        exact = sum(np.size(leaf) for leaf in jax.tree.leaves(params)) <= SMALL
+    return () if exact else unknown(layout_of(inner_state, params).kinds)
+
+
+def take_step(now: Situation, updates, inner_state, params, ranges: Any) -> Taken:
+    """Takes a step in place where it can be shown to be safe, else checks it after."""
+    if ranges and not _looking.will_look(now.responses, params, now.extra):
+        taken = proven_step(now, updates, inner_state, params, ranges)
+        if taken is not None:
+            return taken
+    forgotten = unknown(ranges.least.shape[0]) if ranges else ()
+    return checked_step(now, updates, inner_state, params, forgotten)

@@ -1,0 +1,117 @@
+"""JAX's own transformations around a guarded step: scan, remat, donation."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from composing import (
+    FAULTS,
+    NAN_STEP,
+    SPIKE_STEP,
+    X,
+    Y,
+    assert_survived,
+    assert_untouched,
+    guarded,
+    loss_fn,
+    start,
+    train,
+)
+
+import stablegrad as sg
+
+ADAM = optax.adam(0.05)
+CLOSE = 1e-4  # Two programs round differently, and 120 steps carry it on.
+
+
+def one_step(tx, params, state, x, y):
+    loss, grads = jax.value_and_grad(loss_fn)(params, (x, y))
+    return sg.apply(tx, grads, state, params, value=loss)
+
+
+def test_a_scan_over_steps_does_what_a_loop_does():
+    tx = guarded(ADAM)
+    scanned = train(tx)
+    assert_survived(scanned)
+    for step in (NAN_STEP, SPIKE_STEP):
+        assert_untouched(scanned, step)
+    once = chex.assert_max_traces(one_step, n=1)
+    step = jax.jit(once, static_argnums=0)
+    params, state = start(), tx.init(start())
+    for x, y in zip(np.asarray(X), np.asarray(Y) * FAULTS[:, None, None], strict=True):
+        params, state = step(tx, params, state, x, y)
+    chex.assert_trees_all_close(params, scanned.params, rtol=CLOSE, atol=CLOSE)
+    looped, found = sg.metrics(state), sg.metrics(scanned.state)
+    for name in ("guarded_steps", "skipped_steps"):
+        assert looped[name] == found[name]
+
+
+def rematerialised(params, batch):
+    """The same loss, whose layers keep nothing for the backward pass."""
+    x, y = batch
+
+    @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable)
+    def hidden(layer, x):
+        return jnp.tanh(x @ layer["kernel"] + layer["bias"][None])
+
+    last = params["last"]
+    out = hidden(params["first"], x) @ last["kernel"] + last["bias"][None]
+    return jnp.mean((out - y) ** 2)
+
+
+def test_gradient_checkpointing_changes_nothing_for_a_guard_that_looks_ahead():
+    tx = sg.guard(ADAM, sg.skip(), sg.trust_region(every=2, probe="hvp"))
+    runs = []
+    for loss_of in (loss_fn, rematerialised):
+
+        def spoilt(grad_fn, params, batch, fault, loss_of=loss_of):
+            del grad_fn
+            return jax.value_and_grad(loss_of)(params, (batch[0], batch[1] * fault))
+
+        def again(batch, loss, grads, loss_of=loss_of):
+            del grads
+            return {"value": loss, "value_fn": lambda params: loss_of(params, batch)}
+
+        faults = np.where(np.isnan(FAULTS), FAULTS, 1)
+        runs.append(train(tx, faults, spoil=spoilt, extra=again))
+    for run in runs:
+        assert_survived(run, skipped=1)
+        assert_untouched(run, NAN_STEP)
+    plain, remat = (sg.metrics(run.state) for run in runs)
+    assert remat["trust_probes"] == plain["trust_probes"] > 10
+    chex.assert_trees_all_close(runs[1].params, runs[0].params, rtol=CLOSE, atol=CLOSE)
+
+
+DONATED = {
+    "adam": ADAM,
+    "multi steps": optax.MultiSteps(ADAM, 2),
+    "schedule free": optax.contrib.schedule_free_sgd(0.1),
+    "inject": optax.inject_hyperparams(optax.adam)(learning_rate=0.05),
+    "lbfgs": optax.lbfgs(memory_size=2, linesearch=None),
+}
+
+
+@pytest.mark.parametrize("name", DONATED)
+def test_parameters_and_state_can_be_donated_from_the_first_step_on(name):
+    tx = guarded(DONATED[name])
+    step = jax.jit(functools.partial(one_step, tx), donate_argnums=(0, 1))
+    params = start()
+    state = tx.init(params)
+    for fault in (1.0, jnp.nan, 1.0):
+        given = (params, state)
+        params, state = step(params, state, X[0], Y[0] * fault)
+        assert all(x.is_deleted() for x in jax.tree.leaves(given[0]))
+        moments = jax.tree.leaves(given[1].guarded_inner)
+        assert all(x.is_deleted() for x in moments)
+    assert sg.metrics(state)["skipped_steps"] == 1
+    chex.assert_tree_all_finite((params, state))
+
+
+def test_a_guard_can_be_handed_through_a_pytree_as_equinox_does():
+    tx = jax.tree.map(lambda function: function, guarded(ADAM))
+    params = start()
+    jax.eval_shape(lambda p: sg.apply(tx, p, tx.init(p), p), params)

@@ -1,0 +1,100 @@
+"""Line searches, which ask for the loss again: `value=`, `grad=` and `value_fn=`."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from composing import (
+    NAN_STEP,
+    SPIKE_STEP,
+    X,
+    Y,
+    assert_survived,
+    assert_untouched,
+    clean_loss,
+    dies,
+    guarded,
+    loss_fn,
+    moved,
+    start,
+    train,
+)
+
+import stablegrad as sg
+
+SEARCHES = {
+    "backtracking": optax.scale_by_backtracking_linesearch(15),
+    "zoom": optax.scale_by_zoom_linesearch(15),
+}
+every_search = pytest.mark.parametrize("name", SEARCHES)
+
+
+def asked_again(batch, loss, grads):
+    """What a line search needs; the guard keeps the loss for itself and passes all."""
+    value_fn = lambda params: loss_fn(params, batch)
+    return {"value": loss, "grad": grads, "value_fn": value_fn}
+
+
+@every_search
+def test_a_guard_around_a_line_search_trains_through_the_faults(name):
+    inner = optax.chain(optax.sgd(1.0), SEARCHES[name])
+    assert dies(inner, extra=asked_again)
+    run = train(guarded(inner), extra=asked_again)
+    assert_survived(run)
+    for step in (NAN_STEP, SPIKE_STEP):
+        assert_untouched(run, step)
+
+
+@every_search
+def test_a_line_search_behind_a_guard_stands_still_after_one_nan(name):
+    # A search that finds no finite loss sets its step length to zero, and starts the
+    # next search from there.
+    tx = optax.chain(guarded(optax.sgd(1.0)), SEARCHES[name])
+    run = train(tx, extra=asked_again)
+    assert moved(run)[: NAN_STEP - 1].all()
+    assert not moved(run)[NAN_STEP - 1 :].any()
+    assert run.state[1].learning_rate == 0
+
+
+def test_lbfgs_shares_its_value_fn_with_a_trust_region():
+    lbfgs = optax.lbfgs(memory_size=3)
+    assert dies(lbfgs, extra=asked_again)
+    skip = sg.skip(sg.nonfinite(), sg.zscore(6.0))
+    run = train(sg.guard(lbfgs, skip, sg.trust_region()), extra=asked_again)
+    assert_survived(run)
+    for step in (NAN_STEP, SPIKE_STEP):
+        assert_untouched(run, step)
+    assert sg.metrics(run.state)["trust_probes"] > 10
+
+
+def test_a_nan_that_only_the_search_meets_is_undone():
+    # Loss and gradient come from the last search, so the first to see the batch of a
+    # step is its own search.
+    tx = guarded(optax.lbfgs(memory_size=3))
+    x, y = X.reshape(-1, 3), Y.reshape(-1, 1)
+
+    def step(carry, fault):
+        params, state = carry
+        value_fn = lambda params: loss_fn(params, (x, y * fault))
+        loss, grads = optax.value_and_grad_from_state(value_fn)(params, state=state)
+        params, state = sg.apply(
+            tx, grads, state, params, value=loss, grad=grads, value_fn=value_fn
+        )
+        seen = (loss, sg.metrics(state)["skip_reason"])
+        return (params, state), ((params, state.guarded_inner), *seen)
+
+    def run(params):
+        faults = jnp.ones(12).at[6].set(jnp.nan)
+        return jax.lax.scan(step, (params, tx.init(params)), faults)
+
+    (params, state), found = jax.jit(run)(start())
+    history, losses, reasons = jax.device_get(found)
+    assert np.isfinite(losses).all()
+    np.testing.assert_array_equal(np.flatnonzero(reasons), [6])
+    assert reasons[6] == sg.Reason.NONFINITE_STATE
+    row = lambda step: jax.tree.map(lambda leaf: leaf[step], history)
+    chex.assert_trees_all_equal(row(6), row(5))
+    assert clean_loss(params) < 0.02
+    chex.assert_tree_all_finite((params, state))
