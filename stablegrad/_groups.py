@@ -112,6 +112,16 @@ def check_granularity(per: Granularity) -> None:
     )
 
 
+def check_sharded(per: Granularity) -> None:
+    """Raises ValueError unless a device can judge by `per` from its shards alone."""
+    if isinstance(per, Units) or per == "unit":
+        raise ValueError(
+            'per="unit" cannot be used with `axis_name`: a device cannot tell which '
+            'part of a unit it holds. Use per="leaf", or `jax.jit` with sharded '
+            "arrays, where every unit is whole."
+        )
+
+
 def independent(count: int) -> Grouping:
     """One group for each of `count` numbers."""
     return Grouping(count, tuple(range(count)), (None,) * count, ((),) * count)

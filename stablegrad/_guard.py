@@ -17,7 +17,7 @@ import optax
 
 from . import _checks, _judging, _record, _trees
 from ._across import AxisName, across
-from ._groups import group
+from ._groups import check_sharded, group
 from ._measure import measure, scaled_norm
 from .responses._core import Response
 from .stepping._core import Situation
@@ -89,7 +89,8 @@ def guard(
     Raises:
         TypeError: If `inner` is not an optax transformation, or a later argument is not
             a response.
-        ValueError: When a step is traced, if `value=` or `params` is needed and
+        ValueError: If a threshold judges units and there is an `axis_name`. When a step
+            is traced, if `value=` or `params` is needed and
             missing, or if the pytree has other leaves than the one given to `init`.
 
     Example:
@@ -114,6 +115,8 @@ def guard(
     limit_names = _judging.limit_names(responses)
     over = across(axis_name)
     batches = batches_of(responses)
+    for threshold in (t for r in responses for t in r.thresholds if axis_name):
+        check_sharded(threshold.per)
 
     def init_fn(params) -> Any:
         names = _trees.leaf_names(params)
@@ -124,7 +127,7 @@ def guard(
         inner_state = _trees.distinct(
             _trees.strongly_typed(transformation.init(params))
         )
-        ranges = init_ranges(inner_state, params, exact_updates)
+        ranges = init_ranges(inner_state, params, exact_updates, over)
         return GuardState(
             inner_state,
             *_trees.distinct((watched, answers, record, ranges)),

@@ -30,12 +30,6 @@ def scopes_of(
 
     def scope(threshold: Threshold, _) -> Scope:
         grouping = group(threshold.per, updates)
-        if over.names and not grouping.by_leaf:
-            raise ValueError(
-                f"`{threshold.name}(..., per='unit')` cannot be used with `axis_name`: "
-                "a device cannot tell which part of a unit it holds. Use per='leaf', "
-                "or `jax.jit` with sharded arrays, where every unit is whole."
-            )
         if not threshold.of_params or measured is None:
             return Scope(grouping)
         norms = group_norms(grouping, measured, leaves, unguarded_over)

@@ -9,7 +9,7 @@ from jax import lax
 
 from . import _trees
 from ._across import HERE, Across
-from ._rows import reduce_rows
+from ._by_size import Sums, norms_from, sums_by_size
 
 LARGEST = float(np.finfo(np.float32).max)
 # Below it, squares of float32 elements may have been rounded to zero.
@@ -37,7 +37,7 @@ def measure(tree, like=None, over: Across = HERE) -> Measurement:
 
     n = sqrt(sum_i |x_i|^2). The usual case is one pass: a finite sum of squares also
     tells that every element is finite. Only where the sum overflows or vanishes does a
-    second pass divide by the largest element first, so that float32 elements of 1e30
+    second pass sum up large and small elements apart, so that float32 elements of 1e30
     and of 1e-30 get the right norm. A finite tree has a finite norm (at most the
     largest float32); a nan or an inf anywhere makes the norm nan and names its leaf.
     """
@@ -50,7 +50,7 @@ def measure(tree, like=None, over: Across = HERE) -> Measurement:
     return lax.cond(
         usual,
         lambda squares, leaves: _from_squares(squares),
-        lambda squares, leaves: _rescaled(leaves, over),
+        lambda squares, leaves: _of_any_size(leaves, over),
         squares,
         leaves,
     )
@@ -96,8 +96,8 @@ def unguarded_over(leaves, axes) -> list[jax.Array]:
 def norms_over(leaves, axes) -> list[jax.Array]:
     """L2 norms over some axes of each leaf, which stay with size 1; float32.
 
-    As in `measure`, only overflow pays for a second pass, in which each leaf is divided
-    by its largest element; a nan or inf makes its own slice nan.
+    As in `measure`, only overflow pays for a second pass; a nan or inf makes its own
+    slice nan.
     """
     pairs = list(zip(leaves, axes, strict=True))
     squares = [_squares_over(leaf, over) for leaf, over in pairs]
@@ -106,14 +106,15 @@ def norms_over(leaves, axes) -> list[jax.Array]:
         jnp.isfinite(total),
         lambda _: [jnp.sqrt(square) for square in squares],
         lambda leaves: [
-            _rescaled_over(leaf, over) for leaf, over in zip(leaves, axes, strict=True)
+            _saturate(norms_from(sums_by_size(leaf, over)))
+            for leaf, over in zip(leaves, axes, strict=True)
         ],
         list(leaves),
     )
 
 
-def newly_nonfinite(new, old) -> jax.Array:
-    """Whether `new` has a nan or inf where `old` had none.
+def newly_nonfinite(new, old, over: Across = HERE) -> jax.Array:
+    """Whether `new` has a nan or inf where `old` had none, on any device.
 
     Optimizer states may hold an inf on purpose (a best loss not yet seen), so only
     what was finite before is checked.
@@ -130,9 +131,10 @@ def newly_nonfinite(new, old) -> jax.Array:
 
     def look_closer(pairs):
         bad = [jnp.any(jnp.isfinite(b) & ~jnp.isfinite(a)) for a, b in pairs]
-        return jnp.any(jnp.stack(bad))
+        return over.any(jnp.any(jnp.stack(bad)))
 
-    total = sum(_sum_of_squares(after) for after, _ in pairs)
+    arrays = [after for after, _ in pairs]
+    total = jnp.sum(over.totals([_sum_of_squares(x) for x in arrays], arrays))
     return lax.cond(
         jnp.isfinite(total), lambda _: jnp.zeros((), bool), look_closer, pairs
     )
@@ -143,72 +145,27 @@ def _from_squares(squares) -> Measurement:
     return Measurement(jnp.sqrt(squares), jnp.sqrt(jnp.sum(squares)), none)
 
 
-def _rescaled(leaves, over: Across) -> Measurement:
-    """The norms by way of each leaf's largest element, at the price of a second pass.
-
-    Divided by it, squares sum to the leaf's size at most, unless there is a nan or inf.
-    """
-    unit = _unit(over.largest(jnp.stack([_peak(leaf) for leaf in leaves])))
-    sums = [_squares_in_units(leaf, unit[i]) for i, leaf in enumerate(leaves)]
-    total = over.totals(sums, leaves)
-    bad = ~jnp.isfinite(total)
-    norms = jnp.where(bad, jnp.nan, _saturate(unit * jnp.sqrt(total)))
+def _of_any_size(leaves, over: Across) -> Measurement:
+    """The same at the price of a second pass, in which no square can overflow."""
+    sums = [jnp.stack(sums_by_size(leaf)) for leaf in leaves]
+    norms: list = [None] * len(leaves)
+    for dtype in dict.fromkeys(own.dtype for own in sums):
+        chosen = [i for i, own in enumerate(sums) if own.dtype == dtype]
+        totals = over.totals([sums[i] for i in chosen], [leaves[i] for i in chosen])
+        found = _saturate(norms_from(Sums(*totals.T)))
+        for place, i in enumerate(chosen):
+            norms[i] = found[place]
+    norms = jnp.stack(norms)
+    bad = jnp.isnan(norms)
     first = jnp.where(jnp.any(bad), jnp.argmax(bad), -1).astype(jnp.int32)
     norm = jnp.where(jnp.any(bad), jnp.nan, norm_of_norms(norms))
     return Measurement(norms, norm, first)
-
-
-def _peak(leaf) -> jax.Array:
-    """The largest finite magnitude of any part."""
-
-    def merge(a, b):
-        return jnp.maximum(a[0], b[0]), jnp.maximum(a[1], b[1])
-
-    columns = [jnp.where(jnp.isfinite(x), jnp.abs(x), 0) for x in _parts(leaf)]
-    peak = jnp.maximum(*reduce_rows(columns, (0, 0), merge))
-    return peak.astype(np.promote_types(peak.dtype, np.float32))
-
-
-def _squares_in_units(leaf, unit) -> jax.Array:
-    """Sum of |x / unit|^2; a nan or inf makes it one."""
-
-    def merge(a, b):
-        return a[0] + b[0], a[1] + b[1]
-
-    columns = [jnp.square(_divided(x, unit)) for x in _parts(leaf)]
-    real, imaginary = reduce_rows(columns, (0, 0), merge)
-    return real + imaginary
-
-
-def _parts(leaf) -> tuple[jax.Array, jax.Array]:
-    """Real and imaginary part."""
-    if jnp.iscomplexobj(leaf):
-        return leaf.real, leaf.imag
-    return leaf, jnp.zeros_like(leaf)
-
-
-def _unit(peak) -> jax.Array:
-    """What to divide by: neither it nor its reciprocal, which XLA may use, vanishes."""
-    return jnp.where(peak > 1, peak * 2.0**-20, jnp.where(peak > 0, peak, 1))
-
-
-def _divided(leaf, unit) -> jax.Array:
-    wide = np.promote_types(leaf.dtype, np.float32)
-    return leaf.astype(wide) / unit.astype(wide)
 
 
 def _squares_over(leaf, axes) -> jax.Array:
     wide = leaf.astype(np.promote_types(leaf.dtype, np.float32))
     square = jnp.real(wide * jnp.conj(wide))
     return jnp.sum(square, axis=axes, keepdims=True).astype(jnp.float32)
-
-
-def _rescaled_over(leaf, axes) -> jax.Array:
-    size = jnp.abs(leaf)
-    unit = _unit(_peak(size))
-    square = _squares_over(_divided(size, unit), axes)
-    norm = _saturate(unit * jnp.sqrt(square))
-    return jnp.where(jnp.isfinite(square), norm, jnp.nan)
 
 
 def norm_of_norms(norms) -> jax.Array:

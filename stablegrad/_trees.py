@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ._across import varies_over, varying
+
 
 def is_inexact(leaf) -> bool:
     """Whether a leaf is real or complex floating point; others pass untouched."""
@@ -134,8 +136,10 @@ def distinct(tree):
 
 
 def zeros(structs):
-    """Zeros of the given shapes and dtypes."""
-    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), structs)
+    """Zeros of the given shapes and dtypes, which vary over the same mapped axes."""
+    return jax.tree.map(
+        lambda s: varying(jnp.zeros(s.shape, s.dtype), varies_over(s)), structs
+    )
 
 
 def layout(names: tuple[str, ...]) -> dict[str, None]:

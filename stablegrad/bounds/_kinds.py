@@ -13,14 +13,14 @@ import numpy as np
 from .. import _trees
 from ._range import Range, join
 
-Kinds = tuple[int | None, ...]  # For each leaf its kind, None for a single element.
+Kinds = tuple[int | None, ...]  # For each leaf its kind, None for a single number.
 
 
 class Layout(NamedTuple):
     """Static: what the leaves of state and parameters are."""
 
     of_state: Kinds
-    of_params: Kinds  # Kind 0, unless a single element.
+    of_params: Kinds  # Kind 0, unless a single number.
     kinds: int  # How many there are.
     owners: tuple[int | None, ...]  # For each state leaf, the parameter it belongs to.
 
@@ -38,13 +38,12 @@ def layout_of(inner_state: Any, params: Any) -> Layout:
         start = ends[0] if ends else len(parts)
         owners.append(place[parts[start:]] if ends else None)
         kind = None
-        if np.size(leaf) != 1 and _trees.is_inexact(leaf):
+        if np.ndim(leaf) and _trees.is_inexact(leaf):
             key = (*parts[:start], str(jax.dtypes.result_type(leaf)))
             kind = order.setdefault(key, len(order))
         of_state.append(kind)
     of_params = tuple(
-        0 if np.size(leaf) != 1 and _trees.is_inexact(leaf) else None
-        for _, leaf in named
+        0 if np.ndim(leaf) and _trees.is_inexact(leaf) else None for _, leaf in named
     )
     return Layout(tuple(of_state), of_params, len(order), tuple(owners))
 

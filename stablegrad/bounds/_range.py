@@ -86,7 +86,7 @@ def _is_real(dtype) -> bool:
 
 
 def fact_of(leaf: Any, known: Range | None) -> Fact:
-    """The fact about a leaf: its value if it has one element, or a range."""
-    if np.size(leaf) == 1 and _is_real(jax.dtypes.result_type(leaf)):
+    """The fact about a leaf: its value if it is one number, or a range."""
+    if not np.ndim(leaf) and _is_real(jax.dtypes.result_type(leaf)):
         return Known(jnp.asarray(leaf))
     return known if _trees.is_inexact(leaf) else None

@@ -31,7 +31,7 @@ def checked_step(now: Situation, updates, inner_state, params, ranges: Any) -> T
             _trees.inexact_leaves(update, updates),
         )
         after = _judging.verdict_on(now.responses, now.response_states, words)
-        broken = now.over.any(newly_nonfinite(new_inner, inner_state))
+        broken = newly_nonfinite(new_inner, inner_state, now.over)
         reason = first_reason(
             (
                 after.reason,
@@ -55,8 +55,8 @@ def checked_step(now: Situation, updates, inner_state, params, ranges: Any) -> T
         step = _trees.scale_leaves(update, scales, updates)
         if params is not None:
             # Scaling, adding, or the parameters' dtype may still overflow.
-            spoilt = newly_nonfinite(optax.apply_updates(params, step), params)
-            spoilt = now.over.any(spoilt)
+            moved = optax.apply_updates(params, step)
+            spoilt = newly_nonfinite(moved, params, now.over)
             last = jnp.where(spoilt, int(Reason.NONFINITE_PARAMETERS), 0)
             reason = first_reason((reason, last))
         fine = reason == 0

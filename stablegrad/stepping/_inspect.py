@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from .. import _trees
 from .._across import Across
 from .._measure import LARGEST
-from .._rows import reduce_rows
+from .._together import reduce_together
 from ..bounds._kinds import Layout, collect
 from ..bounds._range import Range
 from ..bounds._ranges import Ranges, by_kind, stacked
@@ -141,5 +141,5 @@ def _sums_of(arrays: list[_Array]) -> list[_Sums]:
             ]
         return tuple(merged)
 
-    sums = reduce_rows(columns, start, both)
+    sums = reduce_together(columns, start, both)
     return [_Sums(*sums[i : i + 3]) for i in range(0, len(sums), 3)]

@@ -16,6 +16,7 @@ from jax import lax
 from jax.extend import core as jex
 
 from .. import _judging, _looking, _trees
+from .._across import Across
 from .._measure import Measurement, scaled_norm, unmeasured
 from .._reasons import Reason, first_reason
 from ..bounds._kinds import Layout, layout_of
@@ -148,6 +149,8 @@ def _plan(now: Situation, updates, inner_state, params, ranges) -> _Plan | None:
     proof = prove(program, layout, ranges, jnp.max(norms), updates, inner_state, params)
     if proof is None:
         return None
+    if now.over.names:
+        proof = _agreed(proof, now.over)
     flat = jex.jaxpr_as_fun(program)
     structure = jax.tree.structure(shape)
 
@@ -156,6 +159,16 @@ def _plan(now: Situation, updates, inner_state, params, ranges) -> _Plan | None:
         return jax.tree.unflatten(structure, leaves)
 
     return _Plan(run, layout, proof)
+
+
+def _agreed(proof: Proof, over: Across) -> Proof:
+    """The proof that holds on every device, in one exchange."""
+    least, most = proof.ranges
+    numbers = [jnp.where(proof.holds, 0.0, 1.0)[None], -least, most]
+    fails, *bounds = jnp.split(
+        over.largest(jnp.concatenate(numbers)), [1, 1 + len(least)]
+    )
+    return Proof(fails[0] == 0, Ranges(-bounds[0], bounds[1]))
 
 
 def _unchanged(before, after) -> bool:

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from .. import _looking
+from .._across import Across
 from ..bounds._kinds import layout_of
 from ..bounds._ranges import unknown
 from ._checked import checked_step
@@ -15,10 +16,12 @@ from ._proven import proven_step
 SMALL = 65_536  # Elements up to which every step is checked in all of them.
 
 
-def init_ranges(inner_state, params, exact: bool | None) -> Any:
+def init_ranges(inner_state, params, exact: bool | None, over: Across) -> Any:
     """What the steps will carry along: `()` if every one is checked."""
     if exact is None:
-        exact = sum(np.size(leaf) for leaf in jax.tree.leaves(params)) <= SMALL
+        leaves = jax.tree.leaves(params)
+        shards = zip(leaves, over.shards(leaves), strict=True)
+        exact = sum(np.size(leaf) * count for leaf, count in shards) <= SMALL
     return () if exact else unknown(layout_of(inner_state, params).kinds)
 
 
