@@ -31,8 +31,9 @@ def optimizer_alone(size: int, leaves: int) -> Problem:
     keys = jax.random.split(jax.random.key(0), leaves)
     params = {f"w{i:03d}": jax.random.normal(k, shape) for i, k in enumerate(keys)}
     data = jax.tree.map(lambda x: 0.01 * x, params)
+    count = f"{size / 1e6:g} million" if size >= 1e6 else str(size)
     return Problem(
-        f"{size:.0e} parameters, {leaves} leaves".replace("e+0", "e"),
+        f"{count} parameters, {leaves} leaves",
         params,
         data,
         lambda params, data: (jnp.ones(()), data),
