@@ -98,4 +98,4 @@ def varying(leaf: jax.Array, names: frozenset) -> jax.Array:
         return leaf
     if hasattr(lax, "pcast"):
         return lax.pcast(leaf, missing, to="varying")
-    return lax.pvary(leaf, missing)
+    return lax.pvary(leaf, missing)  # pyright: ignore[reportAttributeAccessIssue]

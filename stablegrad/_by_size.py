@@ -37,7 +37,7 @@ def sums_by_size(leaf, axes: tuple[int, ...] | None = None) -> Sums:
     parts = [leaf.real, leaf.imag] if jnp.iscomplexobj(leaf) else [leaf.astype(wide)]
     unit = unit_of(parts[0].dtype)
     edge = unit**0.5
-    columns = None
+    found = []
     for part in parts:
         finite = jnp.isfinite(part)
         size = jnp.where(finite, jnp.abs(part), 0)
@@ -51,8 +51,9 @@ def sums_by_size(leaf, axes: tuple[int, ...] | None = None) -> Sums:
             jnp.where(large | small, 0, square),
             jnp.where(small, square, 0),
         )
-        columns = own if columns is None else _added(columns, own)
-    return Sums(*reduce_together(columns, (0, 0, 0, 0), _added, axes))
+        found.append(own)
+    columns = [sum(own[1:], own[0]) for own in zip(*found, strict=True)]
+    return Sums(*reduce_together(columns, ("sum",) * 4, axes))
 
 
 def norms_from(sums: Sums) -> jax.Array:
@@ -64,7 +65,3 @@ def norms_from(sums: Sums) -> jax.Array:
     norm = jnp.where(sums.middle > 0, middle, small)
     norm = jnp.where(sums.large > 0, large, norm)
     return jnp.where(sums.bad > 0, jnp.nan, norm)
-
-
-def _added(a, b) -> tuple[jax.Array, ...]:
-    return tuple(x + y for x, y in zip(a, b, strict=True))

@@ -19,6 +19,7 @@ from . import _checks, _judging, _record, _trees
 from ._across import AxisName, across
 from ._groups import check_sharded, group
 from ._measure import measure, scaled_norm
+from .bounds._ranges import Ranges
 from .responses._core import Response
 from .stepping._core import Situation
 from .stepping._ways import init_ranges, take_step
@@ -34,7 +35,7 @@ class GuardState(NamedTuple):
     threshold_states: tuple  # One state for all thresholds of a family.
     response_states: tuple  # For each response, its own state.
     record: _record.Record  # What `metrics` and `events` read.
-    ranges: Any  # Of inner state and parameters, `()` where every step is checked.
+    ranges: Ranges  # Of inner state and parameters.
     layout: dict[str, None]  # Names of the leaves given to `init`; no arrays.
 
 
@@ -131,7 +132,8 @@ def guard(
         return GuardState(
             inner_state,
             *_trees.distinct((watched, answers, record, ranges)),
-            layout=_trees.layout(names),
+            # Optax asks what a state is like of an object in place of all parameters.
+            layout=_trees.layout(names) if jax.tree.leaves(params) else params,
         )
 
     def run(updates, state: GuardState, params, extra, commit, held) -> Any:

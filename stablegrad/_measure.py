@@ -148,14 +148,14 @@ def _from_squares(squares) -> Measurement:
 def _of_any_size(leaves, over: Across) -> Measurement:
     """The same at the price of a second pass, in which no square can overflow."""
     sums = [jnp.stack(sums_by_size(leaf)) for leaf in leaves]
-    norms: list = [None] * len(leaves)
+    parts: list = [None] * len(leaves)
     for dtype in dict.fromkeys(own.dtype for own in sums):
         chosen = [i for i, own in enumerate(sums) if own.dtype == dtype]
         totals = over.totals([sums[i] for i in chosen], [leaves[i] for i in chosen])
         found = _saturate(norms_from(Sums(*totals.T)))
         for place, i in enumerate(chosen):
-            norms[i] = found[place]
-    norms = jnp.stack(norms)
+            parts[i] = found[place]
+    norms = jnp.stack(parts)
     bad = jnp.isnan(norms)
     first = jnp.where(jnp.any(bad), jnp.argmax(bad), -1).astype(jnp.int32)
     norm = jnp.where(jnp.any(bad), jnp.nan, norm_of_norms(norms))
@@ -179,20 +179,9 @@ def _saturate(norm) -> jax.Array:
     return jnp.minimum(norm.astype(jnp.float32), LARGEST)
 
 
-def _explicitly_sharded(leaf) -> bool:
-    sharding = getattr(jax.typeof(leaf), "sharding", None)
-    return sharding is not None and any(axis is not None for axis in sharding.spec)
-
-
 def _sum_of_squares(leaf) -> jax.Array:
-    """Sum of |x|^2 in float32. A dot product is XLA's fastest full reduction."""
+    """Sum of |x|^2 in float32. A dot product would add up one by one in older JAX."""
     if jnp.iscomplexobj(leaf):
         return _sum_of_squares(leaf.real) + _sum_of_squares(leaf.imag)
     leaf = leaf.astype(np.promote_types(leaf.dtype, np.float32))
-    if _explicitly_sharded(leaf):  # Where a dot product would ask for its sharding.
-        return jnp.sum(jnp.square(leaf)).astype(jnp.float32)
-    axes = tuple(range(leaf.ndim))
-    square = lax.dot_general(
-        leaf, leaf, ((axes, axes), ((), ())), precision=lax.Precision.HIGHEST
-    )
-    return square.astype(jnp.float32)
+    return jnp.sum(jnp.square(leaf)).astype(jnp.float32)

@@ -15,6 +15,7 @@ if jax.__version_info__ < (0, 11):
     os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}".strip()
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_num_cpu_devices", 8)  # For `tests/scale`; others use the first.
 
 
 @pytest.fixture(autouse=True)

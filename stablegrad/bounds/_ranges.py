@@ -21,9 +21,9 @@ class Ranges(NamedTuple):
     most: jax.Array  # float32 (kinds,)
 
 
-def unknown(count: int) -> Ranges:
-    """Nothing known of any kind."""
-    most = jnp.full((count,), LARGEST, jnp.float32)
+def unknown(count: int | None = None) -> Ranges:
+    """Nothing known of any kind; without a count, of rank 0 and not in use."""
+    most = jnp.full(() if count is None else (count,), LARGEST, jnp.float32)
     return Ranges(-most, most)
 
 

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 
 from .. import _trees
 from .._across import Across
-from .._measure import LARGEST
 from .._together import reduce_together
 from ..bounds._kinds import Layout, collect
 from ..bounds._range import Range
@@ -129,17 +128,5 @@ def _sums_of(arrays: list[_Array]) -> list[_Sums]:
         bad = ~finite if before is None else jnp.isfinite(before) & ~finite
         wide = jnp.where(finite, jnp.real(after), 0).astype(jnp.float32)
         columns += [bad.astype(jnp.int32), wide, wide]
-    start = (0, LARGEST, -LARGEST) * len(arrays)
-
-    def both(left, right):
-        merged = []
-        for i in range(0, len(left), 3):
-            merged += [
-                left[i] + right[i],
-                jnp.minimum(left[i + 1], right[i + 1]),
-                jnp.maximum(left[i + 2], right[i + 2]),
-            ]
-        return tuple(merged)
-
-    sums = reduce_together(columns, start, both)
+    sums = reduce_together(columns, ("sum", "min", "max") * len(arrays))
     return [_Sums(*sums[i : i + 3]) for i in range(0, len(sums), 3)]

@@ -213,6 +213,27 @@ def test_exact_updates_hold_a_second_copy():
 
 def test_what_decides_is_the_size_of_the_tree():
     tx = sg.guard(optax.sgd(0.1))
-    assert tx.init({"w": jnp.zeros(SMALL)}).ranges == ()
-    assert tx.init({"w": jnp.zeros(SMALL + 1)}).ranges != ()
-    assert guarded(optax.sgd(0.1), True).init({"w": jnp.zeros(SMALL + 1)}).ranges == ()
+    assert tx.init({"w": jnp.zeros(SMALL)}).ranges.least.ndim == 0
+    assert tx.init({"w": jnp.zeros(SMALL + 1)}).ranges.least.ndim == 1
+    exact = guarded(optax.sgd(0.1), True)
+    assert exact.init({"w": jnp.zeros(SMALL + 1)}).ranges.least.ndim == 0
+
+
+@pytest.mark.parametrize("rows", [4, SMALL])
+def test_optax_can_map_over_what_is_shaped_as_the_parameters(rows):
+    tx = sg.stabilize(optax.adamw(1e-3))
+    params = {"w": jnp.ones((rows, 2)), "b": jnp.ones(3)}
+    state = tx.init(params)
+    marked = optax.tree.map_params(
+        tx, lambda x: "param", state, transform_non_params=lambda x: "other"
+    )
+    kinds = {
+        (np.shape(leaf) in {(rows, 2), (3,)}, mark)
+        for leaf, mark in zip(
+            jax.tree.leaves(state.guarded_inner),
+            jax.tree.leaves(marked.guarded_inner),
+            strict=True,
+        )
+    }
+    assert kinds == {(True, "param"), (False, "other")}
+    assert set(jax.tree.leaves(marked.record)) == {"other"}
