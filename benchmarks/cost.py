@@ -47,6 +47,7 @@ def measure(
     chosen = {step.name: step for step in steps()}
     missing = [chosen[name] for name in names]
     task = progress.add_task(problem.name, total=len(missing) + 1)
+    compiled(chosen[BARE], problem)  # What XLA starts once is not the bare step's.
     bare = Stepper(compiled(chosen[BARE], problem), problem.data)
     costs = [compare(chosen[BARE], bare, problem, rounds)]
     progress.advance(task)

@@ -22,6 +22,8 @@ from ._walk import Walk
 
 # The largest element is at most the norm, which float32 sums to within a few percent.
 SLACK = 2.0
+# Beyond it nothing is shown: XLA may square first what a program scales down first.
+LARGEST_GRADIENT = 1e18
 
 
 class Proof(NamedTuple):
@@ -57,7 +59,10 @@ def prove(
         if narrow or (fact is None and jnp.issubdtype(shape.dtype, jnp.inexact)):
             return None
     count = len(results) - len(state_leaves)
-    holds: dict[Any, jax.Array] = {"walk": walk.holds()}
+    holds: dict[Any, jax.Array] = {
+        "walk": walk.holds(),
+        "gradient": bound <= LARGEST_GRADIENT,
+    }
     found: dict[Any, tuple[int, Range]] = {}
     for step, leaf in zip(results[:count], param_leaves, strict=False):
         before, by = span(fact_of(leaf, known[0])), span(step)

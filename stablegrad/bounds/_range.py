@@ -73,9 +73,9 @@ def widened(lo, hi, terms, dtype) -> Range:
 
 
 def largest(dtype) -> float:
-    """Half of the largest finite number of a dtype, within float32."""
-    if not jnp.issubdtype(dtype, jnp.floating):
-        return float("inf")
+    """Half of the largest number of a dtype, within float32; integers wrap beyond."""
+    if jnp.issubdtype(dtype, jnp.integer):
+        return float(jnp.iinfo(dtype).max) / 2
     return min(float(jnp.finfo(dtype).max), float(np.finfo(np.float32).max)) / 2
 
 

@@ -107,7 +107,7 @@ class Walk:
         return found
 
     def _require(self, found: Range, dtype) -> None:
-        if jnp.issubdtype(dtype, jnp.floating):
+        if dtype != jnp.bool_:
             most = largest(dtype)
             self._within.append((found.lo >= -most) & (found.hi <= most))
 

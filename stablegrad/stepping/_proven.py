@@ -25,7 +25,7 @@ from ..bounds._ranges import Ranges
 from ..responses._core import Verdict
 from ._core import Situation, Taken
 from ._inspect import Inspection, inspect
-from ._sample import sampled_norms
+from ._sample import norms_of, rows_of
 
 
 class _Plan(NamedTuple):
@@ -54,15 +54,18 @@ def proven_step(
             _trees.scale_leaves(updates, scale, updates), inner_state, params
         )
 
-    def look(updates, inner_state, params) -> tuple[Measurement, Any, Verdict]:
+    def sample(updates, inner_state, params) -> list[jax.Array]:
         update, _ = scaled_inner(updates, inner_state, params)
-        measured = sampled_norms(update, updates, now.over)
+        return rows_of(update, updates)
+
+    def look(rows) -> tuple[Measurement, Any, Verdict]:
+        measured = norms_of(rows, updates, now.over)
         words = _judging.judge_outgoing(
             now.responses,
             now.scopes,
             now.words,
             measured,
-            _trees.inexact_leaves(update, updates),
+            _trees.inexact_leaves(updates),
         )
         return (
             measured,
@@ -70,14 +73,19 @@ def proven_step(
             _judging.verdict_on(now.responses, now.response_states, words),
         )
 
-    def pass_by(*_) -> tuple[Measurement, Any, Verdict]:
+    def pass_by(rows) -> tuple[Measurement, Any, Verdict]:
+        del rows
         nothing = unmeasured(now.gradient.leaf_norms.shape[0])
         return nothing, now.words, now.verdict
 
     # Behind a barrier, so that a branch stays one also where no response ever rejects:
     # what only the sample reads must not be computed whole.
     reached = lax.optimization_barrier(now.verdict.reason == 0)
-    measured, words, after = lax.cond(reached, look, pass_by, *operands)
+    # The rows leave a branch of their own: read twice in it, the update would be
+    # computed whole.
+    none = _trees.zeros(jax.eval_shape(sample, *operands))
+    rows = lax.cond(reached, sample, lambda *_: none, *operands)
+    measured, words, after = lax.cond(reached, look, pass_by, rows)
     scales = _trees.times(after.update_scale, after.lr_scale)
 
     def examine(updates, inner_state, params) -> Inspection:

@@ -19,16 +19,21 @@ WHOLE, LEAST = 4096, 2048  # Elements.
 ROW = 256  # Elements of a leaf of rank 1 that count as a row.
 
 
-def sampled_norms(update, like, over: Across) -> Measurement:
-    """The norms of `update` as its sample tells; it says nothing of what is finite."""
-    leaves = _trees.inexact_leaves(update, like)
-    rows = [_rows(leaf) for leaf in leaves]
-    sizes = [
-        leaf.size / max(row.size, 1) for leaf, row in zip(leaves, rows, strict=True)
-    ]
-    # Where nothing else tells over which axes a leaf varies, its rows do.
+def rows_of(tree, like) -> list[jax.Array]:
+    """The rows of every floating-point leaf; `like` says which leaves are."""
+    return [_rows(leaf) for leaf in _trees.inexact_leaves(tree, like)]
+
+
+def norms_of(rows: list[jax.Array], like, over: Across) -> Measurement:
+    """The norms of a tree as its rows tell; nothing is said of what is finite.
+
+    `like` has the shapes of the tree, and says which leaves count.
+    """
+    sizes = [leaf.size for leaf in _trees.inexact_leaves(like)]
+    pairs = zip(sizes, rows, strict=True)
+    shares = [size / max(row.size, 1) for size, row in pairs]
     found = measure(rows, over=over)
-    norms = found.leaf_norms * np.sqrt(np.array(sizes, np.float32))
+    norms = found.leaf_norms * np.sqrt(np.array(shares, np.float32))
     return Measurement(norms, norm_of_norms(norms), jnp.full((), -1, jnp.int32))
 
 

@@ -7,7 +7,7 @@ import pytest
 import training
 
 from stablegrad._across import HERE
-from stablegrad.stepping._sample import LEAST, STRIDE, _rows, sampled_norms
+from stablegrad.stepping._sample import LEAST, STRIDE, _rows, norms_of, rows_of
 
 SHAPES = {
     "dense": (512, 300),
@@ -32,7 +32,7 @@ def tree(seed=0):
 
 def test_the_sampled_norm_is_within_a_few_percent_of_every_leaf_and_of_all():
     update = {k: x.astype(jnp.float32) for k, x in tree().items()}
-    found = jax.jit(lambda u: sampled_norms(u, u, HERE))(update)
+    found = jax.jit(lambda u: norms_of(rows_of(u, u), u, HERE))(update)
     exact = [np.linalg.norm(np.asarray(x, np.float64)) for x in jax.tree.leaves(update)]
     np.testing.assert_allclose(found.leaf_norms, exact, rtol=0.08)
     np.testing.assert_allclose(found.norm, np.linalg.norm(exact), rtol=0.05)
@@ -40,7 +40,7 @@ def test_the_sampled_norm_is_within_a_few_percent_of_every_leaf_and_of_all():
 
 def test_small_leaves_are_measured_exactly():
     update = {"a": jnp.array([3e30, 4e30]), "b": jnp.full((64, 64), 1e-25)}
-    found = sampled_norms(update, update, HERE)
+    found = norms_of(rows_of(update, update), update, HERE)
     np.testing.assert_allclose(found.leaf_norms, [5e30, 64e-25], rtol=1e-5)
     np.testing.assert_allclose(found.norm, 5e30, rtol=1e-5)
 
@@ -63,7 +63,7 @@ def test_only_the_rows_are_computed(whole):
     def norm(x):
         update = {"w": jnp.sqrt(x) / (1 + x)}
         rest = jnp.sum(update["w"], axis=0) if whole else 0.0
-        return sampled_norms(update, update, HERE).norm, rest
+        return norms_of(rows_of(update, update), update, HERE).norm, rest
 
     lowered = jax.jit(norm, compiler_options=training.AS_USERS).lower(
         jnp.ones((2048, 512))
