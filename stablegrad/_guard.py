@@ -132,8 +132,7 @@ def guard(
         return GuardState(
             inner_state,
             *_trees.distinct((watched, answers, record, ranges)),
-            # Optax asks what a state is like of an object in place of all parameters.
-            layout=_trees.layout(names) if jax.tree.leaves(params) else params,
+            layout=params if _trees.is_stand_in(params) else _trees.layout(names),
         )
 
     def run(updates, state: GuardState, params, extra, commit, held) -> Any:

@@ -142,6 +142,13 @@ def zeros(structs):
     )
 
 
+def is_stand_in(params) -> bool:
+    """Whether this is the object by which `optax.tree.map_params` stands for a tree."""
+    structure = jax.tree.structure(params)
+    plain = params is None or isinstance(params, (dict, list, tuple))
+    return structure.num_leaves == 0 and structure.num_nodes == 1 and not plain
+
+
 def layout(names: tuple[str, ...]) -> dict[str, None]:
     """Names as the keys of a dict without arrays, which any checkpoint can hold.
 

@@ -4,7 +4,7 @@ import jax
 import pytest
 
 
-@pytest.fixture(autouse=True, scope="package")
+@pytest.fixture(autouse=True)
 def compiled_quickly():
     """Programs that run for milliseconds; their compilation takes all the time."""
     jax.config.update("jax_disable_most_optimizations", True)
