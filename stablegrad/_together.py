@@ -28,7 +28,7 @@ def reduce_together(
 ) -> tuple[jax.Array, ...]:
     """The sum, least or largest of each of several arrays of one shape.
 
-    Over all axes, or over some, which stay with size 1. Numbers must be finite.
+    Over all axes, or over some, which stay with size 1. No number may be a nan.
     """
     columns = tuple(jnp.asarray(column) for column in columns)
     if not (range(columns[0].ndim) if axes is None else axes):

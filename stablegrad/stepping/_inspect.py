@@ -99,11 +99,10 @@ def inspect(
         if array.kind is not None
     ]
     after = stacked(collect(found, by_kind(ranges, layout.kinds)))
-    none = jnp.zeros((), bool)
     return Inspection(
         jnp.where(jnp.any(wrong), jnp.argmax(wrong), -1).astype(jnp.int32),
-        none | jnp.any(flags[first:second]),
-        none | jnp.any(flags[second:]),
+        jnp.any(flags[first:second]),
+        jnp.any(flags[second:]),
         Ranges(-over.largest(-after.least), over.largest(after.most)),
     )
 
@@ -126,7 +125,8 @@ def _sums_of(arrays: list[_Array]) -> list[_Sums]:
     for after, before, _, _ in arrays:
         finite = jnp.isfinite(after)
         bad = ~finite if before is None else jnp.isfinite(before) & ~finite
-        wide = jnp.where(finite, jnp.real(after), 0).astype(jnp.float32)
+        # An inf that stays has no range; a maximum may lose a nan, but no inf.
+        wide = jnp.where(finite, jnp.real(after).astype(jnp.float32), jnp.inf)
         columns += [bad.astype(jnp.int32), wide, wide]
     sums = reduce_together(columns, ("sum", "min", "max") * len(arrays))
     return [_Sums(*sums[i : i + 3]) for i in range(0, len(sums), 3)]

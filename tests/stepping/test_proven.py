@@ -108,6 +108,21 @@ def test_a_gradient_that_breaks_a_moment_is_rejected_and_the_next_step_taken(val
     assert sg.events(state, params)[0].reason == "nonfinite_state"
 
 
+def test_a_state_that_keeps_an_inf_is_never_taken_for_one_within_a_range():
+    def update(updates, state, params=None):
+        return updates, jax.tree.map(lambda x: x * 0.5, state)
+
+    # One kind of state has an inf on purpose; the next step is inspected again.
+    inner = optax.GradientTransformation(
+        lambda params: jax.tree.map(lambda x: x.at[0].set(jnp.inf), params), update
+    )
+    tx = guarded(inner, False, sg.skip())
+    _, state, (_, seen, _) = training.scan(tx, gradients(), params_of(), apply=True)
+    assert seen["skipped_steps"][-1] == 0
+    known = jnp.abs(state.ranges.most) < 1e30
+    assert known.tolist() == [True, False]
+
+
 def test_an_update_that_overflows_is_rejected_with_its_leaf():
     params, state, seen = finite_after(1e38, optax.sgd(1e3), sg.skip())
     assert seen["skipped"].tolist() == [i == 7 for i in range(STEPS)]
