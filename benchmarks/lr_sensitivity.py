@@ -32,11 +32,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from _lr_sensitivity import figure, report, running
 from _lr_sensitivity.methods import BARE, Method, methods
 from _lr_sensitivity.rows import Row, Table
-from _lr_sensitivity.scores import score
 from _lr_sensitivity.store import Store, place
 from _lr_sensitivity.tasks import Task, curve_task, digits_task, text_task
 from _lr_sensitivity.timing import Clock
 from options import Parser, whole
+
+from stablegrad.sweep._scores import score
 
 HERE = Path(__file__).parent
 

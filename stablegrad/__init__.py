@@ -2,6 +2,7 @@
 
 from importlib.metadata import version as _version
 
+from . import sweep as sweep
 from ._apply import apply as apply
 from ._groups import units as units
 from ._guard import GuardedTransformation as GuardedTransformation, guard as guard
@@ -42,6 +43,7 @@ from .responses._halt import halt as halt
 from .responses._skip import skip as skip
 from .responses._trust_region import trust_region as trust_region
 from .skipping._skip_bad_steps import skip_bad_steps as skip_bad_steps
+from .structure._limit_gradient import limit_gradient as limit_gradient
 from .thresholds._ema_ratio import ema_ratio as ema_ratio
 from .thresholds._limits import fixed as fixed, nonfinite as nonfinite
 from .thresholds._param_ratio import param_ratio as param_ratio

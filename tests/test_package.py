@@ -1,6 +1,8 @@
 """The package as it is installed: metadata, dependencies, public names."""
 
 import re
+import subprocess
+import sys
 import tomllib
 from importlib.metadata import version
 from importlib.resources import files
@@ -9,6 +11,7 @@ from pathlib import Path
 import stablegrad as sg
 
 ROOT = Path(__file__).parents[1]
+FLAX_LAYERS = ("nnx", "linen")  # Modules of `stablegrad.structure`.
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
@@ -29,10 +32,19 @@ def test_it_needs_jax_jaxlib_and_optax_only():
     assert sorted(names) == ["jax", "jaxlib", "optax"]
     imported = set()
     for path in (ROOT / "stablegrad").rglob("*.py"):
-        found = re.findall(r"^\s*(?:import|from) (\w+)", path.read_text(), re.MULTILINE)
-        imported |= set(found)
+        if path.stem not in FLAX_LAYERS:
+            text = path.read_text()
+            found = re.findall(r"^\s*(?:import|from) (\w+)", text, re.MULTILINE)
+            imported |= set(found)
     third_party = imported & {"flax", "matplotlib", "rich", "chex", "orbax", "equinox"}
     assert not third_party
+
+
+def test_flax_is_loaded_by_those_alone_who_import_its_layers():
+    code = "import sys, stablegrad; sys.exit('flax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
+    for name in FLAX_LAYERS:
+        assert (ROOT / "stablegrad" / "structure" / f"{name}.py").is_file()
 
 
 def test_every_public_name_has_a_docstring_with_an_example():

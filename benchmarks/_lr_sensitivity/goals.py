@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from . import scores
+from stablegrad.sweep import _scores as scores
+
 from .rows import Row, Table
 
 A, LONG = "A", "A-1000"
@@ -23,6 +24,12 @@ HEALTHY = (
     "that beat the trivial predictor at their best rate. The best tuned loss is the "
     "lowest of the means over seeds."
 )
+
+
+def healthy(seen: scores.Scores, rates) -> np.ndarray:
+    """Which rates are below the cliff, with no seed broken."""
+    below = np.isnan(seen.cliff) | (np.asarray(rates) < seen.cliff)
+    return below & (seen.broken == 0)
 
 
 class Goal(NamedTuple):
@@ -82,13 +89,13 @@ def _against_bare(compare: Callable) -> Callable[[Table, Row], float]:
 
 @_against_bare
 def _loss_harm(table, ours, bare) -> float:
-    where = scores.healthy(bare, table.rates)
+    where = healthy(bare, table.rates)
     return 100 * _worst(ours.loss[where] / bare.loss[where] - 1)
 
 
 @_against_bare
 def _accuracy_harm(table, ours, bare) -> float:
-    where = scores.healthy(bare, table.rates)
+    where = healthy(bare, table.rates)
     return 100 * _worst(bare.accuracy[where] - ours.accuracy[where])
 
 
@@ -100,7 +107,7 @@ def _best_loss(table, ours, bare) -> float:
 
 @_against_bare
 def _largest_rates(table, ours, bare) -> float:
-    lost = ~scores.healthy(bare, table.rates)
+    lost = ~healthy(bare, table.rates)
     lost &= np.asarray(table.rates) > bare.best_rate
     return _worst(ours.loss[lost] - bare.best)
 

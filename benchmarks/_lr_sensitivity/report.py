@@ -2,11 +2,12 @@
 
 import numpy as np
 
-from . import scores
+from stablegrad.sweep import _scores as scores
+from stablegrad.sweep._scores import Mean
+
 from .goals import HEALTHY, best_peer, goals
 from .methods import Method
 from .rows import Row, Table
-from .scores import Mean
 
 LEGEND = f"""\
 Loss: final, on a fixed set, mean over as many seeds as stated; a loss that is not

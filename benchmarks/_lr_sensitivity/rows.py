@@ -4,7 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .scores import Scores
+from stablegrad.sweep._scores import Scores
+
 from .timing import Times
 
 

@@ -76,12 +76,6 @@ def cliff(loss, rates) -> float:
     return float(rates[lost.argmax()]) if lost.any() else np.nan
 
 
-def healthy(scores: Scores, rates) -> np.ndarray:
-    """Which rates are below the cliff, with no seed broken."""
-    below = np.isnan(scores.cliff) | (np.asarray(rates) < scores.cliff)
-    return below & (scores.broken == 0)
-
-
 def mean(values) -> Mean:
     """Mean and standard error."""
     values = np.asarray(values, np.float64)

@@ -1,0 +1,1 @@
+"""Pieces to build into a network: what keeps its gradients within bounds."""

@@ -1,0 +1,30 @@
+"""The same for Flax Linen: `from stablegrad.structure.linen import LimitGradient`."""
+
+import jax
+from flax import linen
+
+from ._limit_gradient import limit_gradient
+
+
+class LimitGradient(linen.Module):
+    """A layer that hands on its input, and limits the gradient on its way back.
+
+    Attributes:
+        max_norm: As for `stablegrad.limit_gradient`.
+        per: As for `stablegrad.limit_gradient`.
+
+    Example:
+        >>> from flax import linen
+        >>> from stablegrad.structure.linen import LimitGradient
+        >>> model = linen.Sequential(
+        ...     [linen.Dense(8), LimitGradient(1.0), linen.Dense(2)]
+        ... )
+    """
+
+    max_norm: float
+    per: str = "example"
+
+    @linen.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`x`, of any shape."""
+        return limit_gradient(x, self.max_norm, per=self.per)

@@ -1,0 +1,52 @@
+"""What a curve of training losses tells: spikes, and where it was lost for good."""
+
+import numpy as np
+
+SIGMAS, WINDOW, LEAST = 7.0, 1000, 32  # Steps.
+SMOOTHING = 0.9
+
+
+def spikes(losses) -> int:
+    """How many losses lie 7 standard deviations above the mean of those before.
+
+    Of the last 1,000 before, and of 32 at least; losses that are not finite are no
+    spikes, and are left out of the mean. As OLMo 2 counts them,
+    https://arxiv.org/abs/2501.00656, whose score is the share of such steps.
+    """
+    losses = np.asarray(losses, np.float64)
+    losses = losses[np.isfinite(losses)]
+    if len(losses) <= LEAST:
+        return 0
+    # About one of the values, so that the squares do not cancel.
+    shifted = losses - np.median(losses)
+    sums = np.concatenate([[0.0], np.cumsum(shifted)])
+    squares = np.concatenate([[0.0], np.cumsum(shifted**2)])
+    ends = np.arange(LEAST, len(losses))
+    starts = np.maximum(0, ends - WINDOW)
+    size = ends - starts
+    mean = (sums[ends] - sums[starts]) / size
+    variance = (squares[ends] - squares[starts]) / size - mean**2
+    limit = mean + SIGMAS * np.sqrt(np.maximum(variance, 0.0))
+    # A spread of nothing but rounding is none.
+    floor = 1e-6 * np.maximum(np.abs(losses[ends]), 1e-12)
+    return int(np.sum(shifted[ends] - limit > floor))
+
+
+def divergence(losses) -> int:
+    """The step from which a run was lost for good, or -1.
+
+    The first loss that is not finite, or else the first step of the last stretch, if
+    the run ends in it, whose smoothed loss is above the first loss.
+    """
+    losses = np.asarray(losses, np.float64)
+    broken = ~np.isfinite(losses)
+    if broken.any():
+        return int(broken.argmax())
+    average, above = losses[0], np.zeros(len(losses), bool)
+    for step, loss in enumerate(losses):
+        average = SMOOTHING * average + (1 - SMOOTHING) * loss
+        above[step] = average > losses[0]
+    if not above[-1]:
+        return -1
+    fine = np.flatnonzero(~above)
+    return int(fine[-1] + 1) if len(fine) else 0

@@ -1,0 +1,128 @@
+"""What every candidate trains: the loss, where it starts, and what it is shown."""
+
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .. import _checks
+from ..curvature._loss import outline
+
+
+class Problem(NamedTuple):
+    """What every candidate trains."""
+
+    init: Callable[[jax.Array], Any]  # key -> parameters
+    step: Callable | None  # The user's, or None for the one made of `loss`.
+    loss: Callable | None  # (params, batch) -> scalar
+    batch: Callable[[Any, Any], Any]  # (data, what a step draws) -> batch
+    evaluate: Callable | None  # (params, batch) -> loss, or dict of scalars
+    hidden: Callable | None  # (params, batch) -> activations
+    data: Any  # Arrays, on the device.
+    validation: Any  # Arrays with a leading axis of examples, or None.
+
+
+def problem_of(function, params, data, validation, evaluate, hidden) -> Problem:
+    """What all candidates train; checks that the parts fit together."""
+    takes = _arguments(function)
+    if takes == 4 and evaluate is None and validation is not None:
+        raise ValueError(
+            "`validation` with a training step needs `evaluate=`, a function of "
+            "(params, batch)."
+        )
+    if hidden is not None and validation is None:
+        raise ValueError("`hidden` needs `validation=`, the examples to look at.")
+    nnx: Any = sys.modules.get("flax.nnx")  # Who holds a module has imported it.
+    if nnx is not None and isinstance(params, nnx.Module):
+        raise TypeError(
+            "`params` must be a pytree or a function of a key, got a Flax NNX module. "
+            "Split it:\n"
+            "  graphdef, params, rest = nnx.split(model, nnx.Param, ...)\n"
+            "  loss_fn = lambda p, batch: loss(nnx.merge(graphdef, p, rest, copy=True),"
+            " batch)"
+        )
+    if validation is not None:
+        validation = _arrays("validation", validation)
+    return Problem(
+        init=params if callable(params) else lambda key: params,
+        step=function if takes == 4 else None,
+        loss=function if takes == 2 else None,
+        batch=_drawn if callable(data) is False else lambda _, key: data(key),
+        evaluate=evaluate or function,
+        hidden=hidden,
+        data=None if callable(data) else _arrays("data", data),
+        validation=validation,
+    )
+
+
+def _arguments(function) -> int:
+    """Two or four: a loss or a training step."""
+    try:
+        known = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        known = ()
+    positional = (
+        inspect.Parameter.POSITIONAL_ONLY,
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+    )
+    needed = [p for p in known if p.kind in positional and p.default is p.empty]
+    if len(needed) not in (2, 4):
+        raise TypeError(
+            "`loss_fn` must be a loss of (params, batch), or a training step of "
+            f"(tx, params, opt_state, batch); this one needs {len(needed)} arguments."
+        )
+    return len(needed)
+
+
+def _arrays(name: str, tree: Any) -> Any:
+    """The tree on the device, all leaves of one length."""
+    tree = jax.tree.map(jnp.asarray, tree)
+    lengths = {x.shape[0] if x.ndim else 0 for x in jax.tree.leaves(tree)}
+    if len(lengths) != 1 or lengths == {0}:
+        raise ValueError(
+            f"`{name}` must hold arrays with examples along the first axis, as many in "
+            f"each, got {outline(tree)}."
+        )
+    return tree
+
+
+def _drawn(data, rows):
+    return jax.tree.map(lambda x: x[rows], data)
+
+
+def draws_of(data, batch_size: int | None) -> Callable[[int, int, int], Any]:
+    """What steps draw: rows of arrays, or keys for a function."""
+    if callable(data):
+        if batch_size is not None:
+            raise ValueError("`batch_size` goes with `data` of arrays, not a function.")
+
+        def keys(seed: int, first: int, number: int):
+            key = jax.random.fold_in(jax.random.key(seed), 1)
+            fold = lambda step: jax.random.fold_in(key, step)
+            return jax.vmap(fold)(first + jnp.arange(number, dtype=jnp.uint32))
+
+        return keys
+    size = jax.tree.leaves(data)[0].shape[0]
+    _checks.require_count("batch_size", batch_size)
+    assert batch_size is not None
+    if batch_size > size:
+        raise ValueError(f"`batch_size` must be <= {size} examples, got {batch_size}.")
+    whole = size // batch_size
+
+    def rows(seed: int, first: int, number: int):
+        epochs = range(first // whole, (first + number - 1) // whole + 1)
+        orders = {
+            epoch: np.random.default_rng((seed, epoch)).permutation(size)
+            for epoch in epochs
+        }
+        chosen = []
+        for step in range(first, first + number):
+            epoch, part = divmod(step, whole)
+            chosen.append(orders[epoch][part * batch_size : (part + 1) * batch_size])
+        return jnp.asarray(np.stack(chosen), jnp.int32)
+
+    return rows
