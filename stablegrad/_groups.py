@@ -1,10 +1,7 @@
-"""Granularity: into which groups the numbers of a step fall, and back to the leaves.
+"""Granularity: into which groups the numbers of a step fall.
 
-    global: one group     label: leaves that share a label     leaf: each leaf
-    unit: within each leaf, the fan-in of one output neuron
-
-Whatever the granularity, the norms of a step are one vector with one number a group,
-so that a thousand leaves cost one small kernel.
+global: one group     label: leaves that share a label     leaf: each leaf
+unit: within each leaf, the fan-in of one output neuron
 """
 
 from collections.abc import Callable, Hashable
@@ -12,11 +9,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from . import _checks, _trees, _units
-from ._measure import Measurement, norms_over
 
 
 class Units(NamedTuple):
@@ -146,53 +141,6 @@ def group(per: Granularity, tree) -> Grouping:
     return Grouping(1, (0,) * len(leaves), every, kept)
 
 
-def group_norms(
-    grouping: Grouping, measured: Measurement, leaves, over=norms_over
-) -> jax.Array:
-    """The L2 norm of each group, float32 (groups,); nan where the group is not finite.
-
-    `over` takes the norms within leaves, as `norms_over` does.
-    """
-    norms = measured.leaf_norms
-    if grouping.whole:
-        return measured.norm[None]
-    if grouping.leafwise:
-        return norms
-    if not grouping.by_leaf:
-        judged = [
-            (leaf, axes)
-            for leaf, axes, first in zip(
-                leaves, grouping.axes, grouping.first, strict=True
-            )
-            if first is not None
-        ]
-        parts = over([leaf for leaf, _ in judged], [axes for _, axes in judged])
-        return jnp.concatenate(
-            [jnp.zeros((0,), jnp.float32), *[part.ravel() for part in parts]]
-        )
-    return _norms_by_label(norms, grouping)
-
-
-def leaf_factors(grouping: Grouping, factors) -> Any:
-    """Factors (groups,) as `scale_leaves` takes them: (), (leaves,), or a tuple."""
-    if grouping.whole:
-        return factors[0]
-    if grouping.leafwise:
-        return factors
-    if grouping.by_leaf:
-        places = [0 if first is None else first + 1 for first in grouping.first]
-        with_one = jnp.concatenate([jnp.ones((1,), factors.dtype), factors])
-        return with_one[np.array(places, np.int32)]
-    spread = []
-    for first, kept in zip(grouping.first, grouping.kept, strict=True):
-        if first is None:
-            spread.append(jnp.ones((), factors.dtype))
-        else:
-            last = first + int(np.prod(kept, dtype=np.int64))
-            spread.append(factors[first:last].reshape(kept))
-    return tuple(spread)
-
-
 def _unit_groups(settings: Units, tree, leaves) -> Grouping:
     axes = list(_units.unit_axes(tree, settings.axis, settings.stacked))
     first: list[int | None] = []
@@ -226,18 +174,3 @@ def _label(per, path, leaf) -> Hashable:
             f"{_trees.path_name(path)!r} it returned {label!r}."
         )
     return label
-
-
-def _norms_by_label(norms, grouping: Grouping) -> jax.Array:
-    """Norms of groups of leaves, each with its own unit so that none overflows."""
-    members = [i for i, first in enumerate(grouping.first) if first is not None]
-    label = np.array([grouping.first[i] for i in members], np.int32)
-    norms = norms[np.array(members, np.int32)]
-    finite = jnp.isfinite(norms)
-    known = jnp.where(finite, norms, 0.0)
-    unit = jax.ops.segment_max(known, label, grouping.count)
-    unit = jnp.where(unit > 0, unit, 1.0)
-    total = jax.ops.segment_sum(jnp.square(known / unit[label]), label, grouping.count)
-    bad = jax.ops.segment_sum((~finite).astype(jnp.int32), label, grouping.count)
-    largest = float(np.finfo(np.float32).max)
-    return jnp.where(bad > 0, jnp.nan, jnp.minimum(unit * jnp.sqrt(total), largest))

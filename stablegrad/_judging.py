@@ -7,7 +7,8 @@ import jax
 
 from . import _checks, _trees
 from ._across import HERE, Across
-from ._groups import group, group_norms
+from ._group_norms import group_norms
+from ._groups import group
 from ._measure import Measurement, unguarded, unguarded_over
 from ._signals import is_norm, is_outgoing, scalar_signal, signal_name
 from .responses._core import Response, Verdict, combine

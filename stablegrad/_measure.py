@@ -113,6 +113,30 @@ def norms_over(leaves, axes) -> list[jax.Array]:
     )
 
 
+def measure_parts(leaves, axes) -> tuple[Measurement, list[jax.Array]]:
+    """What `measure` and `norms_over` tell, from one pass over every leaf."""
+    pairs = list(zip(leaves, axes, strict=True))
+    squares = [_squares_over(leaf, over) for leaf, over in pairs]
+    # Kept apart: XLA would merge the two sums into a second one over the leaf, and
+    # write down the squares for both.
+    totals = jnp.stack([jnp.sum(lax.optimization_barrier(x)) for x in squares])
+    total = jnp.sum(totals)
+
+    def of_any_size(leaves):
+        parts = [
+            _saturate(norms_from(sums_by_size(leaf, over)))
+            for leaf, over in zip(leaves, axes, strict=True)
+        ]
+        return _of_any_size(leaves, HERE), parts
+
+    return lax.cond(
+        jnp.isfinite(total) & (total > SMALLEST_SAFE_SUM),
+        lambda _: (_from_squares(totals), [jnp.sqrt(square) for square in squares]),
+        of_any_size,
+        list(leaves),
+    )
+
+
 def newly_nonfinite(new, old, over: Across = HERE) -> jax.Array:
     """Whether `new` has a nan or inf where `old` had none, on any device.
 

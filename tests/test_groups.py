@@ -9,7 +9,8 @@ import pytest
 from training import scan
 
 import stablegrad as sg
-from stablegrad._groups import group, group_norms, leaf_factors
+from stablegrad._group_norms import group_norms, leaf_factors
+from stablegrad._groups import group
 from stablegrad._measure import measure
 from stablegrad._trees import inexact_leaves
 

@@ -13,8 +13,14 @@ import jax.numpy as jnp
 import optax
 
 from .. import _checks, _trees
-from .._groups import Granularity, group, group_norms, leaf_factors
-from .._measure import measure, norms_over, scaled_norm, unguarded, unguarded_over
+from .._group_norms import (
+    group_norms,
+    leaf_factors,
+    measure_groups,
+    scaled_groups_norm,
+)
+from .._groups import Granularity, group
+from .._measure import unguarded, unguarded_over
 from ..responses._clip import factors
 from ..thresholds._core import Scope, Threshold, judge, learn
 from ._readings import ClipReadings, init_readings, read
@@ -66,25 +72,29 @@ def clipping(name: str, rule: Rule) -> optax.GradientTransformationExtraArgs:
     def update_fn(updates, state, params=None, **extra):
         del extra
         grouping = group(rule.per, updates)
-        measured = unguarded(updates) if rule.published else measure(updates)
+        leaves = _trees.inexact_leaves(updates)
+        if rule.published:
+            measured = unguarded(updates)
+            norms = group_norms(grouping, measured, leaves, unguarded_over)
+        else:
+            measured, norms = measure_groups(grouping, updates)
         param_norms = None
         if rule.of_params:
             if params is None:
                 raise _checks.missing_params(f"`{name}`")
-            leaves = _trees.inexact_leaves(params, updates)
+            own = _trees.inexact_leaves(params, updates)
             sizes = unguarded(params, updates)
-            param_norms = group_norms(grouping, sizes, leaves, unguarded_over)
-        over = unguarded_over if rule.published else norms_over
-        norms = group_norms(grouping, measured, _trees.inexact_leaves(updates), over)
+            param_norms = group_norms(grouping, sizes, own, unguarded_over)
         ruling = rule.rule(state.clip_rule_state, norms, Scope(grouping, param_norms))
         scales = leaf_factors(grouping, ruling.factors)
         finite = jnp.isfinite(measured.norm)
         keep = None if rule.published else finite
         clipped = _trees.scale_leaves(updates, scales, updates, keep)
+        length = scaled_groups_norm(grouping, measured, norms, ruling.factors)
         readings = read(
             state.clip_readings,
             raw=measured.norm,
-            clipped=jnp.where(finite, scaled_norm(measured, scales, updates), 0.0),
+            clipped=jnp.where(finite, length, 0.0),
             limit=jnp.min(ruling.limit, initial=jnp.inf),
             scale=_trees.least(scales),
             finite=finite,

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from .._checks import require
-from .._groups import leaf_factors
+from .._group_norms import leaf_factors
 from .._signals import is_outgoing
 from ..learning_rate._explosions import (
     ExplosionSettings,

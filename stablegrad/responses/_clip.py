@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from .._groups import leaf_factors
+from .._group_norms import leaf_factors
 from .._signals import is_outgoing
 from ..thresholds._core import Judgement, Threshold
 from ._core import Response, check_thresholds, proceed
