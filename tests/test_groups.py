@@ -9,10 +9,15 @@ import pytest
 from training import scan
 
 import stablegrad as sg
-from stablegrad._group_norms import group_norms, leaf_factors
+from stablegrad._group_norms import (
+    group_norms,
+    leaf_factors,
+    measure_groups,
+    scaled_groups_norm,
+)
 from stablegrad._groups import group
 from stablegrad._measure import measure
-from stablegrad._trees import inexact_leaves
+from stablegrad._trees import inexact_leaves, scale_leaves
 
 RNG = np.random.default_rng(0)
 PARAMS = {
@@ -101,6 +106,32 @@ def test_factors_reach_the_elements_of_their_group(name):
     np.testing.assert_allclose(norms_by_hand(name, done), expected, rtol=1e-5)
     if count == 1 and name == "body only":
         chex.assert_trees_all_equal(done["head"], grads["head"])
+
+
+@every
+@pytest.mark.parametrize("scale", [1e-25, 1.0, 1e30])
+def test_one_pass_tells_what_the_two_measurements_tell(name, scale):
+    per, count = GRANULARITIES[name]
+    grads = jax.tree.map(
+        lambda x: scale * x if x.dtype == jnp.float32 else x, random_like(PARAMS)
+    )
+    grouping = group(per, grads)
+    measured, norms = jax.jit(measure_groups, static_argnums=0)(grouping, grads)
+    chex.assert_trees_all_close(measured, measure(grads), rtol=1e-6)
+    expected = np.array(norms_by_hand(name, grads))
+    np.testing.assert_allclose(norms / scale, expected / scale, rtol=1e-5)
+    factors = jnp.asarray(RNG.uniform(0.1, 0.9, size=count), jnp.float32)
+    scaled = scale_leaves(grads, leaf_factors(grouping, factors), grads)
+    found = scaled_groups_norm(grouping, measured, norms, factors)
+    np.testing.assert_allclose(found, measure(scaled).norm, rtol=1e-5)
+
+
+def test_one_pass_names_the_bad_leaf_and_spares_the_other_units():
+    grads = random_like(PARAMS)
+    grads["body"]["kernel"] = grads["body"]["kernel"].at[0, 1].set(jnp.nan)
+    measured, norms = measure_groups(group("unit", grads), grads)
+    assert measured.first_bad_leaf == 1 and jnp.isnan(measured.norm)
+    assert jnp.isnan(norms).sum() == 1
 
 
 @every

@@ -21,6 +21,7 @@ COLUMNS = (
     "diverged",
     "rounds",
     "ms/step",
+    "seconds",
     "trivial",
     "dead",
     "flags",
@@ -32,7 +33,7 @@ of rates within {WITHIN} of its loss; cliff: the lowest rate above it that is mo
 {CLIFF} off. Skipped steps, spikes (7 sigma), rounds (steps until the evaluation that
 counts) and dead hidden units: at the best rate. Diverged: of all runs, and the earliest
 step. Trivial: rates at which a constant predictor is as good. ms/step: of one run,
-while others share the machine, without compilation."""
+while others share the machine; seconds: of all runs together; without compilation."""
 
 
 def table(result: "Comparison") -> str:
@@ -80,6 +81,7 @@ def _cells(row: "Row") -> tuple[str, ...]:
         f"{lost.size}/{row.diverged.size}" + (f" @{lost.min()}" if lost.size else ""),
         _number(row.rounds, ".0f"),
         _number(row.step_ms, ".3g"),
+        _number(row.seconds, ".1f"),
         f"{row.trivial.sum()}/{row.trivial.size}" if row.trivial.any() else "-",
         _number(row.dead, ".0%"),
         ", ".join(flags),
