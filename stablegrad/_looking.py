@@ -1,5 +1,6 @@
 """Looking along a step before it is taken, for the responses that do."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,13 +22,16 @@ def look_ahead(
     responses: tuple[Response, ...],
     states: tuple,
     gradient: Any,
-    step: Any,
+    step: Callable[[], Any],
     length,
     params: Any,
     extra: dict[str, Any],
     over: Across,
 ) -> Foresight:
-    """One foresight for all: scales multiply, and `state` holds every response's."""
+    """One foresight for all: scales multiply, and `state` holds every response's.
+
+    `step` is only called where a response does look, in a branch of its own.
+    """
     ahead, loss = unlooked(states), loss_of(extra, over)
     for i, response in enumerate(responses):
         if response.look_ahead is None or not _may_look(response, params, extra):
@@ -35,7 +39,7 @@ def look_ahead(
         assert loss is not None
         attempt = Attempt(
             gradient,
-            _trees.scale_leaves(step, ahead.step_scale, gradient),
+            functools.partial(_scaled, step, ahead.step_scale, gradient),
             params,
             ahead.step_scale * length,
             loss,
@@ -50,6 +54,10 @@ def look_ahead(
             (*ahead.state[:i], found.state, *ahead.state[i + 1 :]),
         )
     return ahead
+
+
+def _scaled(step: Callable[[], Any], scale, gradient):
+    return _trees.scale_leaves(step(), scale, gradient)
 
 
 def will_look(responses: tuple[Response, ...], params, extra) -> bool:

@@ -30,7 +30,7 @@ def test_every_step_can_be_taken_and_keeps_its_shapes(step):
     def take(params, state):
         extra = {"value": jnp.ones(())}
         if step.looks:
-            extra["value_fn"] = problem.loss_of(problem.data)
+            extra["value_fn"] = problem.loss_of(problem.params, problem.data)
         return step.take(step.tx, problem.data, state, params, **extra)
 
     before = jax.eval_shape(lambda p: (p, step.tx.init(p)), problem.params)
@@ -88,7 +88,15 @@ def test_the_transformer_has_ten_million_parameters_and_learns():
     problem = training_step(1, 8, 16, 2)
     loss, grads = problem.gradients(problem.params, problem.data)
     moved = jax.tree.map(lambda p, g: p - 0.1 * g, problem.params, grads)
-    assert problem.loss_of(problem.data)(moved) < loss
+    assert problem.loss_of(problem.params, problem.data)(moved) < loss
+
+
+def test_the_loss_of_the_optimizer_alone_has_the_gradients_that_are_given():
+    problem = optimizer_alone(60, 3)
+    loss_fn = problem.loss_of(problem.params, problem.data)
+    loss, grads = jax.value_and_grad(loss_fn)(problem.params)
+    assert loss == problem.gradients(problem.params, problem.data)[0]
+    jax.tree.map(np.testing.assert_array_equal, grads, problem.data)
 
 
 @pytest.mark.skipif(not pytorch.available(), reason="PyTorch is not installed")

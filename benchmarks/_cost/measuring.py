@@ -62,7 +62,7 @@ def compiled(step: Step, problem: Problem) -> Program:
         loss, grads = problem.gradients(params, data)
         extra = {"value": loss}
         if step.looks:
-            extra["value_fn"] = problem.loss_of(data)
+            extra["value_fn"] = problem.loss_of(params, data)
         return step.take(step.tx, grads, state, params, **extra)
 
     params = jax.tree.map(jnp.copy, problem.params)

@@ -35,7 +35,7 @@ class Attempt(NamedTuple):
     """The step that is about to be taken, for a response that looks ahead."""
 
     gradient: Any  # As it came, of which `slope` is taken.
-    step: Any  # What would be added to the parameters.
+    step: Callable[[], Any]  # What would be added to the parameters, once looked at.
     params: Any
     length: jax.Array  # float32, (): L2 norm of `step`.
     loss: jax.Array  # float32, (): at `params`.
@@ -99,6 +99,8 @@ def look(attempt: Attempt, kind: str, scale, rise, accept, aim) -> Look:
     where r would be `aim`. Where r stays the same, c times the loss's own gradient
     gives 1 - 1/c, which no shorter step mends: a mismatch.
     """
+    step = attempt.step()
+    attempt = attempt._replace(step=lambda: step)
     promised = slope_along(attempt, jnp.asarray(scale, jnp.float32))
     slope = jnp.where(jnp.isfinite(promised), promised, 0.0)
     excess_at = _EXCESS[kind](attempt, scale, slope)
@@ -139,7 +141,7 @@ def look(attempt: Attempt, kind: str, scale, rise, accept, aim) -> Look:
 
 
 def _moved(attempt: Attempt, scale):
-    step = _trees.scale_leaves(attempt.step, scale, attempt.gradient)
+    step = _trees.scale_leaves(attempt.step(), scale, attempt.gradient)
     return optax.apply_updates(attempt.params, step)
 
 
@@ -187,7 +189,7 @@ def _hvp(attempt: Attempt, scale, slope):
 
 def _inexact(attempt: Attempt):
     params = _trees.inexact_leaves(attempt.params, attempt.gradient)
-    return params, _trees.inexact_leaves(attempt.step, attempt.gradient)
+    return params, _trees.inexact_leaves(attempt.step(), attempt.gradient)
 
 
 def _whole(attempt: Attempt, moved: list):

@@ -45,7 +45,7 @@ def checked_step(now: Situation, updates, inner_state, params, ranges: Any) -> T
             now.responses,
             now.response_states,
             updates,
-            _trees.scale_leaves(update, scales, updates),
+            lambda: _trees.scale_leaves(update, scales, updates),
             length,
             params,
             now.extra,

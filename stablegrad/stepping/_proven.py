@@ -22,7 +22,7 @@ from .._reasons import Reason, first_reason
 from ..bounds._kinds import Layout, layout_of
 from ..bounds._proof import Proof, prove
 from ..bounds._ranges import Ranges
-from ..responses._core import Verdict
+from ..responses._core import Foresight, Verdict
 from ._core import Situation, Taken
 from ._inspect import Inspection, inspect
 from ._sample import norms_of, rows_of
@@ -87,6 +87,29 @@ def proven_step(
     rows = lax.cond(reached, sample, lambda *_: none, *operands)
     measured, words, after = lax.cond(reached, look, pass_by, rows)
     scales = _trees.times(after.update_scale, after.lr_scale)
+    unlooked = _looking.unlooked(now.response_states)
+    ahead = unlooked
+    if _looking.will_look(now.responses, params, now.extra):
+        length = scaled_norm(measured, scales, updates)
+
+        def look_along(updates, inner_state, params) -> Foresight:
+            def step():
+                update, _ = scaled_inner(updates, inner_state, params)
+                return _trees.scale_leaves(update, scales, updates)
+
+            return _looking.look_ahead(
+                now.responses,
+                now.response_states,
+                updates,
+                step,
+                length,
+                params,
+                now.extra,
+                now.over,
+            )
+
+        ahead = lax.cond(reached, look_along, lambda *_: unlooked, *operands)
+    scales = _trees.times(scales, ahead.step_scale)
 
     def examine(updates, inner_state, params) -> Inspection:
         update, new_state = scaled_inner(updates, inner_state, params)
@@ -112,9 +135,8 @@ def proven_step(
         (found.state_breaks, Reason.NONFINITE_STATE),
         (found.params_break, Reason.NONFINITE_PARAMETERS),
     )
-    reason = first_reason(
-        (after.reason, *(jnp.where(flag, int(why), 0) for flag, why in unsound))
-    )
+    breaks = first_reason([jnp.where(flag, int(why), 0) for flag, why in unsound])
+    reason = first_reason((after.reason, breaks))
     fine = reason == 0
 
     def commit(updates, inner_state, params):
@@ -128,7 +150,8 @@ def proven_step(
 
     result, new_state = lax.cond(fine, commit, hold, *operands)
     return Taken(
-        _looking.unlooked(now.response_states),
+        # Along a step that is not finite there is nothing to learn.
+        _trees.select(breaks == 0, ahead, unlooked),
         result,
         new_state,
         measured._replace(first_bad_leaf=found.first_bad_leaf),

@@ -148,7 +148,7 @@ def _dead(hidden, params, validation) -> jax.Array:
     whole, slices, left, rest = _slices(validation)
     found = jnp.any(jax.lax.map(alive, slices), axis=0) if whole else False
     found = found | alive(rest) if left else found
-    return 1 - jnp.mean(jnp.asarray(found, jnp.float32))
+    return jnp.mean(jnp.asarray(~found, jnp.float32))
 
 
 def _skipped(state) -> jax.Array:

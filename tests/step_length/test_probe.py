@@ -22,7 +22,7 @@ def along(params, step, loss_fn=quadratic, gradient=None):
     loss, found = jax.value_and_grad(loss_fn)(params)
     gradient = jnp.conj(found) if gradient is None else gradient
     length = optax.tree.norm(step)
-    return _probe.Attempt(gradient, step, params, length, loss, loss_fn)
+    return _probe.Attempt(gradient, lambda: step, params, length, loss, loss_fn)
 
 
 def look(attempt, kind="forward", scale=1.0, rise=ANY, accept=ANY, aim=0.245):
@@ -172,7 +172,7 @@ def test_complex_leaves_count_as_pairs_and_integers_not_at_all(kind):
     gradient = {"n": jnp.int32(0), "z": jnp.asarray(CURVATURE * z, jnp.complex64)}
     step = {"n": jnp.int32(0), "z": -0.05 * gradient["z"]}
     attempt = _probe.Attempt(
-        gradient, step, params, jnp.float32(1), loss_fn(params), loss_fn
+        gradient, lambda: step, params, jnp.float32(1), loss_fn(params), loss_fn
     )
     found = look(attempt, kind)
     first, second = (np.sum(CURVATURE**k * np.abs(z) ** 2) for k in (2, 3))
@@ -215,6 +215,6 @@ def test_a_rough_loss_is_no_mismatch_though_no_part_of_the_step_may_be_taken(pit
     # r is 0.7 give or take 0.25, and another at almost every look.
     wave = lambda x: 0.3 + 0.25 * jnp.sin(pitch * jnp.log(jnp.maximum(x, 1e-30)))
     one, zero = jnp.ones(()), jnp.zeros(())
-    attempt = _probe.Attempt(-one, one, zero, one, zero, lambda x: -x * wave(x))
+    attempt = _probe.Attempt(-one, lambda: one, zero, one, zero, lambda x: -x * wave(x))
     found = look(attempt, accept=0.35)
     assert found.looks == _probe.TRIES and not found.accepted and not found.mismatch

@@ -146,17 +146,21 @@ def test_bfloat16_is_proven_and_float16_checked():
 
 
 def test_a_checked_step_in_between_forgets_the_ranges():
-    tx = sg.guard(optax.sgd(0.1), sg.trust_region(), exact_updates=False)
-    tx = sg.stabilize(optax.adamw(1e-3), exact_updates=False)
+    def update(updates, state, params=None, *, odd=False, **extra):
+        if odd:  # Nothing is known of the range of an orthogonal factor.
+            updates = {**updates, "w": jnp.linalg.qr(updates["w"])[0]}
+        return jax.tree.map(lambda x: -0.1 * x, updates), state
+
+    inner = optax.GradientTransformationExtraArgs(lambda params: (), update)
+    tx = sg.guard(inner, sg.skip(), exact_updates=False)
     params, grads = params_of(), jax.tree.map(lambda x: x[0], gradients())
 
     def known(state):
         return bool(jnp.all(state.ranges.most < 1e30))
 
     @functools.partial(jax.jit, static_argnums=3)
-    def step(params, state, grads, look):
-        extra = {"value_fn": lambda p: jnp.sum(p["w"] ** 2)} if look else {}
-        return sg.apply(tx, grads, state, params, value=1.0, **extra)
+    def step(params, state, grads, odd):
+        return sg.apply(tx, grads, state, params, **({"odd": True} if odd else {}))
 
     state = tx.init(params)
     assert not known(state)
@@ -166,6 +170,82 @@ def test_a_checked_step_in_between_forgets_the_ranges():
     assert not known(state)
     params, state = step(params, state, grads, False)
     assert known(state)
+
+
+CURVATURE = jnp.linspace(0.2, 4.0, 8)[None]
+
+
+def bowl(params):
+    return 0.5 * jnp.sum(CURVATURE * params["w"] ** 2) + jnp.sum(params["b"] ** 2)
+
+
+@functools.cache
+def looking(name, exact):
+    """Steps of a guard that looks along them, some on a bad gradient."""
+    tx = sg.guard(
+        {**INNER, "too long": optax.sgd(50.0), "adam": optax.adam(1.0)}[name],
+        sg.skip(sg.nonfinite(), sg.fixed(1e6)),
+        sg.trust_region(every=2),
+        exact_updates=exact,
+    )
+
+    @jax.jit
+    def run(params, faults):
+        def step(carry, fault):
+            params, state = carry
+            loss, grads = jax.value_and_grad(bowl)(params)
+            grads = {**grads, "b": grads["b"].at[1].add(fault)}
+            params, state = sg.apply(
+                tx, grads, state, params, value=loss, value_fn=bowl
+            )
+            return (params, state), (loss, sg.metrics(state))
+
+        return jax.lax.scan(step, (params, tx.init(params)), faults)
+
+    faults = (
+        jnp.zeros(STEPS)
+        .at[jnp.array([7, 8, 20])]
+        .set(jnp.array([jnp.nan, 1e9, jnp.inf]))
+    )
+    return run(params_of(), faults)
+
+
+@pytest.mark.parametrize("name", ["too long", "adam", "clipped"])
+def test_a_trust_region_decides_in_place_as_it_does_on_checked_steps(name):
+    (params, _), (losses, proven) = looking(name, False)
+    (other, _), (_, checked) = looking(name, True)
+    assert proven["skipped_steps"][-1] == 3 and proven["trust_probes"][-1] > 10
+    assert losses[-1] < 0.05 * losses[0]
+    for key in checked:
+        chex.assert_trees_all_close(proven[key], checked[key], rtol=2e-3, atol=1e-6)
+    chex.assert_trees_all_close(params, other, rtol=2e-3, atol=1e-5)
+
+
+def test_a_step_with_a_hidden_inf_teaches_the_trust_region_nothing():
+    def update(updates, state, params=None):
+        # Only one element, in a row that no sample has.
+        spoilt = updates["w"].at[1, 1].set(jnp.where(state == 2, jnp.inf, 0.0))
+        steps = {"w": jnp.where(jnp.isinf(spoilt), spoilt, -0.1 * updates["w"])}
+        return steps, state + 1
+
+    inner = optax.GradientTransformation(lambda params: jnp.zeros(()), update)
+    tx = sg.guard(inner, sg.skip(), sg.trust_region(every=1), exact_updates=False)
+    params = {"w": jnp.ones((1024, 128))}
+    loss_fn = lambda params: 0.5 * jnp.sum(params["w"] ** 2)
+
+    @jax.jit
+    def step(params, state):
+        loss, grads = jax.value_and_grad(loss_fn)(params)
+        return sg.apply(tx, grads, state, params, value=loss, value_fn=loss_fn)
+
+    state, seen = tx.init(params), []
+    for _ in range(3):
+        params, state = step(params, state)
+        seen.append(sg.metrics(state))
+    assert [bool(now["skipped"]) for now in seen] == [False, False, True]
+    for key in ("trust_radius", "trust_probes", "trust_cuts"):
+        assert seen[2][key] == seen[1][key]
+    chex.assert_tree_all_finite(params)
 
 
 @pytest.mark.parametrize("apply", [False, True], ids=["update", "apply"])
