@@ -20,8 +20,6 @@ three nan batches in a row; and a learning rate far above the stable one, until 
 """
 
 import argparse
-import json
-import math
 import sys
 import time
 from pathlib import Path
@@ -34,36 +32,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from models import MLP
 from options import Parser, above, whole
 from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from telemetry import to_json
 
 import stablegrad as sg
 
 COLUMNS = ("run", "loss", "accuracy", "skipped", "clipped", "lr_scale", "bad leaf")
 CHUNK = 50  # Steps between two reads of the device, for the progress bar.
-
-
-class Classifier(nnx.Module):
-    """Inputs - 128 - 64 - 10, ReLU."""
-
-    def __init__(self, inputs: int, rngs: nnx.Rngs):
-        """He initialisation from `rngs`."""
-        he = nnx.initializers.he_normal()
-        self.layers = nnx.List(
-            [
-                nnx.Linear(n_in, n_out, kernel_init=he, rngs=rngs)
-                for n_in, n_out in ((inputs, 128), (128, 64), (64, 10))
-            ]
-        )
-
-    def __call__(self, x):
-        """Logits, shape (batch, 10), of images as rows, shape (batch, inputs)."""
-        for layer in self.layers[:-1]:
-            x = nnx.relu(layer(x))
-        return self.layers[-1](x)
 
 
 class Run(NamedTuple):
@@ -122,7 +102,8 @@ def make_step(graphdef, tx):
 
 def train_one(run: Run, train, options, plan, progress, log):
     """Trains from the shared weights; returns the model, state and telemetry."""
-    model = Classifier(train.images.shape[1], nnx.Rngs(options.seed))
+    widths = (train.images.shape[1], 128, 64, 10)
+    model = MLP(widths, rngs=nnx.Rngs(options.seed))
     graphdef, params = nnx.split(model)
     opt_state = run.tx.init(params)
     step = make_step(graphdef, run.tx)
@@ -146,12 +127,6 @@ def train_one(run: Run, train, options, plan, progress, log):
             progress.update(bar, completed=len(history))
             waiting = []
     return nnx.merge(graphdef, params), opt_state, history
-
-
-def to_json(row: dict) -> str:
-    """One JSON line; JSON has no nan or inf, so they become null."""
-    finite = lambda x: None if isinstance(x, float) and not math.isfinite(x) else x
-    return json.dumps({name: finite(x) for name, x in row.items()}) + "\n"
 
 
 def evaluate(model, test: digits.Split) -> tuple[float, float]:

@@ -74,7 +74,8 @@ def compare(
             >= 1.
         patience: Evaluations without a lower loss after which a run is ended; its best
             one counts. None: every run takes all steps, and its last one counts.
-        at_once: Runs in one program at most. None: as many as memory allows.
+        at_once: Runs in one program at most. None: as many as memory allows; one on a
+            CPU if there are convolutions, which are slow there for several networks.
         show_progress: Whether to draw a progress bar on standard error.
 
     Returns:

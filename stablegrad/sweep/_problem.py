@@ -12,6 +12,8 @@ import numpy as np
 from .. import _checks
 from ..curvature._loss import outline
 
+AT_ONCE = 1000  # Examples of the validation set in one call.
+
 
 class Problem(NamedTuple):
     """What every candidate trains."""
@@ -23,7 +25,8 @@ class Problem(NamedTuple):
     evaluate: Callable | None  # (params, batch) -> loss, or dict of scalars
     hidden: Callable | None  # (params, batch) -> activations
     data: Any  # Arrays, on the device.
-    validation: Any  # Arrays with a leading axis of examples, or None.
+    # Of the validation set: how many examples, and their arrays; none without a set.
+    slices: list[tuple[int, Any]]
 
 
 def problem_of(function, params, data, validation, evaluate, hidden) -> Problem:
@@ -45,8 +48,7 @@ def problem_of(function, params, data, validation, evaluate, hidden) -> Problem:
             "  loss_fn = lambda p, batch: loss(nnx.merge(graphdef, p, rest, copy=True),"
             " batch)"
         )
-    if validation is not None:
-        validation = _arrays("validation", validation)
+    slices = [] if validation is None else _slices(_arrays("validation", validation))
     return Problem(
         init=params if callable(params) else lambda key: params,
         step=function if takes == 4 else None,
@@ -55,7 +57,7 @@ def problem_of(function, params, data, validation, evaluate, hidden) -> Problem:
         evaluate=evaluate or function,
         hidden=hidden,
         data=None if callable(data) else _arrays("data", data),
-        validation=validation,
+        slices=slices,
     )
 
 
@@ -88,6 +90,13 @@ def _arrays(name: str, tree: Any) -> Any:
             f"each, got {outline(tree)}."
         )
     return tree
+
+
+def _slices(tree) -> list[tuple[int, Any]]:
+    size = jax.tree.leaves(tree)[0].shape[0]
+    cuts = [(i, min(i + AT_ONCE, size)) for i in range(0, size, AT_ONCE)]
+    cut = lambda first, last: jax.tree.map(lambda x: x[first:last], tree)
+    return [(last - first, cut(first, last)) for first, last in cuts]
 
 
 def _drawn(data, rows):

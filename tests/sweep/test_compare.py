@@ -138,6 +138,33 @@ def test_runs_in_groups_are_the_same_as_all_at_once(share, monkeypatch):
     assert len(np.unique(whole.train[0, :, 0])) == 3  # Seeds differ.
 
 
+def test_convolutions_on_a_cpu_are_stepped_outside_of_a_loop_with_the_same_results(
+    monkeypatch,
+):
+    images = jax.random.normal(jax.random.key(0), (16, 4, 4, 1))
+
+    def loss(kernel, batch):
+        found = jax.lax.conv(jnp.moveaxis(batch, -1, 1), kernel, (1, 1), "SAME")
+        return jnp.mean((found - 1.0) ** 2)
+
+    options = {
+        "loss_fn": loss,
+        "params": lambda key: jax.random.normal(key, (2, 1, 3, 3)),
+        "data": images,
+        "validation": images,
+        "steps": 6,
+        "learning_rates": (0.01, 0.1),
+    }
+    alone = compare("momentum", **options).rows[0]
+    together = compare("momentum", **options, at_once=2).rows[0]
+    monkeypatch.setattr(_compiled, "_slow_in_loops", lambda *given: False)
+    looped = compare("momentum", **options).rows[0]
+    assert (alone.at_once, together.at_once, looped.at_once) == (1, 2, 2)
+    for other in (together, looped):
+        np.testing.assert_allclose(other.train, alone.train, rtol=1e-5)
+        np.testing.assert_allclose(other.validation, alone.validation, rtol=1e-5)
+
+
 def test_candidates_and_rates_see_the_same_batches_and_weights():
     rows = compare(["sgd", "adam"], data=noisy, params=scattered, seeds=[4, 7]).rows
     first = np.stack([row.train[..., 0] for row in rows])

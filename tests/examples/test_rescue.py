@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import rescue
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def test_rescue_survives_all_faults_and_writes_what_it_says(tmp_path, capsys):

@@ -1,0 +1,54 @@
+"""The figures of `schedules.py` and `structure.py`."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+
+def draw_schedules(outcomes: dict[str, Any], kinds: dict[str, str], path: Path) -> None:
+    """Rate, gradient norm and loss over the steps: a column a kind of schedule."""
+    columns = list(dict.fromkeys(kinds.values()))
+    figure = Figure(figsize=(14, 8), layout="constrained")
+    axes = figure.subplots(3, len(columns), sharex=True, sharey="row", squeeze=False)
+    for name, out in outcomes.items():
+        column = columns.index(kinds[name])
+        color = f"C{[n for n in kinds if kinds[n] == kinds[name]].index(name)}"
+        for axis, values in zip(
+            axes[:, column], (out.rates, out.norms, out.losses), strict=True
+        ):
+            inside = np.clip(np.where(np.isfinite(values), values, np.nan), 1e-5, 1e5)
+            axis.plot(inside, color=color, label=name, linewidth=0.8)
+    for column, kind in enumerate(columns):
+        axes[0, column].set_title(kind)
+        axes[2, column].set_xlabel("step")
+        if axes[0, column].lines:
+            axes[0, column].legend(loc="lower left")
+    labels = ("learning rate", "gradient norm", "training loss")
+    for axis, label in zip(axes[:, 0], labels, strict=True):
+        axis.set_yscale("log")
+        axis.set_ylabel(label)
+    figure.savefig(path, dpi=110)
+
+
+def draw_layers(outcomes: dict[int, dict[str, Any]], path: Path) -> None:
+    """The gradient norm over the layers, at the start and after training, by depth."""
+    figure = Figure(figsize=(4.5 * len(outcomes) + 1, 8), layout="constrained")
+    axes = figure.subplots(2, len(outcomes), sharey="row", squeeze=False)
+    names = list(dict.fromkeys(name for found in outcomes.values() for name in found))
+    for column, (depth, networks) in enumerate(outcomes.items()):
+        for axis, when in zip(axes[:, column], ("at_start", "at_end"), strict=True):
+            for name, out in networks.items():
+                norms = getattr(out, when)
+                norms = np.clip(np.where(norms > 0, norms, np.nan), 1e-15, 1e12)
+                style = {"color": f"C{names.index(name)}", "marker": "."}
+                axis.plot(range(1, len(norms) + 1), norms, label=name, **style)
+            axis.set_yscale("log")
+            axis.locator_params(axis="x", integer=True)
+        axes[0, column].set_title(f"{depth} hidden layers")
+        axes[1, column].set_xlabel("layer")
+    axes[0, 0].set_ylabel("gradient norm at the start")
+    axes[1, 0].set_ylabel("gradient norm, last epoch")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper")
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,85 @@
+"""The structure example: its networks, table and figure, at a tiny size."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import structure
+
+CHOSEN = ("plain", "batch norm")
+
+
+def lines_of(folder):
+    return [
+        json.loads(x) for x in (folder / "telemetry.jsonl").read_text().splitlines()
+    ]
+
+
+def test_gradients_vanish_in_a_plain_network_and_not_behind_batch_normalisation(
+    tmp_path, monkeypatch, capsys
+):
+    chosen = {name: structure.STRUCTURES[name] for name in CHOSEN}
+    monkeypatch.setattr(structure, "STRUCTURES", chosen)
+    sizes = ["--depths", "8", "--width", "16", "--epochs", "2"]
+    assert structure.main([*sizes, "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out.partition("8 hidden layers")[2]
+    rows = lines_of(tmp_path)
+    last = {row["structure"]: row for row in rows if row.get("epoch") == 2}
+    assert set(last) == set(CHOSEN)
+    ranked = sorted(CHOSEN, key=lambda name: -last[name]["accuracy"])
+    places = [printed.index(f" {name} ") for name in ranked]
+    assert places == sorted(places)
+    norms = {
+        name: np.array(
+            [
+                row["norm_at_start"]
+                for row in rows
+                if row["structure"] == name and "layer" in row
+            ]
+        )
+        for name in CHOSEN
+    }
+    assert all(len(layers) == 9 for layers in norms.values())
+    assert norms["plain"].max() < 0.3 * norms["batch norm"].min()
+    assert (tmp_path / "structure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def outcome(accuracy):
+    norms = np.ones(5)
+    return structure.Outcome(accuracy, 1.0, norms, norms, None, 1.0, 2.0, 0.003)
+
+
+def test_ctrl_c_keeps_the_networks_that_are_finished(tmp_path, monkeypatch, capsys):
+    def train(name, *args):
+        if name == "dropout 0.2":
+            raise KeyboardInterrupt
+        return outcome(0.25 if name == "plain" else 0.5)
+
+    monkeypatch.setattr(structure, "train", train)
+    assert structure.main(["--depths", "4", "--out", str(tmp_path)]) == 130
+    printed = capsys.readouterr().out
+    assert "interrupted after 3 of 9 networks" in printed
+    assert "25.00 %" in printed and "50.00 %" in printed and "never" in printed
+    assert (tmp_path / "structure.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--depths", "4", "0"], "argument --depths: must be an integer >= 1, got '0'"),
+        (["--batch-size", "2000"], "--batch-size must be at most 1078, the number of"),
+        (["--data-dir", "nowhere"], "nowhere has neither train-images-idx3-ubyte nor"),
+    ],
+)
+def test_a_bad_option_is_one_line_and_status_2(
+    arguments, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(sys, "argv", ["structure.py"])
+    with pytest.raises(SystemExit) as stopped:
+        structure.main([*arguments, "--out", str(tmp_path)])
+    assert stopped.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    (line,) = printed.err.splitlines()
+    assert line.startswith("structure.py: error: ") and message in line
