@@ -3,8 +3,11 @@
     command:   pip install -e ".[examples]" && python examples/optimizers.py
     data:      scikit-learn's digits; MNIST or CIFAR-10 with --data-dir
     hardware:  two CPU cores; the same script runs unchanged on a GPU or TPU
-    time:      TIME
-    expected:  EXPECTED
+    time:      seven minutes on the digits, more than half of it compilation; 23 on
+               MNIST with --steps 1000 --seeds 1, on cores that others used as well
+    expected:  accuracy on held-out digits at the best rate from 98.6 % (rmsprop) to
+               96 %, each optimizer at another rate; on MNIST 97.3 % (schedule_free,
+               best loss and least LR sensitivity) to 95.8 % (two-core CPU, 2026-11-21)
 
 An MLP (inputs - 128 - 64 - 10) is trained by every candidate at every learning rate
 from every seed, all on the same batches. A run ends early once the loss on held-out

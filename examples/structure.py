@@ -3,25 +3,24 @@
     command:   pip install -e ".[examples]" && python examples/structure.py
                with --data-dir FOLDER --epochs 2 on MNIST
     hardware:  two CPU cores; the same script runs unchanged on a GPU or TPU
-    time:      three minutes, about half of it compilation; four on MNIST
-    expected:  accuracy (two-core CPU, 2026-11-21, jax 0.10.2) on the digits
-               at depth 4   97 to 99 %, dropout 0.5 89 %
-               at depth 20  layer norm 96, He init 95, residual and leaky ReLU 94, plain
-                            93, batch norm 89, dropout 0.2 28 %, dropout 0.5 chance
-               at depth 50  He init 88, residual 18, batch norm 13 %, the others chance:
-                            plain starts at gradients of 1e-8, residual at 1e8
-               on MNIST, depth 4: 96 to 97, dropout 0.5 92 %; depth 20: He init 95,
-               plain and leaky ReLU 94, both norms 93, residual 89, dropout 0.2 28 %,
-               dropout 0.5 chance; depth 50: He init 84, residual 18, batch norm 13 %
+    time:      two and a half minutes, most of it compilation; seven on MNIST
+    expected:  accuracy (two-core CPU, 2026-11-21, jax 0.10.2), digits and MNIST
+               depth 4    96 to 99 %, dropout 0.5 89 and 92 %
+               depth 20   residual with layer norm 98 and 97, He init 95 and 95, plain
+                          93 and 94, dropout 0.2 28 and 28 %, dropout 0.5 chance
+               depth 50   residual with layer norm 97 and 96, He init 88 and 84,
+                          residual 18 and 18 %, the others near chance: plain starts
+                          at gradients of 1e-8, residual at 1e8
 
 Networks of 4, 20 and 50 hidden layers of width 64 learn handwritten digits with Adam,
 on the same batches, without a guard: `plain` (ReLU, LeCun's initialisation, which is
-Flax's default) and seven others that differ from it in one thing:
+Flax's default) and eight others, of which seven differ from it in one thing:
 
     batch norm, layer norm    normalisation before every ReLU
     dropout 0.2, 0.5          that share of the units is left out of every step
     leaky ReLU                0.1 x instead of 0 where x is negative
     residual                  every layer adds to what it got
+    residual, layer norm      both of them
     He init                   kernels sqrt(2) larger, as ReLU halves the variance
 
 The figure shows the norm of the gradient of every layer's kernel, at the start and
