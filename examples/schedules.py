@@ -6,8 +6,8 @@
     time:      one minute, on the digits as on MNIST, compilation included
     expected:  at chance (8 to 11 % accuracy) under every schedule and under stabilize
                without `value_fn=`; explosion-aware 98.9 % and stabilize, looking 98.2 %
-               on the digits, 92.9 % and 94.5 % on MNIST (two-core CPU, 2026-11-21,
-               jax 0.10.2; --seed 1: 96.2 and 97.4 %, 91.1 and 94.3 %)
+               on the digits, 92.9 % and 93.9 % on MNIST (two-core CPU, 2026-11-21,
+               jax 0.10.2; --seed 1: 96.2 and 97.4 %, 91.1 and 93.8 %)
 
 A ReLU network (six hidden layers of 64) learns handwritten digits with momentum SGD,
 from the same weights and the same batches each time:

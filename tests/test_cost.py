@@ -86,7 +86,7 @@ def test_the_transformer_has_ten_million_parameters_and_learns():
         1e7, rel=0.02
     )
     problem = training_step(1, 8, 16, 2)
-    loss, grads = problem.gradients(problem.params, problem.data)
+    loss, grads = jax.jit(problem.gradients)(problem.params, problem.data)
     moved = jax.tree.map(lambda p, g: p - 0.1 * g, problem.params, grads)
     assert problem.loss_of(problem.params, problem.data)(moved) < loss
 

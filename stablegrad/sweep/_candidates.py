@@ -93,27 +93,41 @@ class Candidate:
             traced scalar, `steps` is a Python number.
         own_rate: Whether `build` ignores the rate: it then runs once a seed.
         extra: What `update` is passed by name: "value", "grad", "value_fn".
+        observes: Whether `reduce_on_plateau(metric=None)` in it is to hear of the loss
+            at every evaluation.
+
+    Example:
+        >>> import optax
+        >>> import stablegrad as sg
+        >>> held = sg.sweep.Candidate(
+        ...     "held",
+        ...     lambda rate, steps: sg.guard(optax.sgd(rate), sg.trust_region(every=8)),
+        ...     extra=("value", "value_fn"),
+        ... )
     """
 
     name: str
     build: Callable[[Any, int], Transformation]
     own_rate: bool = False
     extra: tuple[str, ...] = ("value",)
+    observes: bool = False
 
 
 def candidate(thing: Any, name: str | None = None) -> Candidate:
     """A candidate from whatever describes one; raises TypeError or ValueError."""
     if isinstance(thing, Candidate):
-        return thing
+        return thing if name is None else dataclasses.replace(thing, name=name)
     if isinstance(thing, str):
-        return _named(thing, name or thing)
-    if callable(getattr(thing, "init", None)) and hasattr(thing, "update"):
+        return _named(thing, thing if name is None else name)
+    if _is_transformation(thing):
         own: Any = thing
-        return Candidate(name or "given", lambda rate, steps: own, own_rate=True)
+        called = "given" if name is None else name
+        return Candidate(called, lambda rate, steps: own, own_rate=True)
     if callable(thing):
         make: Callable[[Any], Any] = thing
         called = getattr(thing, "__name__", "given").replace("<lambda>", "given")
-        return Candidate(name or called, lambda rate, steps: make(rate))
+        called = called if name is None else name
+        return Candidate(called, lambda rate, steps: make(rate))
     raise TypeError(
         "a candidate must be a name such as 'adamw + cosine', a transformation, or a "
         "function of the learning rate that returns one, got "
@@ -123,10 +137,11 @@ def candidate(thing: Any, name: str | None = None) -> Candidate:
 
 def candidates(given: Any) -> list[Candidate]:
     """All of them, from a list, or a dict of names; raises on two of one name."""
-    if isinstance(given, str) or not isinstance(given, Iterable):
+    single = isinstance(given, str | Candidate) or _is_transformation(given)
+    if single or not isinstance(given, Iterable):
         given = [given]
     pairs = (
-        given.items()
+        ((str(name), item) for name, item in given.items())
         if isinstance(given, Mapping)
         else ((None, item) for item in given)
     )
@@ -141,6 +156,10 @@ def candidates(given: Any) -> list[Candidate]:
     if not found:
         raise ValueError("`candidates` must hold at least one, got none.")
     return found
+
+
+def _is_transformation(thing) -> bool:
+    return callable(getattr(thing, "init", None)) and hasattr(thing, "update")
 
 
 def _named(text: str, name: str) -> Candidate:
@@ -168,7 +187,7 @@ def _named(text: str, name: str) -> Candidate:
         return GUARDS[wrap](tx) if wrap else tx
 
     looks = ("value_fn",) if wrap in LOOKS else ()
-    return Candidate(name, build, extra=("value", *looks))
+    return Candidate(name, build, extra=("value", *looks), observes=policy == PLATEAU)
 
 
 def _optimizer(make, policy: str, rate, steps: int) -> Transformation:

@@ -46,7 +46,8 @@ def compare(
         loss_fn: `loss_fn(params, batch)`, the mean loss of a batch, a scalar; or a
             training step `step(tx, params, opt_state, batch)` that returns
             `(params, opt_state, loss)`. They are told apart by their arguments, two or
-            four.
+            four. A step must pass `value=` to `tx.update`, and `value_fn=` for the
+            candidates that look along the step.
         params: The parameters before the first step, a pytree; or a function of a
             `jax.random.key` that gives them, called with each seed's.
         data: Arrays with the examples along their first axes, of which each step draws
@@ -56,7 +57,8 @@ def compare(
             "adamw + clip_by_zscore + cosine + stabilize" (`stablegrad.sweep.WORDS` has
             them all), functions of the learning rate that return a transformation, or
             transformations, which run at the rate they were built with. A list, or a
-            dict from names.
+            dict from names. `update` is passed `value=`, the loss; what else it needs,
+            as `value_fn=` for a trust region, `stablegrad.sweep.Candidate` says.
         learning_rates: Peak rates, > 0; best evenly spaced on a logarithmic scale.
         seeds: How many, or which. >= 1.
         steps: Of each run, >= 1. Policies stretch over all of them.
@@ -70,8 +72,8 @@ def compare(
             dead.
         trivial_loss: Of the best constant predictor, for classes `label_entropy`. A
             candidate that is not 1 % better is flagged.
-        evaluations: How many, evenly spaced, besides the one before the first step.
-            >= 1.
+        evaluations: How many at most, evenly spaced, besides the one before the first
+            step. >= 1.
         patience: Evaluations without a lower loss after which a run is ended; its best
             one counts. None: every run takes all steps, and its last one counts.
         at_once: Runs in one program at most. None: as many as memory allows; one on a
@@ -143,6 +145,8 @@ def compare(
             try:
                 for done in runs.train():
                     tell(one.name, done)
+                own = (np.nan,) if one.own_rate else rates
+                row = row_of(one.name, runs, own, plan.evaluations, trivial_loss)
             except KeyboardInterrupt:
                 interrupted = True
                 failed[one.name] = f"interrupted after {done:.0%} of its steps"
@@ -150,11 +154,9 @@ def compare(
             except Exception as error:  # Whatever a candidate raises, others go on.
                 failed[one.name] = _one_line(error)
                 continue
-            own = (np.nan,) if one.own_rate else rates
-            rows.append(row_of(one.name, runs, own, plan.evaluations, trivial_loss))
-    best = lambda row: row.loss.mean if np.isfinite(row.loss.mean) else np.inf
+            rows.append(row)
     return Comparison(
-        rows=tuple(sorted(rows, key=best)),
+        rows=tuple(sorted(rows, key=lambda row: row.scores.best)),
         failed=failed,
         steps=steps,
         seeds=seeds,

@@ -10,7 +10,7 @@ import numpy as np
 
 from ._candidates import Candidate
 from ._plan import Plan
-from ._problem import Problem
+from ._problem import Problem, key_of
 from ._run import Judged, Run, judge, observe, start, take_step, take_steps
 
 SHARE = 0.5  # Of the memory there is, for the runs of one candidate.
@@ -60,10 +60,11 @@ class Programs:
         advance = self._over(loop if self._loops else step, 0, 0, None, 0, None)
         self._advance = compiled(advance, *given, donate=1)
         self._start = compiled(self._over(begin, 0, 0), *self._rates_and_keys(pairs))
-        self._observe = compiled(self._over(observe, 0, 0), runs, rates, donate=0)
+        observed = functools.partial(observe, self._one)
+        self._observe = compiled(self._over(observed, 0, 0), runs, rates, donate=0)
         self._judge = {
             size: compiled(self._over(evaluate, 0, None), runs, batch)
-            for size, batch in self._problem.slices
+            for size, batch in dict(self._problem.slices).items()
         }
 
     def _over(self, function, *axes):
@@ -124,7 +125,7 @@ class Programs:
 
     def _rates_and_keys(self, pairs):
         rates, seeds = zip(*self._filled(list(pairs)), strict=True)
-        keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
+        keys = jax.vmap(key_of)(jnp.asarray(seeds, jnp.uint32))
         rates = jnp.asarray(rates, jnp.float32)
         return (rates, keys) if self.at_once > 1 else (rates[0], keys[0])
 

@@ -35,18 +35,22 @@ def spikes(losses) -> int:
 def divergence(losses) -> int:
     """The step from which a run was lost for good, or -1.
 
-    The first loss that is not finite, or else the first step of the last stretch, if
-    the run ends in it, whose smoothed loss is above the first loss.
+    The start of the last stretch, if the run ends in it, of losses that are not finite;
+    or else, of those whose running average is above the first. Losses that are not
+    finite, but are followed by others that are, count as survived.
     """
     losses = np.asarray(losses, np.float64)
-    broken = ~np.isfinite(losses)
-    if broken.any():
-        return int(broken.argmax())
-    average, above = losses[0], np.zeros(len(losses), bool)
-    for step, loss in enumerate(losses):
-        average = SMOOTHING * average + (1 - SMOOTHING) * loss
-        above[step] = average > losses[0]
-    if not above[-1]:
-        return -1
-    fine = np.flatnonzero(~above)
-    return int(fine[-1] + 1) if len(fine) else 0
+    finite = np.flatnonzero(np.isfinite(losses))
+    if not len(finite):
+        return 0
+    if finite[-1] + 1 < len(losses):
+        return int(finite[-1] + 1)
+    first = average = losses[finite[0]]
+    lost = -1
+    for step in finite:
+        average = SMOOTHING * average + (1 - SMOOTHING) * losses[step]
+        if average <= first:
+            lost = -1
+        elif lost < 0:
+            lost = int(step)
+    return lost

@@ -29,6 +29,11 @@ class Problem(NamedTuple):
     slices: list[tuple[int, Any]]
 
 
+def key_of(seed) -> jax.Array:
+    """A seed's key: with other generators, a key gives other numbers under `vmap`."""
+    return jax.random.key(seed, impl="threefry2x32")
+
+
 def problem_of(function, params, data, validation, evaluate, hidden) -> Problem:
     """What all candidates train; checks that the parts fit together."""
     takes = _arguments(function)
@@ -49,16 +54,38 @@ def problem_of(function, params, data, validation, evaluate, hidden) -> Problem:
             " batch)"
         )
     slices = [] if validation is None else _slices(_arrays("validation", validation))
-    return Problem(
-        init=params if callable(params) else lambda key: params,
+    problem = Problem(
+        init=params if _is_function(params) else lambda key: params,
         step=function if takes == 4 else None,
         loss=function if takes == 2 else None,
-        batch=_drawn if callable(data) is False else lambda _, key: data(key),
+        batch=(lambda _, key: data(key)) if _is_function(data) else _drawn,
         evaluate=evaluate or function,
         hidden=hidden,
-        data=None if callable(data) else _arrays("data", data),
+        data=None if _is_function(data) else _arrays("data", data),
         slices=slices,
     )
+    _check_scalars(problem)
+    return problem
+
+
+def _check_scalars(problem: Problem) -> None:
+    """Raises ValueError unless the evaluation gives a loss, before anything runs."""
+    if not problem.slices:
+        return
+    params = jax.eval_shape(problem.init, key_of(0))
+    found = jax.eval_shape(problem.evaluate, params, problem.slices[0][1])
+    found = found if isinstance(found, dict) else {"loss": found}
+    named = {name: getattr(x, "shape", None) for name, x in found.items()}
+    if named.get("loss") != () or any(shape != () for shape in named.values()):
+        raise ValueError(
+            '`evaluate` must return a scalar loss, or a dict of scalars with "loss", '
+            f"got {outline(found)}."
+        )
+
+
+def _is_function(thing) -> bool:
+    """Whether it is called for what is needed; a model that is a pytree is not."""
+    return callable(thing) and jax.tree.structure(thing) == jax.tree.structure(0)
 
 
 def _arguments(function) -> int:
@@ -105,12 +132,12 @@ def _drawn(data, rows):
 
 def draws_of(data, batch_size: int | None) -> Callable[[int, int, int], Any]:
     """What steps draw: rows of arrays, or keys for a function."""
-    if callable(data):
+    if _is_function(data):
         if batch_size is not None:
             raise ValueError("`batch_size` goes with `data` of arrays, not a function.")
 
         def keys(seed: int, first: int, number: int):
-            key = jax.random.fold_in(jax.random.key(seed), 1)
+            key = jax.random.fold_in(key_of(seed), 1)
             fold = lambda step: jax.random.fold_in(key, step)
             return jax.vmap(fold)(first + jnp.arange(number, dtype=jnp.uint32))
 

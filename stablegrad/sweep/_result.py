@@ -11,7 +11,7 @@ import numpy as np
 from ._curves import divergence, spikes
 from ._figure import draw
 from ._running import Runs
-from ._scores import Mean, Scores, mean, score
+from ._scores import Mean, Scores, capped, mean, score
 from ._table import table
 
 
@@ -26,7 +26,7 @@ class Row:
     train: np.ndarray  # (rates, seeds, steps): training losses.
     validation: np.ndarray  # (rates, seeds, evaluations)
     accuracies: np.ndarray  # (rates, seeds, evaluations), in [0, 1], or nan.
-    loss: Mean  # Final, at the best rate, over seeds.
+    loss: Mean  # Final, at the best rate, over seeds; at most that before training.
     accuracy: Mean  # There, too; nan if none was measured.
     skipped: float  # Steps skipped at the best rate, mean over seeds; nan: no guard.
     spikes: float  # Training losses 7 sigma above the last 1,000; there, too.
@@ -145,9 +145,9 @@ def row_of(name: str, runs: Runs, rates, steps, trivial_loss: float | None) -> R
     """The row of a candidate whose runs are done."""
     curves = runs.curves
     pick = lambda field: np.take_along_axis(field, curves.best[..., None], -1)[..., 0]
-    final, accuracy, dead, skipped = map(
-        pick, (curves.loss, curves.accuracy, curves.dead, curves.skipped)
-    )
+    final, accuracy, dead = map(pick, (curves.loss, curves.accuracy, curves.dead))
+    end = curves.ended[..., None] - 1
+    skipped = np.take_along_axis(curves.skipped, end, -1)[..., 0]
     first = curves.loss[..., 0]
     initial = np.where(np.isfinite(first), first, curves.train[..., 0])
     bound = np.inf if trivial_loss is None else trivial_loss
@@ -157,6 +157,11 @@ def row_of(name: str, runs: Runs, rates, steps, trivial_loss: float | None) -> R
     scores = score(known, bound, per_seed)
     at = int(scores.loss.argmin())
     scores = scores._replace(best_rate=float(rates[at]))
+    if len(rates) == 1:  # Nothing depends on a rate that is not changed.
+        none = Mean(np.nan, np.nan)
+        scores = scores._replace(
+            sensitivity=none, normalised=none, band=np.nan, cliff=np.nan
+        )
     taken = steps[curves.best]
     lengths = steps[curves.ended - 1]  # A run that was ended has no losses after.
     each = lambda function: np.reshape(
@@ -171,7 +176,7 @@ def row_of(name: str, runs: Runs, rates, steps, trivial_loss: float | None) -> R
         train=curves.train,
         validation=curves.loss,
         accuracies=curves.accuracy,
-        loss=mean(final[at]),
+        loss=mean(capped(final[at], initial[at])),
         accuracy=mean(accuracy[at]),
         skipped=float(skipped[at].mean()),
         spikes=float(each(spikes)[at].mean()),
@@ -181,7 +186,7 @@ def row_of(name: str, runs: Runs, rates, steps, trivial_loss: float | None) -> R
         dead=float(scores.dead[at]),
         seconds=runs.run_seconds,
         compile_seconds=runs.compile_seconds,
-        step_ms=1000 * runs.run_seconds / max(1, runs.steps_run),
+        step_ms=1000 * runs.step_seconds / max(1, runs.steps_run),
         at_once=runs.at_once,
     )
 

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import optax
 
 from .._observe import metrics
-from ..learning_rate._evaluations import PlateauState
 from ..learning_rate._observe_metric import observe_metric
 from ._candidates import Candidate
+from ._lookahead import LookaheadState
 from ._problem import Problem
 
 
@@ -61,7 +61,7 @@ def take_steps(
 
 def _step(problem: Problem, one: Candidate, tx, run: Run, batch):
     if problem.step is not None:
-        return problem.step(tx, run.params, run.opt_state, batch)
+        return problem.step(_demanding(one, tx), run.params, run.opt_state, batch)
     loss_fn = problem.loss
     assert loss_fn is not None
     loss, grads = jax.value_and_grad(loss_fn)(run.params, batch)
@@ -73,6 +73,22 @@ def _step(problem: Problem, one: Candidate, tx, run: Run, batch):
     extra = {name: known[name] for name in one.extra}
     updates, opt_state = tx.update(grads, run.opt_state, run.params, **extra)
     return optax.apply_updates(run.params, updates), opt_state, loss
+
+
+def _demanding(one: Candidate, tx):
+    """The same, but an error where a training step keeps back what it looks along."""
+    if "value_fn" not in one.extra:
+        return tx
+
+    def update_fn(updates, state, params=None, **extra):
+        if extra.get("value_fn") is None:
+            raise ValueError(
+                f"{one.name!r} looks along the step: the training step must pass "
+                "`value_fn=` to `tx.update`."
+            )
+        return tx.update(updates, state, params, **extra)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update_fn)
 
 
 def judge(problem: Problem, run: Run, batch) -> Judged:
@@ -89,27 +105,27 @@ def judge(problem: Problem, run: Run, batch) -> Judged:
     return Judged(number("loss"), number("accuracy"), jnp.concatenate(alive))
 
 
-def observe(run: Run, loss) -> tuple[Run, jax.Array]:
-    """Lets plateaus know of an evaluation; returns how many steps were skipped, too."""
+def observe(one: Candidate, run: Run, loss) -> tuple[Run, jax.Array]:
+    """Lets its plateau know of an evaluation; returns how many steps were skipped."""
     state = run.opt_state
-    is_plateau = lambda node: isinstance(node, PlateauState)
-    if any(map(is_plateau, jax.tree.leaves(state, is_leaf=is_plateau))):
+    if one.observes:
         state = observe_metric(state, value=loss)
     return run._replace(opt_state=state), _skipped(state)
 
 
 def weights(run: Run):
-    """The parameters to evaluate: what schedule-free averages, else as trained."""
-    kind = optax.contrib.ScheduleFreeState
-    is_free = lambda node: isinstance(node, kind)
-    free = [
-        node
-        for node in jax.tree.leaves(run.opt_state, is_leaf=is_free)
-        if is_free(node)
-    ]
-    if not free:
-        return run.params
-    return optax.contrib.schedule_free_eval_params(free[0], run.params)
+    """The parameters to evaluate: averaged by schedule-free, slow ones of Lookahead."""
+    for free in _nodes(run.opt_state, optax.contrib.ScheduleFreeState):
+        return optax.contrib.schedule_free_eval_params(free, run.params)
+    for lookahead in _nodes(run.opt_state, LookaheadState):
+        return lookahead.slow_weights
+    return run.params
+
+
+def _nodes(state, kind: type) -> list:
+    """All states of one kind within a state."""
+    is_one = lambda node: isinstance(node, kind)
+    return [node for node in jax.tree.leaves(state, is_leaf=is_one) if is_one(node)]
 
 
 def _extended(tx) -> optax.GradientTransformationExtraArgs:
@@ -118,12 +134,7 @@ def _extended(tx) -> optax.GradientTransformationExtraArgs:
 
 def _skipped(state) -> jax.Array:
     """Steps that a guard of ours, or Optax's, has skipped; nan without one."""
-    is_optax = lambda node: isinstance(node, optax.ApplyIfFiniteState)
-    theirs = [
-        node.total_notfinite
-        for node in jax.tree.leaves(state, is_leaf=is_optax)
-        if is_optax(node)
-    ]
+    theirs = [node.total_notfinite for node in _nodes(state, optax.ApplyIfFiniteState)]
     try:
         ours = [
             x for name, x in metrics(state).items() if name.endswith("skipped_steps")

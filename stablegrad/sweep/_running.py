@@ -45,7 +45,7 @@ class Runs:
             best=none.copy(),
         )
         self._grid = (len(rates), len(plan.seeds))
-        self.compile_seconds = self.run_seconds = 0.0
+        self.compile_seconds = self.run_seconds = self.step_seconds = 0.0
         self.steps_run = 0
         self.at_once = len(self._members)
 
@@ -119,14 +119,24 @@ class Runs:
             number = min(plan.every, plan.steps - step)
             if number <= 0 or not alive.any():
                 break
+            started = time.perf_counter()
             runs, losses = programs.advance(runs, pairs, int(step), int(number))
+            self.step_seconds += time.perf_counter() - started
             losses = np.asarray(losses)[:, :number]
             flat.train[members[alive], step : step + number] = losses[alive]
-            last = losses.mean(axis=1)
-            self.steps_run += int(alive.sum()) * int(number)
+            last = _mean_of_finite(losses)
+            self.steps_run += len(members) * int(number)
             yield int(step + number)
         self.run_seconds += time.perf_counter() - began
         yield plan.steps
+
+
+def _mean_of_finite(losses: np.ndarray) -> np.ndarray:
+    """Of each run; nan without one. A guard may have survived the others."""
+    finite = np.isfinite(losses)
+    total = np.where(finite, losses, 0.0).sum(axis=1)
+    count = finite.sum(axis=1)
+    return np.where(count, total / np.maximum(count, 1), np.nan).astype(np.float32)
 
 
 def _counted(groups) -> Iterator[tuple[int, Any]]:

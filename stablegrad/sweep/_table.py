@@ -27,7 +27,8 @@ COLUMNS = (
     "flags",
 )
 MEANING = f"""\
-Ranked by the final loss at the best learning rate, mean and standard error over seeds.
+Ranked by the final loss at the best learning rate, mean and standard error over seeds;
+a seed that broke counts with its loss before training.
 Sensitivity: the mean over all rates of what is lost against the best one; band: decades
 of rates within {WITHIN} of its loss; cliff: the lowest rate above it that is more than
 {CLIFF} off. Skipped steps, spikes (7 sigma), rounds (steps until the evaluation that
@@ -67,15 +68,17 @@ def _cells(row: "Row") -> tuple[str, ...]:
     flags = ["trivial"] if row.trivial[row.scores.loss.argmin()] else []
     if row.dead >= DEAD:
         flags.append("half dead")
-    several = len(row.rates) > 1
+    broken = int(row.scores.broken[row.scores.loss.argmin()])
+    if broken:
+        flags.append(f"{broken} of {row.diverged.shape[1]} seeds broken")
     return (
         row.name,
         _number(row.scores.best_rate, ".2g"),
-        "nan" if math.isnan(row.loss.mean) else _with_error(row.loss, ".4g"),
+        _with_error(row.loss, ".4g"),
         _with_error(row.accuracy, ".2%"),
-        _with_error(row.scores.sensitivity, ".3g") if several else "-",
-        _number(row.scores.band, ".1f") if several else "-",
-        _number(row.scores.cliff, ".2g") if several else "-",
+        _with_error(row.scores.sensitivity, ".3g"),
+        _number(row.scores.band, ".1f"),
+        _number(row.scores.cliff, ".2g"),
         _number(row.skipped, ".3g"),
         _number(row.spikes, ".3g"),
         f"{lost.size}/{row.diverged.size}" + (f" @{lost.min()}" if lost.size else ""),

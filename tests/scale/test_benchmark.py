@@ -28,7 +28,7 @@ def test_a_step_sends_some_bytes_a_leaf_on_any_number_of_devices(
         del chosen[name]
     monkeypatch.setattr(scale, "optimizers", lambda: chosen)
     asked = ["--leaves", str(leaves), "--size", "960", "--steps", "2"]
-    assert scale.main([*asked, "--devices", "1", "2", "8"]) == 0
+    assert scale.main([*asked, "--devices", "1", "8"]) == 0
     printed = capsys.readouterr().out
     assert "no extrapolation" not in printed
     for name in chosen:
@@ -37,7 +37,7 @@ def test_a_step_sends_some_bytes_a_leaf_on_any_number_of_devices(
             [float(x) for x in line.strip().removeprefix(name).split()]
             for line in lines
         ]
-        assert one == [1, 0, 0, 0, 0] and [row[0] for row in several] == [2, 8]
+        assert one == [1, 0, 0, 0, 0] and [row[0] for row in several] == [8]
         for _, times, size, all_times, all_size in several:
             assert times <= all_times and size <= all_size
             if name == "adamw":

@@ -91,6 +91,10 @@ def test_transformations_and_functions_are_candidates_too():
     named = candidates({"mine": optax.lion, "theirs": "adam"})
     assert [one.name for one in named] == ["mine", "theirs"]
     assert [one.name for one in candidates("adam")] == ["adam"]
+    (alone,) = candidates(optax.adam(1e-3))
+    assert alone.own_rate
+    numbered = candidates({1e-3: optax.adam(1e-3), 0: made})
+    assert [one.name for one in numbered] == ["0.001", "0"]
 
 
 def test_what_is_no_candidate_and_two_of_one_name_are_errors():

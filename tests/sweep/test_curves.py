@@ -47,8 +47,13 @@ def test_losses_that_are_not_finite_are_no_spikes_and_hide_none():
     "losses, step",
     [
         (np.linspace(2, 1, 50), -1),
-        ([2.0, 1.0, np.nan, 1.0], 2),
         ([2.0, 1.0, np.inf], 2),
+        ([2.0, 1.0, np.nan, np.nan], 2),
+        ([np.nan, np.nan], 0),
+        # What a guard has survived is no divergence either.
+        ([2.0, 1.0, np.nan, 1.0], -1),
+        ([np.inf, 2.0, np.nan, 1.0], -1),
+        ([2.0, 1.0, np.nan, *[9.0] * 9], 3),
         (np.linspace(1, 2, 50), 1),
         (np.full(50, 2.0), -1),
         # A spike that is survived is no divergence.
