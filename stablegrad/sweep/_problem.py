@@ -22,7 +22,7 @@ class Problem(NamedTuple):
     step: Callable | None  # The user's, or None for the one made of `loss`.
     loss: Callable | None  # (params, batch) -> scalar
     batch: Callable[[Any, Any], Any]  # (data, what a step draws) -> batch
-    evaluate: Callable | None  # (params, batch) -> loss, or dict of scalars
+    evaluate: Callable  # (params, batch) -> loss, or dict of scalars
     hidden: Callable | None  # (params, batch) -> activations
     data: Any  # Arrays, on the device.
     # Of the validation set: how many examples, and their arrays; none without a set.

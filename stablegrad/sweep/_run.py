@@ -94,7 +94,6 @@ def _demanding(one: Candidate, tx):
 def judge(problem: Problem, run: Run, batch) -> Judged:
     """Evaluates a run on some examples of the validation set."""
     params = weights(run)
-    assert problem.evaluate is not None
     found = problem.evaluate(params, batch)
     found = found if isinstance(found, dict) else {"loss": found}
     number = lambda name: jnp.asarray(found.get(name, jnp.nan), jnp.float32)
