@@ -1,11 +1,13 @@
 """Handwritten digits for the examples: scikit-learn's own, or MNIST from a folder."""
 
+import argparse
 import gzip
 import struct
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from options import whole
 from sklearn.datasets import load_digits
 
 TEST_SHARE = 0.4  # Of scikit-learn's 1,797 digits: 1,078 to train on, 719 to test on.
@@ -16,6 +18,40 @@ class Split(NamedTuple):
 
     images: np.ndarray
     labels: np.ndarray
+
+
+def parse_args(parser: argparse.ArgumentParser, argv, name: str) -> argparse.Namespace:
+    """A command line that ends in --seed, --data-dir and --out, and its digits.
+
+    `options.train` and `options.test` are loaded, the folder of `options.out` is there.
+    """
+    parser.add_argument(
+        "--seed", type=whole(0), default=0, help="of the weights and of the batches"
+    )
+    parser.add_argument(
+        "--data-dir",
+        help="folder with the four MNIST files (IDX, gzipped or not); "
+        "scikit-learn's 8x8 digits without it",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs") / name,
+        help=f"folder for {name}.png and telemetry.jsonl (null stands for nan and inf)",
+    )
+    options = parser.parse_args(argv)
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        options.train, options.test = load(options.data_dir)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    images = len(options.train.labels)
+    if options.batch_size > images:
+        parser.error(
+            f"argument --batch-size: must be at most the {images} training images, "
+            f"got {options.batch_size}"
+        )
+    return options
 
 
 def load(data_dir: str | None) -> tuple[Split, Split]:

@@ -163,32 +163,7 @@ def parse_args(argv) -> argparse.Namespace:
     parser.add_argument(
         "--update-sizes", action="store_true", help="by leaf, at the end of each epoch"
     )
-    parser.add_argument(
-        "--seed", type=whole(0), default=0, help="of the weights and of the batches"
-    )
-    parser.add_argument(
-        "--data-dir",
-        help="folder with the four MNIST files (IDX, gzipped or not); "
-        "scikit-learn's 8x8 digits without it",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("runs/mnist_mlp"),
-        help="folder for mnist_mlp.png and telemetry.jsonl (null: nan or inf)",
-    )
-    options = parser.parse_args(argv)
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-        options.train, options.test = digits.load(options.data_dir)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    if options.batch_size > len(options.train.labels):
-        parser.error(
-            f"argument --batch-size: must be at most the {len(options.train.labels)} "
-            f"training images, got {options.batch_size}"
-        )
-    return options
+    return digits.parse_args(parser, argv, "mnist_mlp")
 
 
 def train(options, runs: list[Run], log: Telemetry, progress: Progress) -> None:

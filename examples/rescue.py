@@ -22,7 +22,6 @@ three nan batches in a row; and a learning rate far above the stable one, until 
 import argparse
 import sys
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 import digits
@@ -172,27 +171,7 @@ def parse_args(argv) -> argparse.Namespace:
         default=30.0,
         help="factor on the learning rate in the last third, not in the reference",
     )
-    parser.add_argument(
-        "--seed", type=whole(0), default=0, help="of the weights and of the batches"
-    )
-    parser.add_argument(
-        "--data-dir",
-        help="folder with the four MNIST files (IDX, gzipped or not); "
-        "scikit-learn's 8x8 digits without it",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("runs/rescue"),
-        help="folder for rescue.png and telemetry.jsonl (null stands for nan and inf)",
-    )
-    options = parser.parse_args(argv)
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-        options.train, options.test = digits.load(options.data_dir)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    return options
+    return digits.parse_args(parser, argv, "rescue")
 
 
 def report(console, options, rows, events, seconds: float) -> None:

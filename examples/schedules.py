@@ -33,7 +33,6 @@ import itertools
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import digits
@@ -206,30 +205,7 @@ def parse_args(argv) -> argparse.Namespace:
     parser.add_argument(
         "--learning-rate", type=above(0), default=0.2, help="the highest, of all runs"
     )
-    parser.add_argument("--seed", type=whole(0), default=0, help="weights and batches")
-    parser.add_argument(
-        "--data-dir",
-        help="folder with the four MNIST files (IDX, gzipped or not); "
-        "scikit-learn's 8x8 digits without it",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("runs/schedules"),
-        help="folder for schedules.png and telemetry.jsonl (null: nan or inf)",
-    )
-    options = parser.parse_args(argv)
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-        options.train, options.test = digits.load(options.data_dir)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    if options.batch_size > len(options.train.labels):
-        parser.error(
-            f"--batch-size must be at most {len(options.train.labels)}, the number of "
-            f"images, got {options.batch_size}"
-        )
-    return options
+    return digits.parse_args(parser, argv, "schedules")
 
 
 def report(console, options, outcomes: dict[str, Outcome], seconds: float) -> None:

@@ -32,7 +32,6 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import digits
@@ -194,30 +193,7 @@ def parse_args(argv) -> argparse.Namespace:
     parser.add_argument(
         "--learning-rate", type=above(0), default=1e-3, help="Adam's, for all"
     )
-    parser.add_argument("--seed", type=whole(0), default=0, help="weights and batches")
-    parser.add_argument(
-        "--data-dir",
-        help="folder with the four MNIST files (IDX, gzipped or not); "
-        "scikit-learn's 8x8 digits without it",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("runs/structure"),
-        help="folder for structure.png and telemetry.jsonl (null: nan or inf)",
-    )
-    options = parser.parse_args(argv)
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-        options.train, options.test = digits.load(options.data_dir)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    if options.batch_size > len(options.train.labels):
-        parser.error(
-            f"--batch-size must be at most {len(options.train.labels)}, the number of "
-            f"images, got {options.batch_size}"
-        )
-    return options
+    return digits.parse_args(parser, argv, "structure")
 
 
 def main(argv=None) -> int:

@@ -224,26 +224,6 @@ def test_a_diverged_run_is_ranked_last():
     assert [*table.columns[2].cells] == ["-", "-", "-"]
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--gradient-limit", "0"], "must be a finite number > 0, got '0'"),
-        (["--devices", "99"], "argument --devices: there are only 8"),
-        (["--batch-size", "12"], "must be a multiple of the 8 devices, got 12"),
-        (["--batch-size", "4000"], "must be at most the 970 training images, got 4000"),
-        (["--data-dir", "nowhere"], "nowhere has none of data_batch_1.bin"),
-        (["--resume"], "checkpoints has nothing to resume"),
-    ],
-)
-def test_a_bad_option_is_one_line_and_status_2(arguments, message, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        cifar_resnet.main([*arguments, "--out", str(tmp_path)])
-    assert stopped.value.code == 2
-    printed = capsys.readouterr()
-    (line,) = printed.err.splitlines()
-    assert message in line and printed.out == ""
-
-
 def test_checkpoints_keep_the_newest_and_what_was_told(tmp_path):
     checkpoints = Checkpoints(tmp_path / "new", {"width": 4}, resume=False)
     assert checkpoints.told("run") is None

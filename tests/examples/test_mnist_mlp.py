@@ -94,27 +94,6 @@ def test_an_interrupted_run_keeps_what_was_done(tmp_path, monkeypatch, capsys):
     assert len(steps) >= 1078 // 16 + mnist_mlp.CHUNK
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--epochs", "0"], "argument --epochs: must be an integer >= 1, got '0'"),
-        (["--learning-rate", "inf"], "must be a finite number > 0, got 'inf'"),
-        (
-            ["--batch-size", "2000"],
-            "must be at most the 1078 training images, got 2000",
-        ),
-        (["--data-dir", "nowhere"], "nowhere has neither train-images-idx3-ubyte nor"),
-    ],
-)
-def test_a_bad_option_is_one_line_and_status_2(arguments, message, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        mnist_mlp.main([*arguments, "--out", str(tmp_path)])
-    assert stopped.value.code == 2
-    printed = capsys.readouterr()
-    (line,) = printed.err.splitlines()
-    assert message in line and printed.out == ""
-
-
 @pytest.mark.skipif(DATA is None, reason="STABLEGRAD_DATA names no folder")
 def test_the_real_files_hold_seventy_thousand_digits():
     train, test = digits.load(str(Path(DATA) / "mnist"))

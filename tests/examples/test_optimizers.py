@@ -36,18 +36,3 @@ def test_every_word_is_in_one_of_the_comparisons():
     lists = optimizers.comparisons("adam").values()
     named = {word for names in lists for name in names for word in name.split(" + ")}
     assert {word for words in sg.sweep.WORDS.values() for word in words} == named
-
-
-def test_a_wrong_candidate_is_one_line_and_status_2(tmp_path, capsys):
-    chosen = ["--candidates", "adamm", "--out", str(tmp_path)]
-    assert optimizers.main(chosen) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("optimizers.py: error: 'adamm' has the unknown word 'adamm'")
-
-
-def test_missing_data_is_one_line_and_status_2(tmp_path, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        optimizers.main(["--data-dir", "nowhere", "--out", str(tmp_path)])
-    assert stopped.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "nowhere has neither train-images-idx3-ubyte nor" in line

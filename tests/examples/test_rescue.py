@@ -41,27 +41,6 @@ def test_rescue_survives_all_faults_and_writes_what_it_says(tmp_path, capsys):
     assert guarded[-1]["guarded_steps"] == 600
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--steps", "many"], "argument --steps: must be an integer >= 40, got 'many'"),
-        (["--learning-rate", "nan"], "must be a finite number > 0, got 'nan'"),
-        (["--data-dir", "nowhere"], "nowhere has neither train-images-idx3-ubyte nor"),
-    ],
-)
-def test_a_bad_option_is_one_line_and_status_2(
-    arguments, message, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.setattr(sys, "argv", ["rescue.py"])
-    with pytest.raises(SystemExit) as stopped:
-        rescue.main([*arguments, "--out", str(tmp_path)])
-    assert stopped.value.code == 2
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    (line,) = printed.err.splitlines()
-    assert line.startswith("rescue.py: error: ") and message in line
-
-
 def test_it_is_a_script(tmp_path):
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / "rescue.py"), "--steps", "many"],

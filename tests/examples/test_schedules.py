@@ -1,7 +1,6 @@
 """The schedules example: what explodes, what does not, and what it says of it."""
 
 import json
-import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -85,24 +84,3 @@ def test_ctrl_c_keeps_the_runs_that_are_finished(tmp_path, monkeypatch, capsys):
     assert "interrupted after 2 of 9 runs" in printed
     assert printed.count("25.00 %") == 2
     assert (tmp_path / "schedules.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--steps", "1"], "argument --steps: must be an integer >= 10, got '1'"),
-        (["--batch-size", "2000"], "--batch-size must be at most 1078, the number of"),
-        (["--data-dir", "nowhere"], "nowhere has neither train-images-idx3-ubyte nor"),
-    ],
-)
-def test_a_bad_option_is_one_line_and_status_2(
-    arguments, message, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.setattr(sys, "argv", ["schedules.py"])
-    with pytest.raises(SystemExit) as stopped:
-        schedules.main([*arguments, "--out", str(tmp_path)])
-    assert stopped.value.code == 2
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    (line,) = printed.err.splitlines()
-    assert line.startswith("schedules.py: error: ") and message in line

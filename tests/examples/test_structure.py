@@ -1,10 +1,8 @@
 """The structure example: its networks, table and figure, at a tiny size."""
 
 import json
-import sys
 
 import numpy as np
-import pytest
 import structure
 
 CHOSEN = ("plain", "batch norm")
@@ -62,24 +60,3 @@ def test_ctrl_c_keeps_the_networks_that_are_finished(tmp_path, monkeypatch, caps
     assert "interrupted after 3 of 9 networks" in printed
     assert "25.00 %" in printed and "50.00 %" in printed and "never" in printed
     assert (tmp_path / "structure.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--depths", "4", "0"], "argument --depths: must be an integer >= 1, got '0'"),
-        (["--batch-size", "2000"], "--batch-size must be at most 1078, the number of"),
-        (["--data-dir", "nowhere"], "nowhere has neither train-images-idx3-ubyte nor"),
-    ],
-)
-def test_a_bad_option_is_one_line_and_status_2(
-    arguments, message, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.setattr(sys, "argv", ["structure.py"])
-    with pytest.raises(SystemExit) as stopped:
-        structure.main([*arguments, "--out", str(tmp_path)])
-    assert stopped.value.code == 2
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    (line,) = printed.err.splitlines()
-    assert line.startswith("structure.py: error: ") and message in line

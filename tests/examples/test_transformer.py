@@ -101,25 +101,3 @@ def test_ctrl_c_keeps_what_was_measured_and_no_tensorboard_is_no_error(
     assert "TensorBoard: no files" in printed
     assert sum("loss" in row for row in lines_of(tmp_path)) == 40
     assert (tmp_path / "transformer.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--heads", "3"], "--heads must divide --width, got 3 and 64"),
-        (["--temperature", "0"], "must be a finite number > 0, got '0'"),
-        (["--data-dir", "nowhere"], "nowhere is not a folder."),
-        (["--context", "1000000"], "a context of 1000000 takes at least 10000001."),
-    ],
-)
-def test_a_bad_option_is_one_line_and_status_2(
-    arguments, message, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.setattr(sys, "argv", ["transformer.py"])
-    with pytest.raises(SystemExit) as stopped:
-        transformer.main([*arguments, "--out", str(tmp_path)])
-    assert stopped.value.code == 2
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    (line,) = printed.err.splitlines()
-    assert line.startswith("transformer.py: error: ") and message in line

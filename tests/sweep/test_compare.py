@@ -138,6 +138,17 @@ def test_runs_in_groups_are_the_same_as_all_at_once(share, monkeypatch):
     assert len(np.unique(whole.train[0, :, 0])) == 3  # Seeds differ.
 
 
+@pytest.mark.parametrize("data", [noisy, jnp.arange(24.0).reshape(12, 2) / 20])
+def test_a_run_is_the_same_however_often_it_is_evaluated(data):
+    options = {"data": data, "steps": 7, "learning_rates": [0.01]}
+    if not callable(data):
+        options["batch_size"] = 4
+    once, often = (compare("sgd", **options, evaluations=n).rows[0] for n in (1, 4))
+    np.testing.assert_allclose(often.train, once.train, rtol=1e-5)
+    # And every step sees another batch: no step repeats the losses of the first ones.
+    assert len(np.unique(once.train.round(6))) == 7
+
+
 def test_convolutions_on_a_cpu_are_stepped_outside_of_a_loop_with_the_same_results(
     monkeypatch,
 ):

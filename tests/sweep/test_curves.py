@@ -22,6 +22,9 @@ def test_gaussian_noise_has_no_spikes_and_one_planted_is_found():
     assert spikes(losses) == 0
     losses[4000] = 5.0 + 10.0
     assert spikes(losses) == 1
+    for sigmas, count in ((6.0, 1), (8.0, 2)):
+        losses[7000] = 5.0 + sigmas
+        assert spikes(losses) == count
 
 
 @pytest.mark.parametrize("level", [0.0, -3.0, 1e6])
