@@ -222,13 +222,18 @@ def test_a_trust_region_decides_in_place_as_it_does_on_checked_steps(name):
 
 
 def test_a_step_with_a_hidden_inf_teaches_the_trust_region_nothing():
-    def update(updates, state, params=None):
-        # Only one element, in a row that no sample has.
-        spoilt = updates["w"].at[1, 1].set(jnp.where(state == 2, jnp.inf, 0.0))
-        steps = {"w": jnp.where(jnp.isinf(spoilt), spoilt, -0.1 * updates["w"])}
-        return steps, state + 1
+    # One divisor, in a row that no sample has, is 1, 1/2 and then 0. What it falls by
+    # is in the state, as no proof is had with constants of that size.
+    def init(params):
+        ones = optax.tree.ones_like(params)
+        return ones, jax.tree.map(lambda x: jnp.zeros_like(x).at[1, 1].set(0.5), ones)
 
-    inner = optax.GradientTransformation(lambda params: jnp.zeros(()), update)
+    def update(updates, state, params=None):
+        divisors, falls = state
+        steps = jax.tree.map(lambda g, d: -0.1 * g / d, updates, divisors)
+        return steps, (jax.tree.map(jnp.subtract, divisors, falls), falls)
+
+    inner = optax.GradientTransformation(init, update)
     tx = sg.guard(inner, sg.skip(), sg.trust_region(every=1), exact_updates=False)
     params = {"w": jnp.ones((1024, 128))}
     loss_fn = lambda params: 0.5 * jnp.sum(params["w"] ** 2)
@@ -243,6 +248,7 @@ def test_a_step_with_a_hidden_inf_teaches_the_trust_region_nothing():
         params, state = step(params, state)
         seen.append(sg.metrics(state))
     assert [bool(now["skipped"]) for now in seen] == [False, False, True]
+    assert jnp.isfinite(seen[2]["raw_update_norm"])  # The sample's: it was not checked.
     for key in ("trust_radius", "trust_probes", "trust_cuts"):
         assert seen[2][key] == seen[1][key]
     chex.assert_tree_all_finite(params)
