@@ -3,9 +3,6 @@
 from importlib.metadata import version as _version
 
 from . import sweep as sweep
-from ._apply import apply as apply
-from ._groups import units as units
-from ._guard import GuardedTransformation as GuardedTransformation, guard as guard
 from ._observe import (
     TrainingHalted as TrainingHalted,
     events as events,
@@ -13,8 +10,6 @@ from ._observe import (
     metrics as metrics,
     raise_if_halted as raise_if_halted,
 )
-from ._reasons import Reason as Reason
-from ._stabilize import stabilize as stabilize
 from .clipping._direction import limit_direction as limit_direction
 from .clipping._ema import clip_by_ema as clip_by_ema
 from .clipping._max import clip_by_max as clip_by_max
@@ -25,10 +20,14 @@ from .clipping._second_moment import clip_by_second_moment as clip_by_second_mom
 from .clipping._update_rms import clip_update_rms as clip_update_rms
 from .clipping._zscore import clip_by_zscore as clip_by_zscore
 from .curvature._critical import critical_learning_rate as critical_learning_rate
-from .curvature._range_test import (
-    learning_rate_range_test as learning_rate_range_test,
-)
+from .curvature._range_test import learning_rate_range_test as learning_rate_range_test
 from .curvature._sharpness import sharpness as sharpness
+from .engine._apply import apply as apply
+from .engine._guard import (
+    GuardedTransformation as GuardedTransformation,
+    guard as guard,
+)
+from .granularity._groups import units as units
 from .learning_rate._observe_metric import observe_metric as observe_metric
 from .learning_rate._plateau import reduce_on_plateau as reduce_on_plateau
 from .learning_rate._scale_by_schedule import (
@@ -37,12 +36,14 @@ from .learning_rate._scale_by_schedule import (
 from .learning_rate._stateful_schedule import (
     explosion_aware_schedule as explosion_aware_schedule,
 )
+from .presets._skip_bad_steps import skip_bad_steps as skip_bad_steps
+from .presets._stabilize import stabilize as stabilize
 from .responses._back_off import back_off as back_off
 from .responses._clip import clip as clip
 from .responses._halt import halt as halt
+from .responses._reasons import Reason as Reason
 from .responses._skip import skip as skip
-from .responses._trust_region import trust_region as trust_region
-from .skipping._skip_bad_steps import skip_bad_steps as skip_bad_steps
+from .responses.trust_region._response import trust_region as trust_region
 from .structure._limit_gradient import limit_gradient as limit_gradient
 from .thresholds._ema_ratio import ema_ratio as ema_ratio
 from .thresholds._limits import fixed as fixed, nonfinite as nonfinite

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import _trees
-from ._guard import GuardState
-from ._reasons import Reason
-from ._record import ENCODED, Event, EventKind, Record, decode, init_record
 from .clipping._readings import numbers_of_clips
+from .engine._guard import GuardState
+from .engine._record import ENCODED, Event, EventKind, Record, decode, init_record
 from .learning_rate._readings import numbers_of_rates
-from .step_length._readings import numbers_of_trust
+from .responses._reasons import Reason
+from .responses.trust_region._readings import numbers_of_trust
 
 
 class TrainingHalted(RuntimeError):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._across import varies_over, varying
+from ._mapped_axes import varies_over, varying
 
 
 def is_inexact(leaf) -> bool:

@@ -9,15 +9,15 @@ import pytest
 from training import scan
 
 import stablegrad as sg
-from stablegrad._group_norms import (
+from stablegrad._norms import measure
+from stablegrad._trees import inexact_leaves, scale_leaves
+from stablegrad.granularity._group_norms import (
     group_norms,
     leaf_factors,
     measure_groups,
     scaled_groups_norm,
 )
-from stablegrad._groups import group
-from stablegrad._measure import measure
-from stablegrad._trees import inexact_leaves, scale_leaves
+from stablegrad.granularity._groups import group
 
 RNG = np.random.default_rng(0)
 PARAMS = {

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stablegrad._measure import LARGEST, measure, newly_nonfinite, scaled_norm
+from stablegrad._norms import LARGEST, measure, newly_nonfinite, scaled_norm
 
 RTOL = 1e-5  # float32 sums of a few hundred squares against float64.
 

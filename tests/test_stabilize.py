@@ -11,7 +11,7 @@ import pytest
 from training import of_norm, scan
 
 import stablegrad as sg
-from stablegrad.responses._trust_region import optional_trust_region
+from stablegrad.responses.trust_region._response import optional_trust_region
 
 PARAMS = {"w": jnp.array([1.0, 2.0])}
 SLOW_ADAM = sg.stabilize(optax.adam(0.01))

@@ -7,7 +7,7 @@ import optax
 
 import stablegrad as sg
 from stablegrad import _trees
-from stablegrad._measure import measure
+from stablegrad._norms import measure
 
 PARAMS = {"w": jnp.array([1.0, 2.0])}
 

@@ -12,7 +12,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 
 from stablegrad._trees import leaf_names
-from stablegrad._units import unit_axes
+from stablegrad.granularity._units import unit_axes
 
 KEY = jax.random.key(0)
 ROUNDING = 1e-6  # Of a float32 sum in another order.

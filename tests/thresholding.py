@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stablegrad._groups import independent
-from stablegrad.thresholds._core import Scope, judge, learn
+from stablegrad.granularity._groups import independent
+from stablegrad.thresholds._base import Scope, judge, learn
 
 
 def limits(threshold, signals):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .._measure import LARGEST
+from .._norms import LARGEST
 from ._range import Range
 
 

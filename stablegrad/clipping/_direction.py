@@ -8,7 +8,7 @@ import optax
 
 from .. import _trees
 from .._checks import require, require_count
-from .._measure import measure
+from .._norms import measure
 from ._readings import ClipReadings, init_readings, read
 
 NAME = "limit_direction"

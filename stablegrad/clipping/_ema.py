@@ -8,10 +8,10 @@ import optax
 
 from .. import _checks
 from .._checks import require, require_count
-from .._groups import Granularity
-from ..thresholds._core import Scope
+from ..granularity._groups import Granularity
+from ..thresholds._base import Scope
 from ..thresholds._ema_ratio import ema_ratio
-from ._core import Rule, Ruling, by_threshold, clipping
+from ._base import Rule, Ruling, by_threshold, clipping
 
 EPS = 1e-8
 

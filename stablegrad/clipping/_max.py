@@ -8,10 +8,10 @@ import optax
 
 from .. import _checks, _trees
 from .._checks import require, require_count
-from .._groups import independent
-from .._measure import LARGEST, measure, unguarded
+from .._norms import LARGEST, measure, unguarded
+from ..granularity._groups import independent
 from ..responses._clip import factors
-from ..thresholds._core import Scope, judge, learn
+from ..thresholds._base import Scope, judge, learn
 from ..thresholds._ema_ratio import ema_ratio
 from . import _moments
 from ._readings import ClipReadings, init_readings, read

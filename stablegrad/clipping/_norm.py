@@ -3,9 +3,9 @@
 import jax
 import optax
 
-from .._groups import Granularity
+from ..granularity._groups import Granularity
 from ..thresholds._limits import fixed
-from ._core import by_threshold, clipping
+from ._base import by_threshold, clipping
 
 
 def clip_by_norm(

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .. import _units
 from .._checks import require
-from .._groups import units
-from ..thresholds._core import Scope
+from ..granularity import _units
+from ..granularity._groups import units
+from ..thresholds._base import Scope
 from ..thresholds._param_ratio import param_ratio
-from ._core import Rule, Ruling, by_threshold, clipping
+from ._base import Rule, Ruling, by_threshold, clipping
 
 
 def clip_by_param_norm(

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import optax
 
 from .._checks import require, require_count
-from .._groups import Granularity
-from ..thresholds._core import Scope
+from ..granularity._groups import Granularity
+from ..thresholds._base import Scope
 from ..thresholds._percentile import percentile
 from ..thresholds._statistics import write
-from ._core import Rule, Ruling, by_threshold, clipping
+from ._base import Rule, Ruling, by_threshold, clipping
 
 
 class AutoClipState(NamedTuple):

@@ -8,9 +8,10 @@ import optax
 
 from .. import _checks, _trees
 from .._checks import require, require_count
-from .._measure import measure
-from . import _moments, _spam
+from .._norms import measure
+from . import _moments
 from ._readings import ClipReadings, init_readings, read
+from .published import _spam
 
 NAME = "clip_by_second_moment"
 SPIKE = 0.5  # A step that clipping leaves less than this share of its norm.

@@ -9,10 +9,10 @@ import optax
 
 from .. import _checks, _trees
 from .._checks import require
-from .._groups import independent
-from .._measure import LARGEST, measure, scaled_norm
+from .._norms import LARGEST, measure, scaled_norm
+from ..granularity._groups import independent
 from ..responses._clip import factors
-from ..thresholds._core import Scope, judge, learn
+from ..thresholds._base import Scope, judge, learn
 from ..thresholds._zscore import zscore
 from . import _moments
 from ._readings import ClipReadings, init_readings, read

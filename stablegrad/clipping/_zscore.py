@@ -8,11 +8,11 @@ import optax
 
 from .. import _checks
 from .._checks import require, require_count
-from .._groups import Granularity
-from ..thresholds._core import Scope
+from ..granularity._groups import Granularity
+from ..thresholds._base import Scope
 from ..thresholds._statistics import write
 from ..thresholds._zscore import zscore
-from ._core import Rule, Ruling, by_threshold, clipping
+from ._base import Rule, Ruling, by_threshold, clipping
 
 MODES = ("zscore", "percentile")
 OPTIONS = ("adaptive_scaling", "mean")

@@ -7,17 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import _judging
 from .._checks import require
-from .._measure import Measurement
-from .._reasons import Reason
-from .._record import encode
+from .._norms import Measurement
 from .._trees import count_if, distinct
+from ..engine import _decide as _judging
+from ..engine._families import batches_of, init_batches, learned, with_limits
+from ..engine._record import encode
 from ..responses._back_off import explosion_response, signs
-from ..responses._core import Response
-from ..thresholds._batches import batches_of, init_batches, learned, with_limits
-from ..thresholds._core import Judgement, Threshold
-from ._explosions import ExplosionSettings, ExplosionState
+from ..responses._base import Response
+from ..responses._explosions import ExplosionSettings, ExplosionState
+from ..responses._reasons import Reason
+from ..thresholds._base import Judgement, Threshold
 
 # A number, or a function of the step, such as optax's own schedules.
 BaseSchedule = float | jax.Array | Callable[[Any], Any]

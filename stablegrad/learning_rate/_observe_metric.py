@@ -4,7 +4,7 @@ from typing import Any, TypeVar
 
 import jax
 
-from .._signals import scalar_signal
+from ..thresholds._signals import scalar_signal
 from ._evaluations import PlateauState, evaluate, plain
 
 State = TypeVar("State")

@@ -7,7 +7,7 @@ import optax
 
 from .. import _trees
 from .._checks import require, require_steps
-from .._signals import scalar_signal
+from ..thresholds._signals import scalar_signal
 from ._evaluations import (
     CONVENTIONS,
     MODES,

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .._record import decode
+from ..engine._record import decode
 from ._evaluations import PlateauState, plain
 from ._explosion_aware import ScheduleReadings, ScheduleState
 

@@ -4,10 +4,11 @@ import jax
 import optax
 
 from .. import _trees
-from .._groups import group
-from .._measure import measure
-from .._signals import is_outgoing
-from ..thresholds._core import Threshold
+from .._norms import measure
+from ..granularity._groups import group
+from ..responses._explosions import ExplosionSettings
+from ..thresholds._base import Threshold
+from ..thresholds._signals import is_outgoing
 from ._explosion_aware import (
     BaseSchedule,
     ScheduleState,
@@ -17,7 +18,6 @@ from ._explosion_aware import (
     judged,
     rate_now,
 )
-from ._explosions import ExplosionSettings
 
 NAME = "scale_by_explosion_aware_schedule"
 

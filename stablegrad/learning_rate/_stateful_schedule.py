@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 
 from .._checks import described
-from .._groups import group
-from .._measure import unmeasured
-from .._signals import is_norm
-from ..thresholds._core import Scope, Threshold, unobserved
+from .._norms import unmeasured
+from ..granularity._groups import group
+from ..responses._explosions import ExplosionSettings
+from ..thresholds._base import Scope, Threshold, unobserved
+from ..thresholds._signals import is_norm
 from ._explosion_aware import (
     BaseSchedule,
     ExplosionAware,
@@ -21,7 +22,6 @@ from ._explosion_aware import (
     limited,
     rate_now,
 )
-from ._explosions import ExplosionSettings
 
 NAME = "explosion_aware_schedule"
 

@@ -6,9 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from .._checks import require
-from .._group_norms import leaf_factors
-from .._signals import is_outgoing
-from ..learning_rate._explosions import (
+from ..granularity._group_norms import leaf_factors
+from ..thresholds._base import Judgement, Threshold
+from ..thresholds._signals import is_outgoing
+from ._base import Response, any_true, check_thresholds, proceed
+from ._clip import factors
+from ._explosions import (
     ExplosionSettings,
     ExplosionState,
     after_step,
@@ -16,9 +19,6 @@ from ..learning_rate._explosions import (
     init_explosions,
     scale_now,
 )
-from ..thresholds._core import Judgement, Threshold
-from ._clip import factors
-from ._core import Response, any_true, check_thresholds, proceed
 
 
 def back_off(

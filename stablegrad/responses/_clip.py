@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 
-from .._group_norms import leaf_factors
-from .._signals import is_outgoing
-from ..thresholds._core import Judgement, Threshold
-from ._core import Response, check_thresholds, proceed
+from ..granularity._group_norms import leaf_factors
+from ..thresholds._base import Judgement, Threshold
+from ..thresholds._signals import is_outgoing
+from ._base import Response, check_thresholds, proceed
 
 
 def factors(judgement: Judgement) -> jax.Array:

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from .._checks import require_steps
-from .._reasons import is_nonfinite
 from .._trees import increment
-from ._core import Response, proceed
+from ._base import Response, proceed
+from ._reasons import is_nonfinite
 
 
 class HaltState(NamedTuple):

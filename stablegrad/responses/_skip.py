@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from .._checks import require_steps
-from .._reasons import first_reason, is_nonfinite, reason_code
 from ..thresholds import _limits
-from ..thresholds._core import Threshold
-from ._core import Response, any_true, check_thresholds, proceed
+from ..thresholds._base import Threshold
+from ._base import Response, any_true, check_thresholds, proceed
+from ._reasons import first_reason, is_nonfinite, reason_code
 
 
 class SkipState(NamedTuple):

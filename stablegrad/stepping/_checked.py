@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from .. import _judging, _looking, _trees
-from .._measure import measure, newly_nonfinite, scaled_norm, unmeasured
-from .._reasons import Reason, first_reason
+from .. import _trees
+from .._norms import measure, newly_nonfinite, scaled_norm, unmeasured
+from ..engine import _decide as _judging, _look_ahead as _looking
+from ..responses._reasons import Reason, first_reason
 from ._core import Situation, Taken
 
 

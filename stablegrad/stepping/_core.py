@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 
 import jax
 
-from .._across import Across
-from .._judging import Words
-from .._measure import Measurement
-from ..responses._core import Foresight, Response, Verdict
+from .._mapped_axes import Across
+from .._norms import Measurement
+from ..engine._decide import Words
+from ..responses._base import Foresight, Response, Verdict
 
 
 class Situation(NamedTuple):

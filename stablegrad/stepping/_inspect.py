@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from .. import _trees
-from .._across import Across
+from .._mapped_axes import Across
 from .._together import reduce_together
 from ..bounds._kinds import Layout, collect
 from ..bounds._range import Range

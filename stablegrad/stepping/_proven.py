@@ -15,14 +15,15 @@ import optax
 from jax import lax
 from jax.extend import core as jex
 
-from .. import _judging, _looking, _trees
-from .._across import Across
-from .._measure import Measurement, scaled_norm, unmeasured
-from .._reasons import Reason, first_reason
+from .. import _trees
+from .._mapped_axes import Across
+from .._norms import Measurement, scaled_norm, unmeasured
 from ..bounds._kinds import Layout, layout_of
 from ..bounds._proof import Proof, prove
 from ..bounds._ranges import Ranges
-from ..responses._core import Foresight, Verdict
+from ..engine import _decide as _judging, _look_ahead as _looking
+from ..responses._base import Foresight, Verdict
+from ..responses._reasons import Reason, first_reason
 from ._core import Situation, Taken
 from ._inspect import Inspection, inspect
 from ._sample import norms_of, rows_of

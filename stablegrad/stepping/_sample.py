@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import _trees
-from .._across import Across
-from .._measure import Measurement, measure, norm_of_norms
+from .._mapped_axes import Across
+from .._norms import Measurement, measure, norm_of_norms
 
 STRIDE = 64
 WHOLE, LEAST = 4096, 2048  # Elements.

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from .._across import Across
+from .._mapped_axes import Across
 from ..bounds._kinds import layout_of
 from ..bounds._ranges import Ranges, unknown
 from ._checked import checked_step

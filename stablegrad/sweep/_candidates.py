@@ -13,8 +13,6 @@ from typing import Any
 import optax
 
 from .. import _checks
-from .._guard import guard
-from .._stabilize import stabilize
 from ..clipping._ema import clip_by_ema
 from ..clipping._max import clip_by_max
 from ..clipping._norm import clip_by_norm
@@ -22,10 +20,12 @@ from ..clipping._param_norm import clip_by_param_norm
 from ..clipping._percentile import clip_by_percentile
 from ..clipping._second_moment import clip_by_second_moment
 from ..clipping._zscore import clip_by_zscore
+from ..engine._guard import guard
 from ..learning_rate._plateau import reduce_on_plateau
 from ..learning_rate._stateful_schedule import explosion_aware_schedule
-from ..responses._trust_region import trust_region
-from ..skipping._skip_bad_steps import skip_bad_steps
+from ..presets._skip_bad_steps import skip_bad_steps
+from ..presets._stabilize import stabilize
+from ..responses.trust_region._response import trust_region
 from ..thresholds._zscore import zscore
 from ._lookahead import lookahead
 from ._policies import POLICIES

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 
 from .._checks import require
-from .._groups import Granularity
-from .._signals import Signal, check_signal, is_norm
-from ._core import Scope, Threshold
+from ..granularity._groups import Granularity
+from ._base import Scope, Threshold
+from ._signals import Signal, check_signal, is_norm
 
 
 def param_ratio(

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from .._checks import require, require_count
-from .._groups import Granularity
-from .._signals import Signal, check_signal, is_norm
+from ..granularity._groups import Granularity
 from . import _statistics as stats
-from ._core import Scope, Threshold
+from ._base import Scope, Threshold
+from ._signals import Signal, check_signal, is_norm
 
 # During warm-up, a norm of up to this multiple of the median is normal.
 EARLY_FACTOR = 12.0

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 
 from .._checks import require, require_count
-from .._groups import Granularity
-from .._signals import Signal, check_signal, is_norm
 from .._trees import increment
+from ..granularity._groups import Granularity
 from . import _statistics as stats
-from ._core import Scope, Threshold
+from ._base import Scope, Threshold
+from ._signals import Signal, check_signal, is_norm
 
 
 class WindowZScoreState(NamedTuple):

@@ -8,8 +8,8 @@ import pytest
 from training import of_norm, scan
 
 import stablegrad as sg
-from stablegrad._groups import independent
-from stablegrad.thresholds._core import Scope, unobserved
+from stablegrad.granularity._groups import independent
+from stablegrad.thresholds._base import Scope, unobserved
 
 RTOL = 1e-5  # float32 products over a few hundred steps.
 PARAMS = {"w": jnp.zeros(2)}

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from stablegrad.step_length import _probe
+from stablegrad.responses.trust_region import _probe
 
 CURVATURE = np.array([1.0, 10.0])
 BOTH = pytest.mark.parametrize("kind", ["forward", "hvp"])

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stablegrad.step_length import _progress
+from stablegrad.responses.trust_region import _progress
 
 
 @jax.jit

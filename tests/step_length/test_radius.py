@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 import stablegrad as sg
-from stablegrad.step_length import _radius
-from stablegrad.step_length._probe import Attempt, Look
-from stablegrad.step_length._progress import Progress
+from stablegrad.responses.trust_region import _radius
+from stablegrad.responses.trust_region._probe import Attempt, Look
+from stablegrad.responses.trust_region._progress import Progress
 
 CASES, STEPS = 24, 400
 

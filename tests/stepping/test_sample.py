@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import training
 
-from stablegrad._across import HERE
+from stablegrad._mapped_axes import HERE
 from stablegrad.stepping._sample import LEAST, STRIDE, _rows, norms_of, rows_of
 
 SHAPES = {

@@ -9,7 +9,7 @@ import pytest
 from thresholding import limits, lognormal
 
 import stablegrad as sg
-from stablegrad.thresholds._batches import batches_of
+from stablegrad.engine._families import batches_of
 
 STEPS = 90
 FIRST = sg.zscore(2.5, warmup_steps=10, patience=20)

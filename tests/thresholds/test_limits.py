@@ -6,8 +6,8 @@ import pytest
 from thresholding import limits
 
 import stablegrad as sg
-from stablegrad._groups import independent
-from stablegrad.thresholds._core import Scope, judge
+from stablegrad.granularity._groups import independent
+from stablegrad.thresholds._base import Scope, judge
 
 ONE = Scope(independent(1))
 

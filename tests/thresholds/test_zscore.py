@@ -8,8 +8,8 @@ import pytest
 from thresholding import limits, lognormal
 
 import stablegrad as sg
-from stablegrad._groups import independent
-from stablegrad.thresholds._core import Scope, judge, learn
+from stablegrad.granularity._groups import independent
+from stablegrad.thresholds._base import Scope, judge, learn
 
 ONE = Scope(independent(1))
 DEFAULT, OF_50 = sg.zscore(2.5), sg.zscore(2.5, patience=50)

@@ -15,15 +15,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from . import _checks, _judging, _record, _trees
-from ._across import AxisName, across
-from ._groups import check_sharded, group
-from ._measure import measure, scaled_norm
-from .bounds._ranges import Ranges
-from .responses._core import Response
-from .stepping._core import Situation
-from .stepping._ways import init_ranges, take_step
-from .thresholds._batches import batches_of, init_batches, learned, with_limits
+from .. import _checks, _trees
+from .._mapped_axes import AxisName, across
+from .._norms import measure, scaled_norm
+from ..bounds._ranges import Ranges
+from ..granularity._groups import check_sharded, group
+from ..responses._base import Response
+from ..stepping._core import Situation
+from ..stepping._ways import init_ranges, take_step
+from . import _decide as _judging, _record
+from ._families import batches_of, init_batches, learned, with_limits
 
 FUSED = "fused_step"  # Where a guard's `update` keeps it.
 

@@ -4,15 +4,15 @@ import jax
 import optax
 
 from .._checks import require, require_count
-from .._guard import GuardedTransformation, guard
+from ..engine._guard import GuardedTransformation, guard
 from ..responses._halt import halt
 from ..responses._skip import skip
-from ..thresholds._core import optional
+from ..thresholds._base import optional
 from ..thresholds._ema_ratio import ema_ratio
 from ..thresholds._limits import nonfinite
 from ..thresholds._window_zscore import window_zscore
 from ..thresholds._zscore import zscore
-from ._published import accepted_mean, window_mean
+from ._published_rules import accepted_mean, window_mean
 
 NEVER = 2**31 - 1
 WINDOWS = {

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ..responses._core import Response
-from ._core import Judgement, Scope, Threshold, learn
+from ..responses._base import Response
+from ..thresholds._base import Judgement, Scope, Threshold, learn
 
 Place = tuple[int, int]  # Of a threshold: its response, and its place there.
 

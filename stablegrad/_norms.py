@@ -8,8 +8,8 @@ import numpy as np
 from jax import lax
 
 from . import _trees
-from ._across import HERE, Across
 from ._by_size import Sums, norms_from, sums_by_size
+from ._mapped_axes import HERE, Across
 
 LARGEST = float(np.finfo(np.float32).max)
 # Below it, squares of float32 elements may have been rounded to zero.

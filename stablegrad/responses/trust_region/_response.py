@@ -7,9 +7,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
 
-from .._checks import require, require_steps
-from ..step_length._probe import KINDS, Attempt, look
-from ..step_length._radius import (
+from ..._checks import require, require_steps
+from .._base import Foresight, Response, proceed
+from ._probe import KINDS, Attempt, look
+from ._radius import (
     AIM,
     CARE,
     TrustRegionState,
@@ -19,7 +20,6 @@ from ..step_length._radius import (
     is_due,
     longest_rise,
 )
-from ._core import Foresight, Response, proceed
 
 
 def trust_region(

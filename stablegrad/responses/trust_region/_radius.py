@@ -16,8 +16,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .._measure import LARGEST
-from .._trees import count_if, increment
+from ..._norms import LARGEST
+from ..._trees import count_if, increment
 from ._probe import Look, ratio
 from ._progress import LONGEST, Progress, after_loss, gain, init_progress, window
 

@@ -20,9 +20,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from ._checks import require
+from .._checks import require
+from .._trees import path_name, paths_and_leaves
 from ._layouts import BIAS_OF, OUTPUTS_FIRST, Axes, Leaf, Parts, described
-from ._trees import path_name, paths_and_leaves
 
 AxisRule = int | Axes | Callable[[Any, Any], int | Axes | None] | None
 StackRule = str | Callable[[Any, Any], bool | int] | None

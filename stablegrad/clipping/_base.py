@@ -13,16 +13,16 @@ import jax.numpy as jnp
 import optax
 
 from .. import _checks, _trees
-from .._group_norms import (
+from .._norms import unguarded, unguarded_over
+from ..granularity._group_norms import (
     group_norms,
     leaf_factors,
     measure_groups,
     scaled_groups_norm,
 )
-from .._groups import Granularity, group
-from .._measure import unguarded, unguarded_over
+from ..granularity._groups import Granularity, group
 from ..responses._clip import factors
-from ..thresholds._core import Scope, Threshold, judge, learn
+from ..thresholds._base import Scope, Threshold, judge, learn
 from ._readings import ClipReadings, init_readings, read
 
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from . import _checks, _trees
-from ._across import Across
-from ._judging import loss_of
-from .responses._core import Foresight, Response
-from .step_length._probe import Attempt
+from .. import _checks, _trees
+from .._mapped_axes import Across
+from ..responses._base import Foresight, Response
+from ..responses.trust_region._probe import Attempt
+from ._decide import loss_of
 
 
 def unlooked(states: tuple) -> Foresight:

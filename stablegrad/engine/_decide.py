@@ -5,14 +5,14 @@ from typing import Any
 
 import jax
 
-from . import _checks, _trees
-from ._across import HERE, Across
-from ._group_norms import group_norms
-from ._groups import group
-from ._measure import Measurement, unguarded, unguarded_over
-from ._signals import is_norm, is_outgoing, scalar_signal, signal_name
-from .responses._core import Response, Verdict, combine
-from .thresholds._core import Judgement, Scope, Threshold, judge, unobserved
+from .. import _checks, _trees
+from .._mapped_axes import HERE, Across
+from .._norms import Measurement, unguarded, unguarded_over
+from ..granularity._group_norms import group_norms
+from ..granularity._groups import group
+from ..responses._base import Response, Verdict, combine
+from ..thresholds._base import Judgement, Scope, Threshold, judge, unobserved
+from ..thresholds._signals import is_norm, is_outgoing, scalar_signal, signal_name
 
 # For each response, one judgement a threshold.
 Words = list[tuple[Judgement, ...]]

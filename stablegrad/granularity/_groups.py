@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from . import _checks, _trees, _units
+from .. import _checks, _trees
+from . import _units
 
 
 class Units(NamedTuple):

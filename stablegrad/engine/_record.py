@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._measure import LARGEST, Measurement
-from ._trees import count_if, increment, least
-from .responses._core import Foresight, Verdict
+from .._norms import LARGEST, Measurement
+from .._trees import count_if, increment, least
+from ..responses._base import Foresight, Verdict
 
 EVENTS_KEPT = 64
 # Fields of `LastStep` that may stand for a nan or an inf.

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .._signals import Signal
-from ..thresholds._core import Scope, Threshold
+from ..thresholds._base import Scope, Threshold
+from ..thresholds._signals import Signal
 from ..thresholds._statistics import write
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .._measure import LARGEST
+from ..._norms import LARGEST
 
 SHARE, SHORTEST, LONGEST = 1 / 8, 50.0, 400.0
 NEARER = 5.0

@@ -10,15 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import _trees
+from .. import _trees
+from .._norms import Measurement, measure, measure_parts, norm_of_norms, norms_over
 from ._groups import Grouping
-from ._measure import (
-    Measurement,
-    measure,
-    measure_parts,
-    norm_of_norms,
-    norms_over,
-)
 
 
 def group_norms(

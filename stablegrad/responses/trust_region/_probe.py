@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .. import _trees
-from .._across import HERE, Across
-from .._measure import LARGEST
-from .._signals import scalar_signal
+from ... import _trees
+from ..._mapped_axes import HERE, Across
+from ..._norms import LARGEST
+from ...thresholds._signals import scalar_signal
 
 TRIES = 8  # Looks at one step at most, each nearer than the last.
 NEARER = (0.01, 0.5)  # What one look may shorten the step by.

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .. import _trees
-from .._measure import measure, unguarded
-from . import _moments
-from ._readings import ClipReadings, init_readings, read
+from ... import _trees
+from ..._norms import measure, unguarded
+from .. import _moments
+from .._readings import ClipReadings, init_readings, read
 
 PROTECTED = 20  # Steps without a limit, at the start and after each reset.
 

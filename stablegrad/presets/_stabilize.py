@@ -3,17 +3,17 @@
 import jax
 import optax
 
-from ._across import AxisName
-from ._groups import Granularity
-from ._guard import GuardedTransformation, guard
-from .responses._back_off import back_off
-from .responses._clip import clip
-from .responses._halt import halt
-from .responses._skip import skip
-from .responses._trust_region import optional_trust_region
-from .thresholds._core import optional
-from .thresholds._limits import nonfinite
-from .thresholds._zscore import zscore
+from .._mapped_axes import AxisName
+from ..engine._guard import GuardedTransformation, guard
+from ..granularity._groups import Granularity
+from ..responses._back_off import back_off
+from ..responses._clip import clip
+from ..responses._halt import halt
+from ..responses._skip import skip
+from ..responses.trust_region._response import optional_trust_region
+from ..thresholds._base import optional
+from ..thresholds._limits import nonfinite
+from ..thresholds._zscore import zscore
 
 
 def stabilize(

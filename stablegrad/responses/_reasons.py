@@ -5,7 +5,7 @@ from enum import IntEnum
 import jax
 import jax.numpy as jnp
 
-from ._signals import Signal
+from ..thresholds._signals import Signal
 
 FIRST_OUTLIER = 10
 

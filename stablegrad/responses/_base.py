@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from .._checks import described
-from .._reasons import first_reason
 from .._trees import smallest
-from ..step_length._probe import Attempt
-from ..thresholds._core import Judgement, Threshold
+from ..thresholds._base import Judgement, Threshold
+from ._reasons import first_reason
+from .trust_region._probe import Attempt
 
 
 class Verdict(NamedTuple):

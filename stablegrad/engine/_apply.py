@@ -4,7 +4,7 @@ from typing import Any
 
 import optax
 
-from . import _checks
+from .. import _checks
 from ._guard import GuardedTransformation
 
 

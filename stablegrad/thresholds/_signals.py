@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from . import _checks
-from ._groups import Granularity, check_granularity
-from ._measure import LARGEST
+from .. import _checks
+from .._norms import LARGEST
+from ..granularity._groups import Granularity, check_granularity
 
 # "grad_norm", "value", "update_norm", or a function (updates, params, extra) -> scalar.
 Signal = str | Callable[[Any, Any, dict[str, Any]], jax.Array]

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .._groups import Granularity, Grouping
-from .._signals import Signal, is_norm
 from .._trees import cast_like
+from ..granularity._groups import Granularity, Grouping
+from ._signals import Signal, is_norm
 from ._statistics import where_groups
 
 

@@ -1,0 +1,1 @@
+"""Published clipping rules, one paper a file, as their authors wrote them."""

@@ -1,0 +1,1 @@
+"""The engine: how one guarded step runs."""

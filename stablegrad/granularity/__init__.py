@@ -1,0 +1,1 @@
+"""Granularity: into which groups the numbers of a step fall."""

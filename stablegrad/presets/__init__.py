@@ -1,0 +1,1 @@
+"""Presets: guards that are ready to use."""

@@ -1,0 +1,1 @@
+"""The trust region: limits the length of a step by looking at the loss along it."""

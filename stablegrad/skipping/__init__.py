@@ -1,1 +1,0 @@
-"""Skipping bad steps: the rules of the large trainers, repaired and as published."""
