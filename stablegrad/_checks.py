@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
+from ._trees import decode_names, names_as_bytes
+
 _MOST = 2**31 - 1  # Steps are counted in int32.
 
 
@@ -135,22 +137,40 @@ def missing_params(asker: str) -> ValueError:
     )
 
 
-def same_leaves(at_init: tuple[str, ...], now: tuple[str, ...]) -> None:
-    """Raises ValueError, naming the leaves, if a step's pytree is not `init`'s."""
-    if at_init == now:
-        return
-    absent = [name for name in at_init if name not in set(now)]
-    extra = [name for name in now if name not in set(at_init)]
+def require_state(asker: str, state) -> None:
+    """Raise ValueError if an update was called without a state."""
+    if state is None:
+        raise ValueError(
+            f"`{asker}` got no state: call `state = tx.init(params)` first, and pass "
+            "`state` to `tx.update(grads, state, params)`."
+        )
+
+
+def same_leaves(at_init: jax.Array, now: tuple[str, ...]) -> None:
+    """Raise ValueError if the leaves of a step are not those given to `init`.
+
+    `at_init` holds the names at `init`. Under a trace only its length is known.
+    """
+    expected = now
+    if isinstance(at_init, Tracer):
+        if at_init.shape[-1] == len(names_as_bytes(now)):
+            return
+    else:
+        expected = decode_names(at_init)
+        if expected == now:
+            return
+    absent = [name for name in expected if name not in set(now)]
+    extra = [name for name in now if name not in set(expected)]
     differs = "; ".join(
         f"{what}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
         for what, names in (("missing", absent), ("unexpected", extra))
         if names
     )
     raise ValueError(
-        "the pytree of this step differs in structure from the one given to `init` "
-        f"({len(now)} array leaves now, {len(at_init)} at init"
-        f"{'; ' + differs if differs else '; same leaves, other order'}). "
-        "Call `init` again with the parameters that are trained."
+        "the pytree of this step differs in structure from the one given to `init`: "
+        f"{differs or 'other names, or another order'}. This step has {len(now)} "
+        f"floating-point leaves: {', '.join(now[:5])}{', ...' if len(now) > 5 else ''}"
+        ". Call `init` again with the parameters that are trained."
     )
 
 

@@ -1,10 +1,11 @@
-"""Across devices: sums and means over mapped axes, so that all decide alike.
+"""Mapped axes: sums and means over the devices of `shard_map` and `pmap`.
 
-Inside `shard_map` and `pmap` a device sees its own shard. What it adds up is summed
-over the axes once for each shard; a leaf that does not vary over an axis counts once.
+Inside these functions a device sees its own shard. Sums of shards are added up over the
+axes, so that every device computes the same norms and makes the same decisions.
 """
 
 import math
+import warnings
 from collections.abc import Hashable
 from typing import Any, NamedTuple
 
@@ -15,76 +16,62 @@ from jax import lax
 AxisName = Hashable | tuple[Hashable, ...] | None
 
 
-class Across(NamedTuple):
+class MappedAxes(NamedTuple):
     """The mapped axes over which leaves are sharded; none by default."""
 
     names: tuple[Hashable, ...] = ()
+    averaged: bool = False  # Whether every device holds the whole, averaged gradients.
 
     def totals(self, parts: list[jax.Array], leaves: list) -> jax.Array:
-        """The rank-0 part of each leaf, added up over all its shards: (leaves,)."""
-        if not self.names:
+        """Add up the rank-0 part of each leaf over all its shards: (leaves,)."""
+        if not parts:
+            return jnp.zeros((0,), jnp.float32)
+        if not self.names or self.averaged:
             return jnp.stack(parts)
         whole = math.prod(lax.axis_size(name) for name in self.names)
-        copies = [whole // shards for shards in self.shards(leaves)]
+        copies = [whole // shards for shards in self._shards(leaves)]
         shares = [part / count for part, count in zip(parts, copies, strict=True)]
-        return lax.psum(self._everywhere(jnp.stack(shares)), self.names)
+        return lax.psum(self._varying(jnp.stack(shares)), self.names)
 
-    def largest(self, numbers: jax.Array) -> jax.Array:
-        """The largest over the axes, elementwise."""
-        if not self.names:
-            return numbers
-        return lax.pmax(self._everywhere(numbers), self.names)
+    def mean(self, number: jax.Array) -> jax.Array:
+        """Average a number over the axes."""
+        return lax.pmean(self._varying(number), self.names) if self.names else number
 
-    def mean(self, numbers: jax.Array) -> jax.Array:
-        """The mean over the axes, elementwise; the number itself if all agree."""
-        if not self.names:
-            return numbers
-        return lax.pmean(self._everywhere(numbers), self.names)
+    def total(self, counts: jax.Array) -> jax.Array:
+        """Add up integer counts over the axes, so that all devices report alike."""
+        return lax.psum(self._varying(counts), self.names) if self.names else counts
 
-    def any(self, flag: jax.Array) -> jax.Array:
-        """Whether the flag is set on any device."""
-        return self.largest(flag.astype(jnp.int32)) > 0 if self.names else flag
+    def _shards(self, leaves: list) -> list[int]:
+        """Count the devices over which each leaf is split.
 
-    def all(self, flag: jax.Array) -> jax.Array:
-        """Whether the flag is set on every device."""
-        return ~self.any(~flag) if self.names else flag
-
-    def shards(self, leaves: list) -> list[int]:
-        """Over how many devices each leaf is split; 1 outside of the mapped function.
-
-        Where it is not told which leaves vary over an axis, all of them do.
+        Where JAX does not track which leaves vary over an axis, all of them do.
         """
-        try:
-            sizes = {name: lax.axis_size(name) for name in self.names}
-        except NameError:
-            return [1] * len(leaves)
+        sizes = {name: lax.axis_size(name) for name in self.names}
         every = frozenset(self.names)
-        split = [
-            varies_over(leaf) & every if self._told() else every for leaf in leaves
-        ]
+        tracked = _tracked(self.names[0])
+        split = [varies_over(leaf) & every if tracked else every for leaf in leaves]
         return [math.prod(sizes[name] for name in own) for own in split]
 
-    def _told(self) -> bool:
-        """Whether it is known of each array which axes it varies over."""
-        return bool(self.names and varies_over(lax.axis_index(self.names[0])))
-
-    def _everywhere(self, numbers: jax.Array) -> jax.Array:
-        """The same numbers as what a collective over all axes takes."""
-        return varying(numbers, frozenset(self.names)) if self._told() else numbers
+    def _varying(self, numbers: jax.Array) -> jax.Array:
+        """Mark numbers as varying over all axes, as a collective requires."""
+        if not _tracked(self.names[0]):
+            return numbers
+        return varying(numbers, frozenset(self.names))
 
 
-HERE = Across()  # Over no axis.
+LOCAL = MappedAxes()  # No axis: a device sees everything.
 
 
-def across(axis_name: AxisName) -> Across:
-    """The axes named by one name, a tuple of names, or None."""
+def mapped_axes(axis_name: AxisName, averaged: bool = False) -> MappedAxes:
+    """Return the axes given by one name, a tuple of names, or None."""
     if axis_name is None:
-        return HERE
-    return Across(axis_name if isinstance(axis_name, tuple) else (axis_name,))
+        return LOCAL
+    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    return MappedAxes(names, averaged)
 
 
 def varies_over(leaf: Any) -> frozenset:
-    """The axes that `shard_map` knows a leaf, or its abstract value, to vary over."""
+    """Return the axes that `shard_map` knows a leaf, or its type, to vary over."""
     kind = leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jax.typeof(leaf)
     told = getattr(kind, "manual_axis_type", None)  # Called `vma` by older JAX.
     axes = getattr(kind, "vma", None) if told is None else told.varying
@@ -92,10 +79,46 @@ def varies_over(leaf: Any) -> frozenset:
 
 
 def varying(leaf: jax.Array, names: frozenset) -> jax.Array:
-    """The same array, held to vary over axes on which all devices have it alike."""
+    """Mark an array as varying over axes on which all devices have it alike."""
     missing = tuple(names - varies_over(leaf))
     if not missing:
         return leaf
     if hasattr(lax, "pcast"):
         return lax.pcast(leaf, missing, to="varying")
     return lax.pvary(leaf, missing)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def warn_of_replicas(value: Any, updates: Any) -> None:
+    """Warn if replicas may decide apart: a loss that differs between mapped devices.
+
+    Called for a guard without `axis_name=`. Where JAX tracks what varies, the loss must
+    vary over no axis that the gradients do not vary over. Where it does not, replicas
+    and ensemble members look the same.
+    """
+    axes = _manual_axes()
+    if value is None or not axes:
+        return
+    if _tracked(axes[0]):
+        own = [varies_over(jnp.asarray(leaf)) for leaf in jax.tree.leaves(updates)]
+        apart = varies_over(jnp.asarray(value)) - frozenset().union(*own)
+        if not apart:
+            return
+    warnings.warn(
+        f"`value=` may differ between the devices of the mapped axes {axes}, and this "
+        "guard has no `axis_name=`: replicas of one model could then make different "
+        "decisions. Pass `axis_name=` (with `averaged_gradients=True` if gradients are "
+        "already averaged over it), or average the loss with `jax.lax.pmean`. For an "
+        "ensemble with one model a device, ignore this warning.",
+        stacklevel=4,
+    )
+
+
+def _manual_axes() -> tuple[Hashable, ...]:
+    """Return the axes of the `shard_map` or `pmap` around the current trace."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return tuple(getattr(mesh, "manual_axes", ()) or ())
+
+
+def _tracked(name: Hashable) -> bool:
+    """Return whether JAX tracks which arrays vary over the axis."""
+    return bool(varies_over(lax.axis_index(name)))

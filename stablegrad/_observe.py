@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import _trees
+from ._packing import decode
 from .clipping._readings import numbers_of_clips
-from .engine._guard import GuardState
-from .engine._record import ENCODED, Event, EventKind, Record, decode, init_record
+from .engine._record import ENCODED, Event, EventKind, Record, read_record
+from .engine._step import GuardState
 from .learning_rate._readings import numbers_of_rates
 from .responses._reasons import Reason
-from .responses.trust_region._readings import numbers_of_trust
 
 
 class TrainingHalted(RuntimeError):
@@ -73,6 +73,7 @@ def metrics(state: Any) -> dict[str, jax.Array]:
         >>> now["grad_norm"].item(), round(now["clipped_grad_norm"].item(), 6)
         (5.0, 1.0)
     """
+    state = _trees.without_variables(state)
     found = _search(state)
     clips = {**numbers_of_clips(state), **numbers_of_rates(state)}
     if not clips or found:
@@ -81,7 +82,7 @@ def metrics(state: Any) -> dict[str, jax.Array]:
     of_guards = {
         prefix + name: number
         for prefix, guard_state in zip(prefixes, found, strict=True)
-        for name, number in _flat(guard_state).items()
+        for name, number in _numbers(guard_state).items()
     }
     return {**of_guards, **clips}
 
@@ -117,29 +118,9 @@ def events(state: Any, params: Any = None) -> list[Event]:
     listed = []
     for guard_state in _guards(state):
         names = _trees.leaf_names(params) if params is not None else ()
-        names = names or _trees.names_in(guard_state.layout)
-        log = jax.tree.map(np.asarray, guard_state.record.event_log)
-        norms, losses = (
-            np.asarray(decode(column))
-            for column in (log.event_grad_norm, log.event_loss)
-        )
-        for row in np.argsort(log.event_step, kind="stable"):
-            if log.event_step[row] < 0:
-                continue
-            leaf, reason = int(log.event_leaf[row]), int(log.event_reason[row])
-            listed.append(
-                Event(
-                    step=int(log.event_step[row]),
-                    until=int(log.event_until[row]),
-                    kind=EventKind(int(log.event_kind[row])).name.lower(),
-                    reason=Reason(reason).name.lower() if reason else "",
-                    leaf=names[leaf] if 0 <= leaf < len(names) else "",
-                    grad_norm=float(norms[row]),
-                    loss=float(losses[row]),
-                    lr_scale=float(log.event_lr_scale[row]),
-                )
-            )
-    return sorted(listed, key=lambda event: event.step)
+        names = names or _trees.decode_names(guard_state.names)
+        listed += _events_of(_record_of(guard_state)[0], names)
+    return sorted(listed, key=lambda event: (event.member or 0, event.step))
 
 
 def is_healthy(state: Any, params: Any = None) -> jax.Array:
@@ -165,9 +146,15 @@ def is_healthy(state: Any, params: Any = None) -> jax.Array:
         >>> bool(sg.is_healthy(sg.stabilize(optax.sgd(0.1)).init(params), params))
         True
     """
-    halted = [guard_state.record.last_step.halted for guard_state in _guards(state)]
-    bad = [jnp.any(~jnp.isfinite(leaf)) for leaf in _trees.inexact_leaves(params)]
-    return ~jnp.any(jnp.stack([*halted, *bad]))
+    halted = [_record_of(found)[0].last_step.halted for found in _guards(state)]
+    members = jnp.shape(halted[0])
+
+    def any_bad(leaf):
+        rest = tuple(range(len(members), leaf.ndim))
+        return jnp.any(~jnp.isfinite(leaf), axis=rest)
+
+    bad = [any_bad(leaf) for leaf in _trees.inexact_leaves(params)]
+    return ~jnp.any(jnp.stack([*map(jnp.asarray, halted), *bad]), axis=0)
 
 
 def raise_if_halted(state: Any) -> None:
@@ -194,7 +181,7 @@ def raise_if_halted(state: Any) -> None:
         stablegrad._observe.TrainingHalted: training halted at step 0: ...
     """
     for guard_state in _guards(state):
-        record = guard_state.record
+        record, _ = _record_of(guard_state)
         flags = np.asarray(record.last_step.halted)
         if not flags.any():
             continue
@@ -213,7 +200,7 @@ def raise_if_halted(state: Any) -> None:
 
 def _guards(state: Any) -> list[GuardState]:
     """Every guard's state inside `state`, an outer guard before an inner one."""
-    found = _search(state)
+    found = _search(_trees.without_variables(state))
     if not found:
         raise ValueError(
             "there is no guard in this optimizer state. Build the optimizer with "
@@ -227,7 +214,7 @@ def _search(state: Any) -> list[GuardState]:
     found: list[GuardState] = []
     for leaf in jax.tree.leaves(state, is_leaf=_is_guard):
         if _is_guard(leaf):
-            found.append(leaf._replace(record=_plain(leaf.record)))
+            found.append(leaf)
             found += _search(leaf.guarded_inner)
     return found
 
@@ -236,17 +223,47 @@ def _is_guard(node: Any) -> bool:
     return isinstance(node, GuardState)
 
 
-def _plain(record: Record) -> Record:
-    """The record with bare arrays, where NNX has wrapped each in a variable."""
-    structure = jax.tree.structure(init_record(record.limits))
-    return jax.tree.unflatten(structure, jax.tree.leaves(record))
+def _record_of(guard_state: GuardState) -> tuple[Record, list[str]]:
+    """Unpack a guard's record: on the host, unless it is traced."""
+    numbers = guard_state.numbers
+    if not any(isinstance(array, jax.core.Tracer) for array in numbers):
+        numbers = tuple(np.asarray(array) for array in numbers)
+    return read_record(guard_state.columns, numbers)
 
 
-def _flat(guard_state: GuardState) -> dict[str, jax.Array]:
-    record = guard_state.record
+def _numbers(guard_state: GuardState) -> dict[str, jax.Array]:
+    record, names = _record_of(guard_state)
     last = record.last_step._asdict()
     for name in ENCODED:
         last[name] = decode(last[name])
-    limits = {name: decode(limit) for name, limit in record.limits.items()}
-    trust = numbers_of_trust(guard_state.response_states)
-    return {**last, **limits, **record.totals._asdict(), **trust}
+    extras = {
+        name: decode(number) if number.dtype == np.float32 else number
+        for name, number in zip(names, record.extras, strict=True)
+    }
+    return {**last, **extras, **record.totals._asdict()}
+
+
+def _events_of(record: Record, names: tuple[str, ...]) -> list[Event]:
+    """List the events of one guard, or of every member of an ensemble."""
+    log = jax.tree.map(np.asarray, record.log)
+    norms, losses = decode(log.event_grad_norm), decode(log.event_loss)
+    listed = []
+    for *place, row in np.argwhere((log.event_step >= 0) & (log.event_kind > 0)):
+        at = (*place, row)
+        leaf, reason = int(log.event_leaf[at]), int(log.event_reason[at])
+        listed.append(
+            Event(
+                step=int(log.event_step[at]),
+                until=int(log.event_until[at]),
+                kind=EventKind(int(log.event_kind[at])).name.lower(),
+                reason=Reason(reason).name.lower() if reason else "",
+                leaf=names[leaf] if 0 <= leaf < len(names) else "",
+                grad_norm=float(norms[at]),
+                loss=float(losses[at]),
+                lr_scale=float(log.event_lr_scale[at]),
+                member=int(np.ravel_multi_index(place, log.event_step.shape[:-1]))
+                if place
+                else None,
+            )
+        )
+    return listed

@@ -1,13 +1,11 @@
-"""Pytrees of arrays: which leaves count, what they are called, scaling, selecting."""
+"""Pytrees of arrays: which leaves count, their names, selecting, placing."""
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-from ._mapped_axes import varies_over, varying
+from jax.sharding import NamedSharding, PartitionSpec
 
 
 def is_inexact(leaf) -> bool:
@@ -24,6 +22,11 @@ def inexact_leaves(tree, like=None) -> list[jax.Array]:
     judged = tree if like is None else like
     pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(judged), strict=True)
     return [jnp.asarray(leaf) for leaf, judge in pairs if is_inexact(judge)]
+
+
+def inexact_flags(tree) -> list[bool]:
+    """Return, for each leaf, whether it is floating point."""
+    return [is_inexact(leaf) for leaf in jax.tree.leaves(tree)]
 
 
 def paths_and_leaves(tree) -> list[tuple[Any, Any]]:
@@ -49,58 +52,6 @@ def path_name(path) -> str:
 def leaf_names(tree) -> tuple[str, ...]:
     """Dotted names of the leaves of `inexact_leaves`."""
     return tuple(path_name(path) for path, _ in paths_and_leaves(tree))
-
-
-def scale_leaves(tree, scales, like, keep=None):
-    """Multiplies every leaf by a rank-0 array, or leaf i by `scales[i]`.
-
-    `scales` has rank 0, or shape (leaves,), or is a tuple of what broadcasts to a leaf.
-
-    Only leaves that are floating point in `like` count. The product is taken in the
-    wider dtype and returned in the leaf's own: one scalar factor a leaf is what XLA
-    fuses into the optimizer's kernels. Where a rank-0 `keep` is given and false, the
-    leaves become zeros instead.
-    """
-    leaves, treedef = jax.tree.flatten(tree)
-    scaled, index = [], 0
-    per_leaf = isinstance(scales, tuple) or scales.ndim == 1
-    for leaf, judge in zip(leaves, jax.tree.leaves(like), strict=True):
-        if is_inexact(judge):
-            leaf = jnp.asarray(leaf)
-            scale: Any = scales[index] if per_leaf else scales
-            wide = np.promote_types(np.float32, leaf.dtype)
-            product = scale.astype(wide) * leaf.astype(wide)
-            product = product.astype(leaf.dtype)
-            scaled.append(product if keep is None else jnp.where(keep, product, 0))
-            index += 1
-        else:
-            scaled.append(leaf)
-    return treedef.unflatten(scaled)
-
-
-def smallest(*scales):
-    """The smallest of several scales of one tree, leaf by leaf."""
-    leaves = [len(scale) for scale in scales if isinstance(scale, tuple)]
-    if not leaves:
-        return functools.reduce(jnp.minimum, scales)
-    per_leaf = [
-        scale if isinstance(scale, tuple) or scale.ndim else (scale,) * leaves[0]
-        for scale in scales
-    ]
-    rows = [[scale[i] for scale in per_leaf] for i in range(leaves[0])]
-    return tuple(functools.reduce(jnp.minimum, row) for row in rows)
-
-
-def times(scales, factor):
-    """Every scale multiplied by one rank-0 factor."""
-    return jax.tree.map(lambda scale: scale * factor, scales)
-
-
-def least(scales) -> jax.Array:
-    """The smallest factor in a tree's scales, 1 if there is none."""
-    rows = scales if isinstance(scales, tuple) else (scales,)
-    flat = [jnp.ones((1,), jnp.float32), *[jnp.ravel(row) for row in rows]]
-    return jnp.min(jnp.concatenate(flat))
 
 
 def select(pred, on_true, on_false):
@@ -131,22 +82,73 @@ def strongly_typed(tree):
 
 
 def distinct(tree):
-    """The same numbers, each in a buffer of its own, so that a step can donate them."""
+    """Copy every array, so that each has a buffer of its own and can be donated."""
     return jax.tree.map(jnp.array, tree)
 
 
-def zeros(structs):
-    """Zeros of the given shapes and dtypes, which vary over the same mapped axes."""
+def placed_like(tree, params):
+    """Place arrays where the parameters are, replicated over the mesh of these.
+
+    A state on one device beside parameters on a mesh would compile a step twice. Arrays
+    that already live on the parameters' devices stay as they are. Nothing is placed
+    under tracing, or if the parameters are not arrays.
+    """
+    arrays = [
+        x
+        for x in jax.tree.leaves(params)
+        if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
+    ]
+    meshes = [x.sharding.mesh for x in arrays if isinstance(x.sharding, NamedSharding)]
+    if not meshes:
+        return tree
+    everywhere = NamedSharding(meshes[0], PartitionSpec())
+
+    def place(leaf):
+        if isinstance(leaf, jax.core.Tracer) or not isinstance(leaf, jax.Array):
+            return leaf
+        if isinstance(leaf.sharding, NamedSharding) and leaf.sharding.mesh == meshes[0]:
+            return leaf
+        return jax.device_put(leaf, everywhere)
+
+    return jax.tree.map(place, tree)
+
+
+def matching(params, updates):
+    """Return the parameters with None wherever the updates have None.
+
+    A whole Equinox model has functions and numbers where its gradient has None.
+    """
+    if params is None:
+        return None
     return jax.tree.map(
-        lambda s: varying(jnp.zeros(s.shape, s.dtype), varies_over(s)), structs
+        lambda update, param: None if update is None else param,
+        updates,
+        params,
+        is_leaf=lambda node: node is None,
     )
 
 
-def is_stand_in(params) -> bool:
-    """Whether this is the object by which `optax.tree.map_params` stands for a tree."""
-    structure = jax.tree.structure(params)
-    plain = params is None or isinstance(params, (dict, list, tuple))
-    return structure.num_leaves == 0 and structure.num_nodes == 1 and not plain
+def floating_like(updates, like):
+    """Return the updates with floats for integers where `like` has floats."""
+
+    def convert(update, judge):
+        if is_inexact(judge) and not is_inexact(update):
+            return jnp.asarray(update).astype(jnp.result_type(judge))
+        return update
+
+    return jax.tree.map(convert, updates, like)
+
+
+def without_variables(tree):
+    """Replace every variable of Flax NNX by the array that it holds."""
+
+    def is_variable(node) -> bool:
+        return any(kind.__name__ == "Variable" for kind in type(node).__mro__)
+
+    def unwrap(node):
+        return jax.tree.leaves(node)[0] if is_variable(node) else node
+
+    return jax.tree.map(unwrap, tree, is_leaf=is_variable)
 
 
 def layout(names: tuple[str, ...]) -> dict[str, None]:
@@ -194,5 +196,26 @@ def cast_like(tree, like):
 
 
 def zero_unless(keep, tree, like):
-    """The tree, or zeros where the rank-0 `keep` is false; integers stay."""
-    return map_inexact(lambda leaf: jnp.where(keep, leaf, 0), like, tree)
+    """Return the tree, or zeros where the rank-0 `keep` is false; integers stay."""
+    return map_inexact(
+        lambda leaf: jnp.where(keep, leaf, jnp.zeros((), leaf.dtype)), like, tree
+    )
+
+
+def names_as_bytes(names: tuple[str, ...]) -> bytes:
+    """Return names as lines of text."""
+    return "\n".join(name.replace("\n", " ") for name in names).encode()
+
+
+def encode_names(names: tuple[str, ...]) -> jax.Array:
+    """Return names as an array of bytes, which a state can hold."""
+    return jnp.asarray(np.frombuffer(names_as_bytes(names), np.uint8))
+
+
+def decode_names(array) -> tuple[str, ...]:
+    """Undo `encode_names`; of an ensemble's stacked arrays, read the first."""
+    array = np.asarray(array)
+    if not array.size:
+        return ()
+    text = array.reshape(-1, array.shape[-1])[0].tobytes().decode()
+    return tuple(text.strip("\0").split("\n")) if text.strip("\0") else ()

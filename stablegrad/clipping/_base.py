@@ -13,10 +13,12 @@ import jax.numpy as jnp
 import optax
 
 from .. import _checks, _trees
-from .._norms import unguarded, unguarded_over
+from .._compiled import CompiledUpdate
+from .._norms import measure
+from .._scales import scale_leaves
 from ..granularity._group_norms import (
     group_norms,
-    leaf_factors,
+    group_scales,
     measure_groups,
     scaled_groups_norm,
 )
@@ -55,7 +57,8 @@ def by_threshold(threshold: Threshold) -> Rule:
     """The rule that shrinks what a threshold does not call normal to its limit."""
 
     def rule(state, norms, scope: Scope) -> Ruling:
-        judgement = judge(threshold, state, norms, scope)
+        limit = threshold.limit(state, scope)
+        judgement = judge(threshold, norms, limit, scope.grouping)
         learned = learn(threshold, state, judgement)
         return Ruling(factors(judgement), judgement.limit, learned)
 
@@ -63,43 +66,40 @@ def by_threshold(threshold: Threshold) -> Rule:
 
 
 def clipping(name: str, rule: Rule) -> optax.GradientTransformationExtraArgs:
-    """The transformation that applies a rule to the gradients of a chain."""
+    """Return the transformation that applies a rule to the gradients of a chain."""
 
     def init_fn(params) -> ClippingState:
         count = group(rule.per, params).count
-        return ClippingState(*_trees.distinct((rule.init(count), init_readings(name))))
+        state = ClippingState(rule.init(count), init_readings(name))
+        return _trees.placed_like(_trees.distinct(state), params)
 
     def update_fn(updates, state, params=None, **extra):
         del extra
+        _checks.require_state(name, state)
         grouping = group(rule.per, updates)
-        leaves = _trees.inexact_leaves(updates)
-        if rule.published:
-            measured = unguarded(updates)
-            norms = group_norms(grouping, measured, leaves, unguarded_over)
-        else:
-            measured, norms = measure_groups(grouping, updates)
+        measured, norms = measure_groups(grouping, updates)
         param_norms = None
         if rule.of_params:
             if params is None:
                 raise _checks.missing_params(f"`{name}`")
+            params = _trees.matching(params, updates)
             own = _trees.inexact_leaves(params, updates)
-            sizes = unguarded(params, updates)
-            param_norms = group_norms(grouping, sizes, own, unguarded_over)
+            param_norms = group_norms(grouping, measure(params, updates), own)
         ruling = rule.rule(state.clip_rule_state, norms, Scope(grouping, param_norms))
-        scales = leaf_factors(grouping, ruling.factors)
-        finite = jnp.isfinite(measured.norm)
+        scales = group_scales(grouping, ruling.factors)
+        finite = measured.finite
         keep = None if rule.published else finite
-        clipped = _trees.scale_leaves(updates, scales, updates, keep)
+        clipped = scale_leaves(updates, scales, updates, keep)
         length = scaled_groups_norm(grouping, measured, norms, ruling.factors)
         readings = read(
             state.clip_readings,
             raw=measured.norm,
             clipped=jnp.where(finite, length, 0.0),
             limit=jnp.min(ruling.limit, initial=jnp.inf),
-            scale=_trees.least(scales),
+            scale=scales.smallest(),
             finite=finite,
         )
         new = _trees.cast_like(ruling.state, state.clip_rule_state)
         return clipped, ClippingState(new, readings)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(init_fn, CompiledUpdate(update_fn))

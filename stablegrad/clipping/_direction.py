@@ -8,6 +8,7 @@ import optax
 
 from .. import _trees
 from .._checks import require, require_count
+from .._compiled import CompiledUpdate
 from .._norms import measure
 from ._readings import ClipReadings, init_readings, read
 
@@ -73,7 +74,7 @@ def limit_direction(
         del params, extra
         measured = measure(updates)
         mean = state.mean_direction
-        usable = jnp.isfinite(measured.norm) & (measured.norm > 0)
+        usable = measured.finite & (measured.norm > 0)
         norm = jnp.where(usable, measured.norm, 1.0)
         unit = _trees.map_inexact(
             lambda g: (g / norm).astype(_wide(g)), updates, updates
@@ -94,8 +95,8 @@ def limit_direction(
             return jnp.where(turns, new, g).astype(g.dtype)
 
         out = _trees.map_inexact(turned, updates, updates, unit, mean)
-        finite = jnp.isfinite(measured.norm)
-        out = _trees.scale_leaves(out, jnp.ones((), jnp.float32), updates, keep=finite)
+        finite = measured.finite
+        out = _trees.zero_unless(finite, out, updates)
         followed = _trees.map_inexact(
             lambda m, u: decay * m + (1 - decay) * u, updates, mean, unit
         )
@@ -115,7 +116,7 @@ def limit_direction(
             readings,
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(init_fn, CompiledUpdate(update_fn))
 
 
 def _wide(leaf):

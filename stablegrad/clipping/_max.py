@@ -8,7 +8,8 @@ import optax
 
 from .. import _checks, _trees
 from .._checks import require, require_count
-from .._norms import LARGEST, measure, unguarded
+from .._compiled import CompiledUpdate
+from .._norms import LARGEST, measure
 from ..granularity._groups import independent
 from ..responses._clip import factors
 from ..thresholds._base import Scope, judge, learn
@@ -102,8 +103,8 @@ def clip_by_max(
 
     def update_fn(updates, state, params=None, **extra):
         del params, extra
-        measured = unguarded(updates) if published else measure(updates)
-        finite = jnp.isfinite(measured.norm)
+        measured = measure(updates)
+        finite = measured.finite
         leaves = _trees.inexact_leaves(updates)
         # The sum of squares tells a nan; XLA's maximum may not.
         largest = jnp.stack(
@@ -115,9 +116,10 @@ def clip_by_max(
             limit, factor, rule = published_limits(state.max_rule_state, largest)
             shrink = factor
         else:
-            scope = Scope(independent(len(leaves)))
-            signal = jnp.where(finite, largest, jnp.nan)
-            word = judge(threshold, state.max_rule_state, signal, scope)
+            grouping = independent(len(leaves))
+            signal = jnp.where(finite, largest, 0.0)
+            normal = threshold.limit(state.max_rule_state, Scope(grouping))
+            word = judge(threshold, signal, normal, grouping, observed=finite)
             rule = learn(threshold, state.max_rule_state, word)
             limit, factor, shrink = word.limit, factors(word), None
         clipped = _clamped(updates, limit, shrink)
@@ -134,7 +136,7 @@ def clip_by_max(
         rule = _trees.cast_like(rule, state.max_rule_state)
         return clipped, MaxState(rule, readings)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(init_fn, CompiledUpdate(update_fn))
 
 
 def _bounded(largest) -> jax.Array:

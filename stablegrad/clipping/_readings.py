@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from .. import _trees
-from ..engine._record import decode, encode
+from .._packing import decode, encode
 
 
 class ClipReadings(NamedTuple):

@@ -8,7 +8,9 @@ import optax
 
 from .. import _checks, _trees
 from .._checks import require, require_count
+from .._compiled import CompiledUpdate
 from .._norms import measure
+from .._scales import scale_leaves, uniform
 from . import _moments
 from ._readings import ClipReadings, init_readings, read
 from .published import _spam
@@ -140,7 +142,7 @@ def _clamped(
     def update_fn(updates, state, params=None, **extra):
         inner, moment, steps = state.clip_inner, state.clip_moment, state.moment_steps
         measured = measure(updates)
-        finite = jnp.isfinite(measured.norm)
+        finite = measured.finite
         yardstick = moment if own_moment else _moments.second_moment(inner)
         known = _moments.debiased(yardstick, decay, steps, updates)
         bounds = bounds_of(known, state.leaf_levels, updates)
@@ -150,7 +152,8 @@ def _clamped(
         ratio = jnp.where(finite & (measured.norm > 0), left / measured.norm, 1.0)
         out, new_inner = optimizer.update(clipped, inner, params, **extra)
         tracked = _moments.track(moment, clipped, decay) if own_moment else ()
-        out = _trees.scale_leaves(out, warmth(state), updates, keep=finite)
+        scales = uniform(len(measured.leaf_squares), warmth(state))
+        out = scale_leaves(out, scales, updates, keep=finite)
         new_inner = _trees.select(finite, new_inner, inner)
         tracked = _trees.select(finite, tracked, moment)
         steps = _trees.count_if(finite, steps)
@@ -189,4 +192,4 @@ def _clamped(
         rises = (state.moment_resets > 0) & (state.moment_steps < rewarmup)
         return jnp.where(rises, rising, 1.0).astype(jnp.float32)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(init_fn, CompiledUpdate(update_fn))

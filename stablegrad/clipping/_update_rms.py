@@ -9,7 +9,9 @@ import optax
 
 from .. import _checks, _trees
 from .._checks import require
-from .._norms import LARGEST, measure, scaled_norm
+from .._compiled import CompiledUpdate
+from .._norms import measure
+from .._scales import Scales, scale_leaves, scaled_norm
 from ..granularity._groups import independent
 from ..responses._clip import factors
 from ..thresholds._base import Scope, judge, learn
@@ -18,6 +20,8 @@ from . import _moments
 from ._readings import ClipReadings, init_readings, read
 
 NAME = "clip_update_rms"
+# Keeps the square of a ratio finite.
+LARGEST_RATIO = 1e15
 
 
 class UpdateRmsState(NamedTuple):
@@ -110,7 +114,7 @@ def clip_update_rms(
             ratio = jnp.abs(g).astype(jnp.float32) / jnp.sqrt(
                 jnp.maximum(v, jnp.square(eps))
             )
-            return ratio if published else jnp.minimum(ratio, LARGEST)
+            return ratio if published else jnp.minimum(ratio, LARGEST_RATIO)
 
         ratios = _trees.map_inexact(relative, like, updates, moment)
         leaves = _trees.inexact_leaves(ratios, like)
@@ -133,28 +137,30 @@ def clip_update_rms(
         out, held = optimizer.update(updates, state.clip_inner, params, **extra)
         measured = measure(out, updates)
         scales = factor
-        out = _trees.scale_leaves(out, scales, updates)
+        out = scale_leaves(out, Scales(scales), updates)
         limit = jnp.asarray(top, jnp.float32)
         return out, held, moment, steps, (), measured, limit, scales
 
     def shrink_gradient(updates, state: UpdateRmsState, params, extra):
         """The default: the gradient is shrunk, and judged by the steps before."""
         measured = measure(updates)
-        finite = jnp.isfinite(measured.norm)
+        finite = measured.finite
         known = _moments.debiased(state.clip_moment, decay, state.moment_steps, updates)
         known = _trees.map_inexact(_moments.floored, updates, known)
         ratio = rms(updates, known, updates)
-        ratio = jnp.where(finite & (state.moment_steps > 0), ratio, jnp.nan)
-        scope = Scope(independent(ratio.shape[0]))
-        word = judge(threshold, state.rms_state, ratio, scope)
+        known_before = finite & (state.moment_steps > 0)
+        ratio = jnp.where(known_before, ratio, 0.0)
+        grouping = independent(ratio.shape[0])
+        normal = threshold.limit(state.rms_state, Scope(grouping))
+        word = judge(threshold, ratio, normal, grouping, observed=known_before)
         limit = jnp.maximum(word.limit, top)
         word = word._replace(limit=limit, exceeded=word.exceeded & (ratio > limit))
         watched = learn(threshold, state.rms_state, word)
         scales = factors(word)
-        clipped = _trees.scale_leaves(updates, scales, updates, keep=finite)
+        clipped = scale_leaves(updates, Scales(scales), updates, keep=finite)
         moment = _moments.track(state.clip_moment, clipped, decay)
         out, held = optimizer.update(clipped, state.clip_inner, params, **extra)
-        out = _trees.scale_leaves(out, jnp.ones((), jnp.float32), updates, keep=finite)
+        out = _trees.zero_unless(finite, out, updates)
         held = _trees.select(finite, held, state.clip_inner)
         moment = _trees.select(finite, moment, state.clip_moment)
         steps = _trees.count_if(finite, state.moment_steps)
@@ -165,16 +171,18 @@ def clip_update_rms(
         out, held, moment, steps, watched, measured, limit, scales = step(
             updates, state, params, extra
         )
-        finite = jnp.isfinite(measured.norm)
+        finite = measured.finite
         readings = read(
             state.clip_readings,
             raw=measured.norm,
-            clipped=jnp.where(finite, scaled_norm(measured, scales, updates), 0.0),
+            clipped=jnp.where(
+                finite, scaled_norm(measured, Scales(scales), updates), 0.0
+            ),
             limit=jnp.min(limit, initial=jnp.inf),
-            scale=_trees.least(scales),
+            scale=Scales(scales).smallest(),
             finite=finite,
         )
         moment = _trees.cast_like(moment, state.clip_moment)
         return out, UpdateRmsState(held, moment, steps, watched, readings)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(init_fn, CompiledUpdate(update_fn))

@@ -5,7 +5,7 @@ from typing import Any
 import optax
 
 from .. import _checks
-from ._guard import GuardedTransformation
+from ._guard import APPLY
 
 
 def apply(
@@ -46,8 +46,9 @@ def apply(
     """
     if params is None:
         raise _checks.missing_params("`apply`")
-    if isinstance(tx, GuardedTransformation):
-        return tx.fused_step(grads, state, params, **extra)
+    guarded_apply = getattr(tx.update, APPLY, None)
+    if guarded_apply is not None:
+        return guarded_apply(grads, state, params, **extra)
     tx = optax.with_extra_args_support(tx)
     updates, state = tx.update(grads, state, params, **extra)
     return optax.apply_updates(params, updates), state

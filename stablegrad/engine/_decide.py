@@ -1,103 +1,119 @@
-"""Judging a step: signals to judgements, judgements to one verdict."""
+"""The decision on a step: signals to judgements, judgements to one verdict."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from .. import _checks, _trees
-from .._mapped_axes import HERE, Across
-from .._norms import Measurement, unguarded, unguarded_over
+from .._mapped_axes import MappedAxes
+from .._norms import Measurement, measure
+from .._packing import Packed
 from ..granularity._group_norms import group_norms
 from ..granularity._groups import group
 from ..responses._base import Response, Verdict, combine
 from ..thresholds._base import Judgement, Scope, Threshold, judge, unobserved
 from ..thresholds._signals import is_norm, is_outgoing, scalar_signal, signal_name
-
-# For each response, one judgement a threshold.
-Words = list[tuple[Judgement, ...]]
+from ._families import PerThreshold, Statistics
 
 
-def scopes_of(
-    responses: tuple[Response, ...], updates, params, over: Across = HERE
-) -> list[tuple]:
-    """What each threshold of each response is applied to, in this step."""
-    leaves, measured = [], None
+class StepContext(NamedTuple):
+    """What one step is given."""
+
+    updates: Any  # The incoming gradient.
+    params: Any
+    like: Any  # A tree whose floating-point leaves are the ones that count.
+    extra: dict[str, Any]  # Further arguments, such as `value=`.
+    axes: MappedAxes
+
+
+def limits_of(
+    responses: tuple[Response, ...],
+    statistics: Statistics,
+    states: tuple[Packed, ...],
+    step: StepContext,
+) -> tuple[PerThreshold, PerThreshold]:
+    """Return the scope of each threshold, and its limit in this step."""
+    norms, leaves = None, []
     if any(t.of_params for response in responses for t in response.thresholds):
-        if params is None:
+        if step.params is None:
             raise _checks.missing_params("`param_ratio`")
-        leaves = _trees.inexact_leaves(params, updates)
-        measured = unguarded(params, updates, over)
+        leaves = _trees.inexact_leaves(step.params, step.like)
+        norms = measure(step.params, step.like, step.axes)
 
-    def scope(threshold: Threshold, _) -> Scope:
-        grouping = group(threshold.per, updates)
-        if not threshold.of_params or measured is None:
+    def scope(threshold: Threshold) -> Scope:
+        grouping = group(threshold.per, step.like)
+        if not threshold.of_params or norms is None:
             return Scope(grouping)
-        norms = group_norms(grouping, measured, leaves, unguarded_over)
-        return Scope(grouping, norms)
+        return Scope(grouping, group_norms(grouping, norms, leaves))
 
-    return _each(scope, responses, [response.thresholds for response in responses])
+    scopes = [tuple(scope(t) for t in response.thresholds) for response in responses]
+    return scopes, statistics.limits(states, scopes)
 
 
 def judge_incoming(
     responses: tuple[Response, ...],
-    scopes: list[tuple],
+    scopes: PerThreshold,
+    limits: PerThreshold,
     gradient: Measurement,
-    updates: Any,
-    params: Any,
-    extra: dict[str, Any],
-    over: Across = HERE,
-) -> Words:
-    """What every threshold says before the inner optimizer has run.
+    step: StepContext,
+) -> PerThreshold:
+    """Judge the signals that are known before the inner optimizer has run."""
+    leaves = _trees.inexact_leaves(step.updates, step.like)
 
-    The thresholds of `responses` know their limits: `thresholds._batches.with_limits`.
-    """
-    leaves = _trees.inexact_leaves(updates)
-
-    def word(threshold: Threshold, scope: Scope) -> Judgement:
+    def judged(threshold: Threshold, scope: Scope, limit) -> Judgement:
         if is_outgoing(threshold.of):
-            return unobserved(threshold, None, scope)
+            return unobserved(threshold, limit, scope.grouping)
         if is_norm(threshold.of):
             signal = group_norms(scope.grouping, gradient, leaves)
         else:
-            signal = _scalar(threshold, updates, params, extra, over)
+            signal = _scalar(threshold, step)
         if signal is None:
-            return unobserved(threshold, None, scope)
-        return judge(threshold, None, signal, scope)
+            return unobserved(threshold, limit, scope.grouping)
+        return judge(threshold, signal, limit, scope.grouping)
 
-    return _each(word, responses, scopes)
+    return [
+        tuple(map(judged, response.thresholds, own, own_limits))
+        for response, own, own_limits in zip(responses, scopes, limits, strict=True)
+    ]
 
 
 def judge_outgoing(
     responses: tuple[Response, ...],
-    scopes: list[tuple],
-    words: Words,
+    judgements: PerThreshold,
     update: Measurement,
     leaves: list[jax.Array],
-) -> Words:
-    """The same words, completed by those on the inner optimizer's update."""
+    reached,
+) -> PerThreshold:
+    """Judge the update's norm as well, if the step has `reached` the optimizer."""
 
-    def word(threshold: Threshold, item) -> Judgement:
-        scope, earlier = item
+    def judged(threshold: Threshold, earlier: Judgement) -> Judgement:
         if not is_outgoing(threshold.of):
             return earlier
-        signal = group_norms(scope.grouping, update, leaves)
-        return judge(threshold, None, signal, scope)
+        signal = group_norms(earlier.grouping, update, leaves)
+        return judge(threshold, signal, earlier.limit, earlier.grouping, reached)
 
-    paired = [tuple(zip(*own, strict=True)) for own in zip(scopes, words, strict=True)]
-    return _each(word, responses, paired)
+    return [
+        tuple(map(judged, response.thresholds, own))
+        for response, own in zip(responses, judgements, strict=True)
+    ]
 
 
-def verdict_on(responses, response_states, words: Words) -> Verdict:
-    """The strictest verdict of all responses."""
+def watches_update(responses: tuple[Response, ...]) -> bool:
+    """Return whether any threshold watches the norm of the update."""
+    return any(is_outgoing(t.of) for response in responses for t in response.thresholds)
+
+
+def verdict_on(responses, states: tuple, judgements: PerThreshold) -> Verdict:
+    """Return the strictest verdict of all responses."""
     return combine(
         response.propose(state, own)
-        for response, state, own in zip(responses, response_states, words, strict=True)
+        for response, state, own in zip(responses, states, judgements, strict=True)
     )
 
 
 def limit_names(responses: Iterable[Response]) -> list[str]:
-    """One name a threshold, as `skip_zscore_value_limit`; repeats are numbered."""
+    """Return one name a threshold, as `skip_zscore_value_limit`, repeats numbered."""
     names: list[str] = []
     for response in responses:
         for threshold in response.thresholds:
@@ -108,32 +124,19 @@ def limit_names(responses: Iterable[Response]) -> list[str]:
     return names
 
 
-def _each(function, responses, items) -> list:
-    """`function(threshold, item)` for every threshold of every response."""
-    return [
-        tuple(
-            function(threshold, item)
-            for threshold, item in zip(response.thresholds, own, strict=True)
-        )
-        for response, own in zip(responses, items, strict=True)
-    ]
-
-
-def loss_of(extra: dict[str, Any], over: Across) -> jax.Array | None:
-    """The step's loss, float32 (), or None if no `value=` was passed."""
+def loss_of(extra: dict[str, Any], axes: MappedAxes) -> jax.Array | None:
+    """Return the step's loss, float32 (), or None if no `value=` was passed."""
     loss = extra.get("value")
-    return None if loss is None else over.mean(scalar_signal("value", loss))[0]
+    return None if loss is None else axes.mean(scalar_signal("value", loss))[0]
 
 
-def _scalar(
-    threshold: Threshold, updates, params, extra, over: Across
-) -> jax.Array | None:
-    """The signal of a threshold that watches the loss or a function; None if absent."""
+def _scalar(threshold: Threshold, step: StepContext) -> jax.Array | None:
+    """Return the signal of a threshold that watches no norm; None if it is absent."""
     if callable(threshold.of):
-        value = threshold.of(updates, params, extra)
-        return over.mean(scalar_signal(signal_name(threshold.of), value))
-    if extra.get("value") is not None:
-        return over.mean(scalar_signal("value", extra["value"]))
+        value = threshold.of(step.updates, step.params, step.extra)
+        return step.axes.mean(scalar_signal(signal_name(threshold.of), value))
+    if step.extra.get("value") is not None:
+        return step.axes.mean(scalar_signal("value", step.extra["value"]))
     if threshold.required:
         raise _checks.missing_value(f"`{threshold.name}(..., of='value')`")
     return None

@@ -1,91 +1,95 @@
-"""Statistics of one family in one set of arrays, whichever responses they serve.
+"""Statistics of all thresholds of a guard, packed by family.
 
-Five z-scores, each with its own numbers, would be five times as many small kernels as
-one z-score of five groups.
+Thresholds of one family, such as five z-scores, keep their statistics as one state with
+a row a group. That costs as many kernels as one z-score.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from .._packing import Packed, Packing
+from ..granularity._groups import group
 from ..responses._base import Response
-from ..thresholds._base import Judgement, Scope, Threshold, learn
+from ..thresholds._base import Judgement, Threshold, learn
 
-Place = tuple[int, int]  # Of a threshold: its response, and its place there.
+Place = tuple[int, int]  # A response, and one of its thresholds.
+# For each response, one item a threshold.
+PerThreshold = list[tuple]
 
 
-class Batch(NamedTuple):
-    """Thresholds whose groups stand in a row in one state."""
+class Family(NamedTuple):
+    """Thresholds whose groups are rows of one state."""
 
     places: tuple[Place, ...]
     members: tuple[Threshold, ...]
+    packing: Packing
 
 
-def batches_of(responses: tuple[Response, ...]) -> tuple[Batch, ...]:
-    """All thresholds of all responses, those of one family together."""
-    found: dict[Any, list[tuple[Place, Threshold]]] = {}
-    for i, response in enumerate(responses):
-        for j, threshold in enumerate(response.thresholds):
-            family = threshold.family
-            key = (i, j) if family is None else family.key
-            found.setdefault(key, []).append(((i, j), threshold))
-    return tuple(Batch(*map(tuple, zip(*own, strict=True))) for own in found.values())
+class Statistics:
+    """The statistics of the thresholds of some responses."""
+
+    def __init__(self, responses: tuple[Response, ...]):
+        """Group the thresholds by family."""
+        found: dict[Any, list[tuple[Place, Threshold]]] = {}
+        for i, response in enumerate(responses):
+            for j, threshold in enumerate(response.thresholds):
+                family = threshold.family
+                key = (i, j) if family is None else family.key
+                found.setdefault(key, []).append(((i, j), threshold))
+        self._shape = [len(response.thresholds) for response in responses]
+        self._families = []
+        for own in found.values():
+            places, members = zip(*own, strict=True)
+            struct = jax.eval_shape(lambda init=members[0].init: init(1))
+            self._families.append(Family(places, members, Packing(struct, leading=1)))
+
+    def init(self, params) -> tuple[Packed, ...]:
+        """Return the packed statistics before the first step."""
+        states = []
+        for _, members, packing in self._families:
+            groups = sum(group(member.per, params).count for member in members)
+            states.append(packing.pack(members[0].init(groups)))
+        return tuple(states)
+
+    def limits(self, states: tuple[Packed, ...], scopes: PerThreshold) -> PerThreshold:
+        """Return the limit of each threshold, float32 (groups,)."""
+        found = [[None] * count for count in self._shape]
+        for family, packed in zip(self._families, states, strict=True):
+            own = [scopes[i][j] for i, j in family.places]
+            counts = [scope.grouping.count for scope in own]
+            state = family.packing.unpack(packed)
+            # Only families of one member use the norms in a scope.
+            limit = _merged(family, counts).limit(state, own[0])
+            limit = jnp.broadcast_to(limit, (sum(counts),)).astype(jnp.float32)
+            start = 0
+            for (i, j), count in zip(family.places, counts, strict=True):
+                found[i][j] = limit[start : start + count]
+                start += count
+        return [tuple(own) for own in found]
+
+    def learn(
+        self, states: tuple[Packed, ...], judgements: PerThreshold
+    ) -> tuple[Packed, ...]:
+        """Return the statistics after a step with these judgements."""
+        after = []
+        for family, packed in zip(self._families, states, strict=True):
+            own = [judgements[i][j] for i, j in family.places]
+            counts = [judgement.grouping.count for judgement in own]
+            state = family.packing.unpack(packed)
+            new = learn(_merged(family, counts), state, _joined(own))
+            after.append(family.packing.pack(new))
+        return tuple(after)
 
 
-def init_batches(
-    batches: tuple[Batch, ...], count: Callable[[Threshold], int]
-) -> tuple:
-    """One state a batch; `count` says how many groups a threshold has."""
-    return tuple(
-        batch.members[0].init(sum(count(member) for member in batch.members))
-        for batch in batches
-    )
-
-
-def with_limits(
-    batches: tuple[Batch, ...],
-    states: tuple,
-    responses: tuple[Response, ...],
-    scopes: list[tuple],
-) -> tuple[Response, ...]:
-    """The responses with thresholds whose limits in this step are already known."""
-    settled = [list(response.thresholds) for response in responses]
-    for batch, state in zip(batches, states, strict=True):
-        own = [scopes[i][j] for i, j in batch.places]
-        counts = [scope.grouping.count for scope in own]
-        limits = jnp.broadcast_to(
-            _merged(batch, counts).limit(state, own[0]), (sum(counts),)
-        )
-        parts = _split(limits, counts)
-        for (i, j), member, part in zip(
-            batch.places, batch.members, parts, strict=True
-        ):
-            settled[i][j] = member._replace(limit=_constant(part))
-    return tuple(
-        response._replace(thresholds=tuple(own))
-        for response, own in zip(responses, settled, strict=True)
-    )
-
-
-def learned(batches: tuple[Batch, ...], states: tuple, words) -> tuple:
-    """The states after a step of which `words` tell."""
-    after = []
-    for batch, state in zip(batches, states, strict=True):
-        said = [words[i][j] for i, j in batch.places]
-        counts = [judgement.grouping.count for judgement in said]
-        after.append(learn(_merged(batch, counts), state, _joined(said)))
-    return tuple(after)
-
-
-def _merged(batch: Batch, counts: list[int]) -> Threshold:
-    """One threshold for all groups of a batch."""
-    first, *others = batch.members
+def _merged(family: Family, counts: list[int]) -> Threshold:
+    """Return one threshold for all groups of a family."""
+    first, *others = family.members
     if not others or first.family is None:
         return first
-    families = [member.family for member in batch.members if member.family]
-    rows = zip(*(family.settings for family in families), strict=True)
+    families = [member.family for member in family.members if member.family]
+    rows = zip(*(each.settings for each in families), strict=True)
     settings = tuple(
         jnp.concatenate(
             [
@@ -99,22 +103,12 @@ def _merged(batch: Batch, counts: list[int]) -> Threshold:
     return first._replace(init=init, limit=limit, update=update)
 
 
-def _joined(said: list[Judgement]) -> Judgement:
-    first, *others = said
+def _joined(judgements: list[Judgement]) -> Judgement:
+    first, *others = judgements
+    if not others:
+        return first
     merged = {
-        name: jnp.concatenate([getattr(judgement, name) for judgement in said])
-        for name in ("signal", "limit", "exceeded", "nonfinite")
+        name: jnp.concatenate([getattr(each, name) for each in judgements])
+        for name in ("signal", "limit", "exceeded", "nonfinite", "teaches")
     }
-    return first._replace(**merged) if others else first
-
-
-def _split(numbers: jax.Array, counts: list[int]) -> list[jax.Array]:
-    parts, start = [], 0
-    for count in counts:
-        parts.append(numbers[start : start + count])
-        start += count
-    return parts
-
-
-def _constant(limit: jax.Array) -> Callable[[Any, Scope], jax.Array]:
-    return lambda state, scope: limit
+    return first._replace(**merged)

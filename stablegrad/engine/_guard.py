@@ -1,58 +1,49 @@
-"""The guard: measures a step once, asks every response, multiplies and selects once.
+"""The guard: how one step runs.
 
-    gradient -> measure -> judge -> propose -> [inner optimizer -> measure -> judge
-             -> propose -> hold or commit] -> learn -> settle -> record
+    measure -> decide -> commit -> learn -> record
 
-What is in brackets is a way of stepping (`stepping`). A step that is rejected for its
-gradient or loss never reaches the inner optimizer.
+    measure   one sum of squares a leaf                                  (`_norms`)
+    decide    signals against limits, judgements to one verdict        (`_decide`)
+    commit    the inner optimizer, once; what is finite is written     (`_commit`)
+    learn     statistics turn the step into the limits of the next   (`_families`)
+    record    what `metrics` and `events` read                         (`_record`)
+
+Every known method is a threshold and a response. ZClip is `clip(zscore(2.5))`: its
+threshold keeps the mean and the deviation of the log-norm, and its response turns a
+norm above the limit into a factor on the gradient. OLMo's skip is
+`skip(window_zscore(6.0), window_zscore(6.0, of="value"))`: the same kind of limit, but
+its response turns an outlier into a reason to reject the step. Adaptive gradient
+clipping is `clip(param_ratio(0.01, per="unit"))`: its limit comes from the parameters,
+one for each output neuron, and `group_scales` spreads its factors over the leaves.
+
+Responses see judgements, never gradients, so methods combine freely and a step is
+multiplied once and selected once. A threshold on `update_norm`, and a response that
+probes the loss along the step, cost one more evaluation of the update.
 """
 
-import inspect
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import warnings
 
-import jax
-import jax.numpy as jnp
 import optax
 
-from .. import _checks, _trees
-from .._mapped_axes import AxisName, across
-from .._norms import measure, scaled_norm
-from ..bounds._ranges import Ranges
-from ..granularity._groups import check_sharded, group
+from .. import _checks
+from .._compiled import CompiledUpdate
+from .._mapped_axes import AxisName, mapped_axes
+from ..granularity._groups import check_sharded
 from ..responses._base import Response
-from ..stepping._core import Situation
-from ..stepping._ways import init_ranges, take_step
-from . import _decide as _judging, _record
-from ._families import batches_of, init_batches, learned, with_limits
+from ._step import GuardedStep
 
-FUSED = "fused_step"  # Where a guard's `update` keeps it.
-
-
-class GuardState(NamedTuple):
-    """State of `guard`."""
-
-    guarded_inner: Any  # State of the inner transformation.
-    threshold_states: tuple  # One state for all thresholds of a family.
-    response_states: tuple  # For each response, its own state.
-    record: _record.Record  # What `metrics` and `events` read.
-    ranges: Ranges  # Of inner state and parameters.
-    layout: dict[str, None]  # Names of the leaves given to `init`; no arrays.
+APPLY = "guard_apply"  # The attribute of a guard's `update` that holds its `apply`.
 
 
 class GuardedTransformation(optax.GradientTransformationExtraArgs):
-    """A guard's `init` and `update`, and the fused step that `apply` takes."""
-
-    @property
-    def fused_step(self) -> Callable[..., tuple[Any, GuardState]]:
-        """Kept with `update`, so that a copy of the guard, as a pytree, has it too."""
-        return getattr(self.update, FUSED)
+    """A guard's `init` and `update`."""
 
 
 def guard(
     inner: optax.GradientTransformation,
     *responses: Response,
     axis_name: AxisName = None,
+    averaged_gradients: bool = False,
     exact_updates: bool | None = None,
 ) -> GuardedTransformation:
     """Runs an optimizer so that no single step can harm it, and says what it did.
@@ -112,132 +103,17 @@ def guard(
                 "`guard` takes responses, such as `clip(zscore(2.5))` or `skip()`, one "
                 f"by one; got {_checks.described(response)}."
             )
-    transformation = optax.with_extra_args_support(inner)
-    known = _known_arguments(transformation.update)
-    limit_names = _judging.limit_names(responses)
-    over = across(axis_name)
-    batches = batches_of(responses)
+    axes = mapped_axes(axis_name, averaged_gradients)
     for threshold in (t for r in responses for t in r.thresholds if axis_name):
         check_sharded(threshold.per)
-
-    def init_fn(params) -> Any:
-        names = _trees.leaf_names(params)
-        watched = init_batches(batches, lambda t: group(t.per, params).count)
-        answers = tuple(response.init() for response in responses)
-        record = _record.init_record(limit_names)
-        # Some optimizers start with one buffer in two places, which cannot be donated.
-        inner_state = _trees.distinct(
-            _trees.strongly_typed(transformation.init(params))
+    if exact_updates is not None:
+        warnings.warn(
+            "`exact_updates` has no effect: norms are always exact. It will be removed "
+            "in the next release.",
+            DeprecationWarning,
+            stacklevel=2,
         )
-        ranges = init_ranges(inner_state, params, exact_updates, over)
-        return GuardState(
-            inner_state,
-            *_trees.distinct((watched, answers, record, ranges)),
-            layout=params if _trees.is_stand_in(params) else _trees.layout(names),
-        )
-
-    def run(updates, state: GuardState, params, extra, commit, held) -> Any:
-        """One step: `commit(update, params)` if taken, `held(params)` if not."""
-        _checks.same_leaves(_trees.names_in(state.layout), _trees.leaf_names(updates))
-        gradient = measure(updates, over=over)
-        scopes = _judging.scopes_of(responses, updates, params, over)
-        limited = with_limits(batches, state.threshold_states, responses, scopes)
-        incoming = _judging.judge_incoming(
-            limited, scopes, gradient, updates, params, extra, over
-        )
-
-        def step_inner(updates, inner_state, params):
-            update, new = transformation.update(
-                updates, inner_state, params, **known(extra)
-            )
-            _checks.same_state(inner_state, new)
-            return update, new
-
-        now = Situation(
-            responses=limited,
-            response_states=state.response_states,
-            scopes=scopes,
-            gradient=gradient,
-            words=incoming,
-            verdict=_judging.verdict_on(responses, state.response_states, incoming),
-            extra=extra,
-            over=over,
-            inner=step_inner,
-            commit=commit,
-            held=held,
-        )
-        taken = take_step(now, updates, state.guarded_inner, params, state.ranges)
-        reason = taken.verdict.reason
-        settled = tuple(
-            response.settle(response_state, own, reason)
-            for response, response_state, own in zip(
-                responses, taken.ahead.state, taken.words, strict=True
-            )
-        )
-        halted = [r.halts(s) for r, s in zip(responses, settled, strict=True)]
-        limits = (judgement.limit for own in taken.words for judgement in own)
-        record = _record.update_record(
-            state.record,
-            gradient,
-            taken.update,
-            taken.verdict,
-            clipped_norm=scaled_norm(gradient, taken.verdict.gradient_scale, updates),
-            applied_norm=taken.applied_norm,
-            limits=dict(zip(limit_names, limits, strict=True)),
-            loss=_judging.loss_of(extra, over),
-            ahead=taken.ahead,
-            halted=jnp.any(jnp.stack(halted)) if halted else jnp.zeros((), bool),
-        )
-        return taken.result, GuardState(
-            taken.inner_state,
-            learned(batches, state.threshold_states, taken.words),
-            settled,
-            record,
-            taken.ranges,
-            state.layout,
-        )
-
-    def update_fn(updates, state, params=None, **extra):
-        try:
-            structs, _ = jax.eval_shape(
-                lambda *args: transformation.update(*args, **known(extra)),
-                updates,
-                state.guarded_inner,
-                params,
-            )
-        except ValueError as error:
-            if params is None and "params" in str(error):
-                raise _checks.missing_params("the guarded optimizer") from error
-            raise
-        return run(
-            updates,
-            state,
-            params,
-            extra,
-            commit=lambda step, params: step,
-            held=lambda params: _trees.zeros(structs),
-        )
-
-    def fused_step(updates, state, params, **extra):
-        return run(
-            updates,
-            state,
-            params,
-            extra,
-            commit=lambda step, params: optax.apply_updates(params, step),
-            held=lambda params: params,
-        )
-
-    setattr(update_fn, FUSED, fused_step)
-    return GuardedTransformation(init_fn, update_fn)
-
-
-def _known_arguments(update) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Leaves out what an inner `update` without `**extra_args` would not take.
-
-    A guard itself takes `value=`, which its user must be free to pass.
-    """
-    parameters = inspect.signature(update).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return lambda extra: extra
-    return lambda extra: {k: v for k, v in extra.items() if k in parameters}
+    step = GuardedStep(inner, responses, axes)
+    update = CompiledUpdate(step.update)
+    setattr(update, APPLY, CompiledUpdate(step.apply))
+    return GuardedTransformation(step.init, update)

@@ -1,4 +1,4 @@
-"""Looking along a step before it is taken, for the responses that do."""
+"""Probes along a step before it is taken, for the responses that make them."""
 
 import functools
 from collections.abc import Callable
@@ -7,45 +7,44 @@ from typing import Any
 import jax.numpy as jnp
 
 from .. import _checks, _trees
-from .._mapped_axes import Across
+from .._mapped_axes import MappedAxes
+from .._scales import scale_leaves, uniform
 from ..responses._base import Foresight, Response
 from ..responses.trust_region._probe import Attempt
-from ._decide import loss_of
+from ._decide import StepContext, loss_of
 
 
-def unlooked(states: tuple) -> Foresight:
-    """Of a step that nothing looked along: it is taken as it is."""
+def unprobed(states: tuple) -> Foresight:
+    """Return the result when no response probes the step."""
     return Foresight(jnp.ones((), jnp.float32), jnp.zeros((), bool), states)
 
 
 def look_ahead(
     responses: tuple[Response, ...],
     states: tuple,
-    gradient: Any,
-    step: Callable[[], Any],
+    update: Callable[[], Any],
     length,
-    params: Any,
-    extra: dict[str, Any],
-    over: Across,
+    step: StepContext,
 ) -> Foresight:
-    """One foresight for all: scales multiply, and `state` holds every response's.
+    """Ask every response that probes, and join what they ask for.
 
-    `step` is only called where a response does look, in a branch of its own.
+    Scales multiply, and `state` holds every response's state. `update()` evaluates the
+    step; only a response that probes in this step calls it, within a condition.
     """
-    ahead, loss = unlooked(states), loss_of(extra, over)
+    ahead, loss = unprobed(states), loss_of(step.extra, step.axes)
     for i, response in enumerate(responses):
-        if response.look_ahead is None or not _may_look(response, params, extra):
+        if response.look_ahead is None or not _may_probe(response, step):
             continue
         assert loss is not None
         attempt = Attempt(
-            gradient,
-            functools.partial(_scaled, step, ahead.step_scale, gradient),
-            params,
+            step.updates,
+            functools.partial(_shortened, update, ahead.step_scale, step.like),
+            step.params,
             ahead.step_scale * length,
             loss,
-            _checked(extra["value_fn"], over),
-            _resolution(extra["value"]),
-            over,
+            _checked(step.extra["value_fn"], step.axes),
+            _resolution(step.extra["value"]),
+            step.axes,
         )
         found = response.look_ahead(ahead.state[i], attempt)
         ahead = Foresight(
@@ -56,30 +55,31 @@ def look_ahead(
     return ahead
 
 
-def _scaled(step: Callable[[], Any], scale, gradient):
-    return _trees.scale_leaves(step(), scale, gradient)
+def _shortened(update: Callable[[], Any], scale, like):
+    leaves = len(_trees.inexact_leaves(like))
+    return scale_leaves(update(), uniform(leaves, scale), like)
 
 
-def will_look(responses: tuple[Response, ...], params, extra) -> bool:
-    """Whether any response looks along this step."""
+def probes(responses: tuple[Response, ...], step: StepContext) -> bool:
+    """Return whether any response probes along steps like this one."""
     return any(
-        response.look_ahead is not None and _may_look(response, params, extra)
+        response.look_ahead is not None and _may_probe(response, step)
         for response in responses
     )
 
 
-def _may_look(response: Response, params, extra) -> bool:
-    """Whether a step brings all that a probe takes; an error where it must."""
-    absent = [name for name in ("value", "value_fn") if extra.get(name) is None]
+def _may_probe(response: Response, step: StepContext) -> bool:
+    """Return whether a step brings all that a probe needs; raise where it must."""
+    absent = [name for name in ("value", "value_fn") if step.extra.get(name) is None]
     if absent and (response.needs_value_fn or "value_fn" not in absent):
         raise _checks.missing_value_fn(f"`{response.name}`", absent[-1])
-    if not absent and params is None:
+    if not absent and step.params is None:
         raise _checks.missing_params(f"`{response.name}`")
     return not absent
 
 
-def _checked(value_fn, over: Across) -> Callable[[Any], Any]:
-    """The same function, with an error of its own for what is no loss."""
+def _checked(value_fn, axes: MappedAxes) -> Callable[[Any], Any]:
+    """Return the same function, with an error of its own for what is no loss."""
     if not callable(value_fn):
         raise _checks.not_a_loss(f"it is {_checks.described(value_fn)}")
 
@@ -87,12 +87,12 @@ def _checked(value_fn, over: Across) -> Callable[[Any], Any]:
         loss = value_fn(params)
         if isinstance(loss, (tuple, list, dict)) or loss is None:
             raise _checks.not_a_loss(f"it returns a {type(loss).__name__}")
-        return over.mean(jnp.asarray(loss)) if over.names else loss
+        return axes.mean(jnp.asarray(loss)) if axes.names else loss
 
     return loss_fn
 
 
 def _resolution(loss) -> float:
-    """The relative unit in the last place of a loss, as it was computed."""
+    """Return the relative unit in the last place of a loss, as it was computed."""
     dtype = jnp.asarray(loss).dtype
     return float(jnp.finfo(dtype if _trees.is_inexact(loss) else jnp.float32).eps)

@@ -1,106 +1,93 @@
-"""The norms of groups, and back from one number a group to the leaves.
+"""Norms of groups, and scales from one factor a group.
 
-Whatever the granularity, the norms of a step are one vector with one number a group,
-so that a thousand leaves cost one small kernel.
+Whatever the granularity, the norms of a step are one vector with one number a group, so
+that a thousand leaves cost as many kernels as one.
 """
-
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from .. import _trees
-from .._norms import Measurement, measure, measure_parts, norm_of_norms, norms_over
+from .._norms import Measurement, measure, measure_parts
+from .._scales import Scales
 from ._groups import Grouping
 
 
-def group_norms(
-    grouping: Grouping, measured: Measurement, leaves, over=norms_over
-) -> jax.Array:
-    """The L2 norm of each group, float32 (groups,); nan where the group is not finite.
+def group_norms(grouping: Grouping, measured: Measurement, leaves) -> jax.Array:
+    """Return the L2 norm of each group, float32 (groups,).
 
-    `over` takes the norms within leaves, as `norms_over` does.
+    The norm is nan or inf where the group is not finite.
     """
-    norms = measured.leaf_norms
-    if grouping.whole:
-        return measured.norm[None]
-    if grouping.leafwise:
-        return norms
-    if not grouping.by_leaf:
-        judged = [
-            (leaf, axes)
-            for leaf, axes, first in zip(
-                leaves, grouping.axes, grouping.first, strict=True
-            )
-            if first is not None
-        ]
-        parts = over([leaf for leaf, _ in judged], [axes for _, axes in judged])
-        return _flat(parts)
-    return _norms_by_label(norms, grouping)
+    if grouping.by_leaf:
+        return jnp.sqrt(_squares_by_leaf(grouping, measured.leaf_squares))
+    judged = [
+        (leaf, axes)
+        for leaf, axes, first in zip(leaves, grouping.axes, grouping.first, strict=True)
+        if first is not None
+    ]
+    _, parts = measure_parts([x for x, _ in judged], [axes for _, axes in judged])
+    return jnp.sqrt(_flat(parts))
 
 
 def measure_groups(grouping: Grouping, tree) -> tuple[Measurement, jax.Array]:
-    """A tree's measurement and the norm of each group, from one pass over each leaf."""
+    """Measure a tree and the norm of each group in one pass over each leaf."""
     leaves = _trees.inexact_leaves(tree)
     if grouping.by_leaf or not leaves:
         measured = measure(tree)
         return measured, group_norms(grouping, measured, leaves)
     measured, parts = measure_parts(leaves, grouping.axes)
     pairs = zip(parts, grouping.first, strict=True)
-    return measured, _flat([part for part, first in pairs if first is not None])
+    flat = _flat([part for part, first in pairs if first is not None])
+    return measured, jnp.sqrt(flat)
 
 
 def scaled_groups_norm(
     grouping: Grouping, measured: Measurement, norms, factors
 ) -> jax.Array:
-    """The norm of a tree after each group is multiplied by its factor."""
-    if grouping.whole:
-        return factors[0] * measured.norm
-    if grouping.leafwise:
-        return norm_of_norms(factors * norms)
-    scales = leaf_factors(grouping, factors)
+    """Return the norm of a tree after each group is multiplied by its factor."""
+    squares = jnp.square(factors * norms)
     if grouping.by_leaf:
-        return norm_of_norms(scales * measured.leaf_norms)
-    outside = [first is None for first in grouping.first]
-    others = measured.leaf_norms[np.flatnonzero(outside)]
-    return norm_of_norms(jnp.concatenate([factors * norms, others]))
+        scales = group_scales(grouping, factors)
+        squares = jnp.square(scales.by_leaf) * measured.leaf_squares
+        return jnp.sqrt(jnp.sum(squares))
+    outside = np.flatnonzero([first is None for first in grouping.first])
+    others = measured.leaf_squares[outside]
+    return jnp.sqrt(jnp.sum(squares) + jnp.sum(others))
 
 
-def leaf_factors(grouping: Grouping, factors) -> Any:
-    """Factors (groups,) as `scale_leaves` takes them: (), (leaves,), or a tuple."""
+def group_scales(grouping: Grouping, factors: jax.Array) -> Scales:
+    """Return the scales that multiply every group by its factor."""
+    count = len(grouping.first)
     if grouping.whole:
-        return factors[0]
+        return Scales(jnp.broadcast_to(factors, (count,)))
     if grouping.leafwise:
-        return factors
+        return Scales(factors)
+    one = jnp.ones((), factors.dtype)
     if grouping.by_leaf:
         places = [0 if first is None else first + 1 for first in grouping.first]
-        with_one = jnp.concatenate([jnp.ones((1,), factors.dtype), factors])
-        return with_one[np.array(places, np.int32)]
+        with_one = jnp.concatenate([one[None], factors])
+        return Scales(with_one[np.array(places, np.int32)])
     spread = []
     for first, kept in zip(grouping.first, grouping.kept, strict=True):
         if first is None:
-            spread.append(jnp.ones((), factors.dtype))
+            spread.append(one)
         else:
             last = first + int(np.prod(kept, dtype=np.int64))
             spread.append(factors[first:last].reshape(kept))
-    return tuple(spread)
+    return Scales(jnp.ones((count,), jnp.float32), tuple(spread))
+
+
+def _squares_by_leaf(grouping: Grouping, squares) -> jax.Array:
+    """Add up the leaf sums of each group, (groups,)."""
+    if grouping.whole:
+        return jnp.sum(squares)[None]
+    if grouping.leafwise:
+        return squares
+    labels = np.array([-1 if x is None else x for x in grouping.first], np.int32)
+    member = labels[None, :] == np.arange(grouping.count, dtype=np.int32)[:, None]
+    return jnp.sum(jnp.where(member, squares[None, :], 0.0), axis=1)
 
 
 def _flat(parts) -> jax.Array:
     return jnp.concatenate([jnp.zeros((0,), jnp.float32), *map(jnp.ravel, parts)])
-
-
-def _norms_by_label(norms, grouping: Grouping) -> jax.Array:
-    """Norms of groups of leaves, each with its own unit so that none overflows."""
-    members = [i for i, first in enumerate(grouping.first) if first is not None]
-    label = np.array([grouping.first[i] for i in members], np.int32)
-    norms = norms[np.array(members, np.int32)]
-    finite = jnp.isfinite(norms)
-    known = jnp.where(finite, norms, 0.0)
-    unit = jax.ops.segment_max(known, label, grouping.count)
-    unit = jnp.where(unit > 0, unit, 1.0)
-    total = jax.ops.segment_sum(jnp.square(known / unit[label]), label, grouping.count)
-    bad = jax.ops.segment_sum((~finite).astype(jnp.int32), label, grouping.count)
-    largest = float(np.finfo(np.float32).max)
-    return jnp.where(bad > 0, jnp.nan, jnp.minimum(unit * jnp.sqrt(total), largest))

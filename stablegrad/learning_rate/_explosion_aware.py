@@ -8,16 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._checks import require
+from .._mapped_axes import LOCAL
 from .._norms import Measurement
+from .._packing import encode
 from .._trees import count_if, distinct
-from ..engine import _decide as _judging
-from ..engine._families import batches_of, init_batches, learned, with_limits
-from ..engine._record import encode
+from ..engine._decide import StepContext, judge_incoming, limits_of
+from ..engine._families import Statistics
 from ..responses._back_off import explosion_response, signs
 from ..responses._base import Response
 from ..responses._explosions import ExplosionSettings, ExplosionState
 from ..responses._reasons import Reason
-from ..thresholds._base import Judgement, Threshold
+from ..thresholds._base import Judgement, Threshold, unobserved
 
 # A number, or a function of the step, such as optax's own schedules.
 BaseSchedule = float | jax.Array | Callable[[Any], Any]
@@ -38,7 +39,7 @@ class ScheduleReadings(NamedTuple):
 class ScheduleState(NamedTuple):
     """State of an explosion-aware schedule."""
 
-    explosion_thresholds: tuple  # One state a threshold.
+    explosion_thresholds: tuple  # Packed statistics of each family of thresholds.
     explosions: ExplosionState
     schedule_readings: ScheduleReadings
 
@@ -50,6 +51,7 @@ class ExplosionAware(NamedTuple):
     thresholds: tuple[Threshold, ...]  # Of explosions; the rule's may have one more.
     rule: Response
     advance: str
+    statistics: Statistics
 
 
 def explosion_aware(
@@ -77,18 +79,15 @@ def explosion_aware(
         inexact = jnp.issubdtype(now.dtype, jnp.floating)
         return now.astype(np.promote_types(now.dtype if inexact else "f4", "f4"))
 
-    return ExplosionAware(rate, thresholds, rule, advance)
+    return ExplosionAware(rate, thresholds, rule, advance, Statistics((rule,)))
 
 
-def init_schedule(parts: ExplosionAware, groups) -> ScheduleState:
-    """The state before the first step; `groups` counts those of each threshold."""
-    counts = {
-        id(t): count for t, count in zip(parts.rule.thresholds, groups, strict=True)
-    }
-    watched = init_batches(batches_of((parts.rule,)), lambda t: counts[id(t)])
+def init_schedule(parts: ExplosionAware, params) -> ScheduleState:
+    """Return the state before the first step."""
     one, none = jnp.ones((), jnp.float32), jnp.zeros((), jnp.int32)
     readings = ScheduleReadings(one, jnp.zeros((), jnp.float32), none, none, none)
-    return ScheduleState(*distinct((watched, parts.rule.init(), readings)))
+    states = (parts.statistics.init(params), parts.rule.init_state(), readings)
+    return ScheduleState(*distinct(states))
 
 
 def judged(
@@ -99,18 +98,28 @@ def judged(
     params,
     extra: dict[str, Any],
 ) -> tuple[Judgement, ...]:
-    """What every threshold of the rule says of a step."""
-    scopes = _judging.scopes_of((parts.rule,), updates, params)
-    (words,) = _judging.judge_incoming(
-        limited(parts, state, scopes), scopes, measured, updates, params, extra
+    """Return the judgement of every threshold of the rule."""
+    step = StepContext(updates, params, updates, extra, LOCAL)
+    rules = (parts.rule,)
+    scopes, limits = limits_of(
+        rules, parts.statistics, state.explosion_thresholds, step
     )
-    return words
+    (judgements,) = judge_incoming(rules, scopes, limits, measured, step)
+    return judgements
 
 
-def limited(parts: ExplosionAware, state: ScheduleState, scopes: list[tuple]):
-    """The rule, whose thresholds know their limits."""
-    batches = batches_of((parts.rule,))
-    return with_limits(batches, state.explosion_thresholds, (parts.rule,), scopes)
+def unjudged(parts: ExplosionAware, state: ScheduleState) -> tuple[Judgement, ...]:
+    """Return the judgements of a step in which no signal was measured."""
+    step = StepContext(None, None, None, {}, LOCAL)
+    (scopes,), (limits,) = limits_of(
+        (parts.rule,), parts.statistics, state.explosion_thresholds, step
+    )
+    return tuple(
+        unobserved(threshold, limit, scope.grouping)
+        for threshold, limit, scope in zip(
+            parts.rule.thresholds, limits, scopes, strict=True
+        )
+    )
 
 
 def rate_now(parts: ExplosionAware, state: ScheduleState, lr_scale) -> jax.Array:
@@ -131,7 +140,7 @@ def after_step(
     before = state.schedule_readings
     cut = lr_scale < before.schedule_lr_scale
     return ScheduleState(
-        learned(batches_of((parts.rule,)), state.explosion_thresholds, [words]),
+        parts.statistics.learn(state.explosion_thresholds, [words]),
         parts.rule.settle(state.explosions, words, reason),
         ScheduleReadings(
             schedule_lr_scale=lr_scale,

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..engine._record import decode
+from .._packing import decode
 from ._evaluations import PlateauState, plain
 from ._explosion_aware import ScheduleReadings, ScheduleState
 

@@ -3,9 +3,10 @@
 import jax
 import optax
 
-from .. import _trees
+from .._compiled import CompiledUpdate
 from .._norms import measure
-from ..granularity._groups import group
+from .._scales import scale_leaves, uniform
+from .._trees import placed_like
 from ..responses._explosions import ExplosionSettings
 from ..thresholds._base import Threshold
 from ..thresholds._signals import is_outgoing
@@ -108,8 +109,7 @@ def scale_by_explosion_aware_schedule(
             )
 
     def init_fn(params) -> ScheduleState:
-        counts = [group(t.per, params).count for t in parts.rule.thresholds]
-        return init_schedule(parts, counts)
+        return placed_like(init_schedule(parts, params), params)
 
     def update_fn(updates, state, params=None, **extra):
         measured = measure(updates)
@@ -117,10 +117,8 @@ def scale_by_explosion_aware_schedule(
         verdict = parts.rule.propose(state.explosions, words)
         rate = rate_now(parts, state, verdict.lr_scale)
         rate = -rate if flip_sign else rate
-        scales = jax.tree.map(
-            lambda scale: scale.astype(rate.dtype) * rate, verdict.gradient_scale
-        )
-        scaled = _trees.scale_leaves(updates, scales, updates, measured.finite)
+        scales = verdict.gradient_scales or uniform(len(measured.leaf_squares))
+        scaled = scale_leaves(updates, scales.times(rate), updates, measured.finite)
         return scaled, after_step(parts, state, words, measured.finite)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(init_fn, CompiledUpdate(update_fn))

@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from .._checks import described
-from .._norms import unmeasured
-from ..granularity._groups import group
+from .._norms import measure
 from ..responses._explosions import ExplosionSettings
-from ..thresholds._base import Scope, Threshold, unobserved
+from ..thresholds._base import Threshold
 from ..thresholds._signals import is_norm
 from ._explosion_aware import (
     BaseSchedule,
@@ -19,8 +18,8 @@ from ._explosion_aware import (
     explosion_aware,
     init_schedule,
     judged,
-    limited,
     rate_now,
+    unjudged,
 )
 
 NAME = "explosion_aware_schedule"
@@ -34,7 +33,7 @@ class ExplosionAwareSchedule:
 
     def init(self) -> ScheduleState:
         """The state before the first step."""
-        return init_schedule(self._parts, [1] * len(self._parts.thresholds))
+        return init_schedule(self._parts, None)
 
     def __call__(self, state: ScheduleState, **extra_args: Any) -> jax.Array:
         """The learning rate of this step, rank-0, float32.
@@ -51,11 +50,7 @@ class ExplosionAwareSchedule:
         if extra_args:
             words = self._words(state, extra_args)
         else:
-            scope = Scope(group("global", None))
-            (rule,) = limited(
-                self._parts, state, [(scope,) * len(self._parts.thresholds)]
-            )
-            words = tuple(unobserved(t, None, scope) for t in rule.thresholds)
+            words = unjudged(self._parts, state)
         verdict = self._parts.rule.propose(state.explosions, words)
         return rate_now(self._parts, state, verdict.lr_scale).astype(jnp.float32)
 
@@ -65,7 +60,7 @@ class ExplosionAwareSchedule:
         return after_step(self._parts, state, words, taken=jnp.ones((), bool))
 
     def _words(self, state: ScheduleState, extra_args: dict[str, Any]):
-        return judged(self._parts, state, unmeasured(0), None, None, extra_args)
+        return judged(self._parts, state, measure(None), None, None, extra_args)
 
 
 def explosion_aware_schedule(

@@ -37,7 +37,6 @@ def stabilize(
 
         guard(inner,
               clip(zscore(clip_z, per=per)),
-              clip(zscore(clip_z, of="update_norm", per=per)),
               skip(nonfinite(), nonfinite(of="value"),
                    zscore(skip_z), zscore(skip_z, of="value"),
                    max_consecutive=max_consecutive),
@@ -96,7 +95,6 @@ def stabilize(
     return guard(
         inner,
         clip(zscore(clip_z, per=per)),
-        clip(zscore(clip_z, of="update_norm", per=per)),
         skip(
             nonfinite(),
             optional(nonfinite(of="value")),

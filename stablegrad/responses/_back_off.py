@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from .._checks import require
-from ..granularity._group_norms import leaf_factors
+from ..granularity._group_norms import group_scales
 from ..thresholds._base import Judgement, Threshold
 from ..thresholds._signals import is_outgoing
 from ._base import Response, any_true, check_thresholds, proceed
@@ -115,11 +115,11 @@ def explosion_response(
         # The gradient can only be clipped for what is known before the optimizer runs.
         in_time = [word for word in said if outgoing or not is_outgoing(word[0].of)]
         low = scale_now(settings, state, signs(in_time)[0])[0] < limit_below
-        scales = leaf_factors(judgements[-1].grouping, factors(judgements[-1]))
-        clipped = jax.tree.map(lambda scale: jnp.where(low, scale, 1.0), scales)
+        scales = group_scales(judgements[-1].grouping, factors(judgements[-1]))
+        clipped = scales.where(low)
         if outgoing:
-            return verdict._replace(update_scale=clipped)
-        return verdict._replace(gradient_scale=clipped)
+            return verdict._replace(update_scales=clipped)
+        return verdict._replace(gradient_scales=clipped)
 
     def settle(state: ExplosionState, judgements, reason) -> ExplosionState:
         exploded, unknown = signs(zip(thresholds, judgements, strict=False))

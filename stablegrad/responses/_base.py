@@ -1,9 +1,9 @@
 """A response: what to do about a step that its thresholds do not call normal.
 
-The guard asks each response twice in a step. `propose` turns the judgements known so
-far into a verdict, before the step is taken; `settle` updates the response's state
-once the guard has decided. Neither touches a gradient: the guard multiplies and
-selects once, for all of them.
+The engine asks each response twice in a step. `propose` turns judgements into a
+verdict, before the step is taken. `settle` updates the response's state once the engine
+has decided. Responses never touch a gradient: the engine multiplies and selects once,
+for all of them.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from .._checks import described
-from .._trees import smallest
+from .._scales import Scales, minimum
 from ..thresholds._base import Judgement, Threshold
 from ._reasons import first_reason
 from .trust_region._probe import Attempt
@@ -22,18 +22,18 @@ from .trust_region._probe import Attempt
 class Verdict(NamedTuple):
     """What a response asks for in this step."""
 
-    gradient_scale: Any  # In [0, 1], on the gradient: float32 (), or one a leaf.
-    update_scale: Any  # In [0, 1], on the update: float32 (), or one a leaf.
+    gradient_scales: Scales | None  # Factors in [0, 1] on the gradient; None: ones.
+    update_scales: Scales | None  # The same on the update.
     lr_scale: jax.Array  # float32 in (0, 1], (): on the update, as a learning rate.
     reason: jax.Array  # int32, (): why the step must not be taken; 0 takes it.
 
 
 class Foresight(NamedTuple):
-    """What a response that looks along a step asks for, before it is taken."""
+    """What a response asks for that probes the loss along the step."""
 
     step_scale: jax.Array  # float32 in [0, 1], (): on the step.
     alarm: jax.Array  # bool, (): whether taking the whole step would have done harm.
-    state: Any  # The response's state, which has learned from it.
+    state: Any  # The response's state after the probe.
 
 
 class Response(NamedTuple):
@@ -41,41 +41,60 @@ class Response(NamedTuple):
 
     name: str
     thresholds: tuple[Threshold, ...]
-    init: Callable[[], Any]
+    init_state: Callable[[], Any]  # A pytree of rank-0 float32, int32 and bool arrays.
     propose: Callable[[Any, tuple[Judgement, ...]], Verdict]
     # state, judgements, reason (0: taken) -> state
     settle: Callable[[Any, tuple[Judgement, ...], jax.Array], Any]
     halts: Callable[[Any], jax.Array] = lambda state: jnp.zeros((), bool)
-    # state, attempt -> foresight; only responses that look ahead have one.
+    # state, attempt -> foresight; only responses that probe the step have one.
     look_ahead: Callable[[Any, Attempt], Foresight] | None = None
     needs_value_fn: bool = False  # Whether a step without `value_fn=` is an error.
+    # state -> name: rank-0 array, what `metrics` shows of the response.
+    readings: Callable[[Any], dict[str, jax.Array]] = lambda state: {}
+
+    def init(self, params) -> Any:
+        """Explain that a response is no optax transformation."""
+        del params
+        raise TypeError(
+            f"`{self.name}(...)` is a response of a guard, not an optax "
+            f"transformation. Give it to a guard instead of a chain: "
+            f"`sg.guard(optax.adam(1e-3), sg.{self.name}(...))`."
+        )
+
+    update = init
 
 
 def proceed(**changes) -> Verdict:
-    """The verdict that changes nothing, but for `changes`."""
-    one = jnp.ones((), jnp.float32)
-    return Verdict(one, one, one, jnp.zeros((), jnp.int32))._replace(**changes)
+    """Return the verdict that changes nothing, but for `changes`."""
+    one, none = jnp.ones((), jnp.float32), jnp.zeros((), jnp.int32)
+    return Verdict(None, None, one, none)._replace(**changes)
 
 
 def combine(verdicts) -> Verdict:
-    """The strictest of all verdicts.
+    """Return the strictest of all verdicts.
 
-    Clips take the minimum, not the product: each limit was set for the raw norm, and
+    Clips take the minimum, not the product: each limit is a limit on the raw norm, and
     the smallest factor meets them all. Learning-rate factors multiply.
     """
     strictest = proceed()
     for verdict in verdicts:
         strictest = Verdict(
-            smallest(strictest.gradient_scale, verdict.gradient_scale),
-            smallest(strictest.update_scale, verdict.update_scale),
+            _smaller(strictest.gradient_scales, verdict.gradient_scales),
+            _smaller(strictest.update_scales, verdict.update_scales),
             strictest.lr_scale * verdict.lr_scale,
             first_reason((strictest.reason, verdict.reason)),
         )
     return strictest
 
 
+def _smaller(first: Scales | None, second: Scales | None) -> Scales | None:
+    if first is None or second is None:
+        return second if first is None else first
+    return minimum(first, second)
+
+
 def check_thresholds(asker: str, thresholds) -> None:
-    """Raises TypeError unless every argument is a threshold."""
+    """Raise TypeError unless every argument is a threshold."""
     for threshold in thresholds:
         if not isinstance(threshold, Threshold):
             raise TypeError(
@@ -85,6 +104,6 @@ def check_thresholds(asker: str, thresholds) -> None:
 
 
 def any_true(judgements, field: str) -> jax.Array:
-    """Whether any group of any judgement has `field` set."""
+    """Return whether any group of any judgement has `field` set."""
     flags = [jnp.any(getattr(judgement, field)) for judgement in judgements]
     return jnp.any(jnp.stack(flags)) if flags else jnp.zeros((), bool)

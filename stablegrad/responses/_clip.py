@@ -3,14 +3,14 @@
 import jax
 import jax.numpy as jnp
 
-from ..granularity._group_norms import leaf_factors
+from ..granularity._group_norms import group_scales
 from ..thresholds._base import Judgement, Threshold
 from ..thresholds._signals import is_outgoing
 from ._base import Response, check_thresholds, proceed
 
 
 def factors(judgement: Judgement) -> jax.Array:
-    """What each group is multiplied by to meet its limit: in [0, 1], (groups,)."""
+    """Return the factor in [0, 1] by which each group meets its limit, (groups,)."""
     shrink = judgement.exceeded & (judgement.signal > 0)
     signal = jnp.where(shrink, judgement.signal, 1.0)
     return jnp.where(shrink, jnp.maximum(judgement.limit, 0.0), 1.0) / signal
@@ -56,15 +56,15 @@ def clip(threshold: Threshold) -> Response:
     def propose(state, judgements):
         del state
         (judgement,) = judgements
-        scale = leaf_factors(judgement.grouping, factors(judgement))
+        scales = group_scales(judgement.grouping, factors(judgement))
         if is_outgoing(threshold.of):
-            return proceed(update_scale=scale)
-        return proceed(gradient_scale=scale)
+            return proceed(update_scales=scales)
+        return proceed(gradient_scales=scales)
 
     return Response(
         "clip",
         (threshold,),
-        init=lambda: (),
+        init_state=lambda: (),
         propose=propose,
         settle=lambda state, judgements, reason: state,
     )

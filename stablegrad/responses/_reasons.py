@@ -5,6 +5,7 @@ from enum import IntEnum
 import jax
 import jax.numpy as jnp
 
+from .._norms import OVERFLOW
 from ..thresholds._signals import Signal
 
 FIRST_OUTLIER = 10
@@ -20,12 +21,13 @@ class Reason(IntEnum):
     """
 
     NONE = 0  # The step was taken.
-    NONFINITE_GRADIENT = 1  # A nan or inf in the incoming gradient.
+    NONFINITE_GRADIENT = 1  # The norm of the incoming gradient was nan.
     NONFINITE_VALUE = 2  # The loss passed as `value=` was nan or inf.
-    NONFINITE_UPDATE = 3  # Finite gradient, but the optimizer's update was not.
-    NONFINITE_STATE = 4  # Finite update, but the optimizer's new state was not.
+    NONFINITE_UPDATE = 3  # No element of the optimizer's update was finite.
+    NONFINITE_STATE = 4  # No longer raised: such elements are kept out one by one.
     NONFINITE_SIGNAL = 5  # A function given as `of=` returned nan or inf.
-    NONFINITE_PARAMETERS = 6  # Finite update, but the parameters after it were not.
+    NONFINITE_PARAMETERS = 6  # No longer raised, as for `NONFINITE_STATE`.
+    GRADIENT_OVERFLOW = 7  # The gradient norm was 1e18 or more, or inf.
     GRADIENT_NORM = 10  # The gradient norm was above its threshold.
     VALUE = 11  # The loss was above its threshold.
     UPDATE_NORM = 12  # The norm of the update was above its threshold.
@@ -33,14 +35,23 @@ class Reason(IntEnum):
 
 
 _CODES = {
-    "grad_norm": (Reason.NONFINITE_GRADIENT, Reason.GRADIENT_NORM),
+    # The engine itself rejects a gradient that is not finite.
+    "grad_norm": (Reason.NONE, Reason.GRADIENT_NORM),
     "value": (Reason.NONFINITE_VALUE, Reason.VALUE),
     "update_norm": (Reason.NONFINITE_UPDATE, Reason.UPDATE_NORM),
 }
 
 
+def gradient_reason(norm) -> jax.Array:
+    """Return the int32 code of a gradient of this norm, 0 if it is finite."""
+    bad = jnp.where(
+        jnp.isnan(norm), int(Reason.NONFINITE_GRADIENT), int(Reason.GRADIENT_OVERFLOW)
+    )
+    return jnp.where(norm < OVERFLOW, 0, bad).astype(jnp.int32)
+
+
 def reason_code(of: Signal, nonfinite, outlier) -> jax.Array:
-    """The int32 code of a signal that was not finite, or too large, or neither."""
+    """Return the int32 code of a signal that is not finite, or too large, or neither."""
     bad, large = (Reason.NONFINITE_SIGNAL, Reason.SIGNAL)
     if isinstance(of, str):
         bad, large = _CODES[of]
@@ -49,7 +60,7 @@ def reason_code(of: Signal, nonfinite, outlier) -> jax.Array:
 
 
 def first_reason(codes) -> jax.Array:
-    """The most basic of several codes: the smallest that is not NONE."""
+    """Return the smallest of several codes that is not NONE."""
     reason = jnp.zeros((), jnp.int32)
     for code in codes:
         both = (reason > 0) & (code > 0)
@@ -58,5 +69,5 @@ def first_reason(codes) -> jax.Array:
 
 
 def is_nonfinite(reason) -> jax.Array:
-    """Whether a code says that something was nan or inf."""
+    """Return whether a code stands for something that was not finite."""
     return (reason > 0) & (reason < FIRST_OUTLIER)

@@ -1,8 +1,9 @@
-"""A threshold: what is normal, learned from the past steps alone.
+"""A threshold: a rule for which values of a signal are normal.
 
-It watches one signal (`of=`), for each group of a granularity (`per=`), and states
-the largest value that it still calls normal. Statistics learn in one place, `learn`:
-from the raw signal, finite values only.
+A threshold watches one signal (`of=`) for each group of a granularity (`per=`). Its
+limit depends on past steps alone. `learn` updates its statistics after each step, with
+finite values of the raw signal only. `limit` is computed element by element from the
+statistics, so that a decision costs no reduction.
 """
 
 from collections.abc import Callable, Hashable
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from .._norms import OVERFLOW
 from .._trees import cast_like
 from ..granularity._groups import Granularity, Grouping
 from ._signals import Signal, is_norm
@@ -18,14 +20,14 @@ from ._statistics import where_groups
 
 
 class Scope(NamedTuple):
-    """What a threshold is applied to, besides the signal."""
+    """The groups that a threshold is applied to."""
 
     grouping: Grouping
     param_norms: Any = None  # float32 (groups,), if `of_params`.
 
 
 class Family(NamedTuple):
-    """What several thresholds share, so that their statistics can be one."""
+    """A kind of threshold whose statistics can be kept in one array."""
 
     key: Hashable  # Static: thresholds of equal key differ in their settings alone.
     settings: tuple  # Numbers, each of rank 0.
@@ -34,7 +36,7 @@ class Family(NamedTuple):
 
 
 class Threshold(NamedTuple):
-    """One rule for what is normal; build it with a factory of this module."""
+    """One rule for which values are normal; the factories of this package build it."""
 
     name: str
     of: Signal
@@ -44,55 +46,55 @@ class Threshold(NamedTuple):
     update: Callable[[Any, jax.Array, jax.Array], Any]  # state, signal, exceeded.
     required: bool = True  # Whether a step without the signal is an error.
     of_params: bool = False  # Whether the limit depends on the parameters' norms.
-    learns_all: bool = False  # Whether it learns from nan, inf and zero as they come.
+    learns_all: bool = False  # Whether it also learns from nan, inf and zero.
     family: Family | None = None
 
 
 class Judgement(NamedTuple):
-    """A threshold's word on one step; every array has shape (groups,)."""
+    """A threshold's judgement of one step; every array has shape (groups,)."""
 
-    signal: jax.Array  # float32, the raw value.
-    limit: jax.Array  # float32, the largest normal value; inf while unarmed.
+    signal: jax.Array  # float32: the raw value.
+    limit: jax.Array  # float32: the largest normal value; inf while there is none yet.
     exceeded: jax.Array  # bool: finite and above the limit.
-    nonfinite: jax.Array  # bool: nan or inf, which no threshold calls normal.
+    nonfinite: jax.Array  # bool: nan, inf or overflow, which no threshold calls normal.
+    teaches: jax.Array  # bool: whether the statistics learn from the signal.
     grouping: Grouping
 
 
-def judge(threshold: Threshold, state, signal, scope: Scope) -> Judgement:
-    """Holds a step's signal, shape (groups,), against the past."""
-    grouping = scope.grouping
-    limit = jnp.broadcast_to(threshold.limit(state, scope), (grouping.count,))
-    limit = limit.astype(jnp.float32)
-    finite = jnp.isfinite(signal)
-    exceeded = finite & ~(signal <= limit)
-    return Judgement(signal, limit, exceeded, ~finite, grouping)
+def judge(
+    threshold: Threshold, signal, limit, grouping: Grouping, observed=True
+) -> Judgement:
+    """Compare a step's signal, shape (groups,), with the limit set by past steps."""
+    limit = jnp.broadcast_to(limit, (grouping.count,)).astype(jnp.float32)
+    observed = jnp.broadcast_to(jnp.asarray(observed), (grouping.count,))
+    norm = is_norm(threshold.of)
+    finite = signal < OVERFLOW if norm else jnp.isfinite(signal)
+    teaches = observed
+    if not threshold.learns_all:
+        teaches &= finite & (signal > 0) if norm else finite
+    exceeded = observed & finite & ~(signal <= limit)
+    return Judgement(signal, limit, exceeded, observed & ~finite, teaches, grouping)
 
 
-def unobserved(threshold: Threshold, state, scope: Scope) -> Judgement:
-    """The word on a step that the signal was not measured on: nothing to say."""
-    nothing = jnp.zeros((scope.grouping.count,), jnp.float32)
-    quiet = judge(threshold, state, nothing, scope)
-    no = nothing > 0
-    return quiet._replace(signal=nothing + jnp.nan, exceeded=no, nonfinite=no)
+def unobserved(threshold: Threshold, limit, grouping: Grouping) -> Judgement:
+    """Return the judgement of a step in which the signal was not measured."""
+    nothing = jnp.zeros((grouping.count,), jnp.float32)
+    return judge(threshold, nothing, limit, grouping, observed=False)
 
 
 def learn(threshold: Threshold, state, judgement: Judgement):
-    """Takes one step into the statistics; a group with nothing to learn stays put.
+    """Update the statistics; a group with nothing to learn keeps its state.
 
-    Nothing is learned from a nan or inf, nor from a norm of exactly zero: that is no
-    step at all, as between the updates of `optax.MultiSteps`, or of an unused leaf.
+    Nothing is learned from a signal that is not finite, nor from a norm of exactly
+    zero: between the updates of `optax.MultiSteps`, and for unused leaves, there is no
+    gradient.
     """
-    teaches = jnp.isfinite(judgement.signal)
-    if threshold.learns_all:
-        teaches |= judgement.nonfinite
-    elif is_norm(threshold.of):
-        teaches &= judgement.signal > 0
-    signal = jnp.where(teaches, judgement.signal, 1.0)
+    signal = jnp.where(judgement.teaches, judgement.signal, 1.0)
     new = threshold.update(state, signal, judgement.exceeded)
     # Hyperparameters may be wider than the state; the state keeps its dtypes.
-    return where_groups(teaches, cast_like(new, state), state)
+    return where_groups(judgement.teaches, cast_like(new, state), state)
 
 
 def optional(threshold: Threshold) -> Threshold:
-    """The same threshold, silent on steps that lack its signal instead of an error."""
+    """Return a threshold that ignores steps without its signal instead of raising."""
     return threshold._replace(required=False)

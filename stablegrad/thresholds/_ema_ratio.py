@@ -82,7 +82,8 @@ def ema_ratio(
 
     def init(groups: int) -> EmaRatioState:
         return EmaRatioState(
-            stats.init_recent(groups, warmup_steps), jnp.zeros((groups,), jnp.float32)
+            stats.init_recent((groups,), warmup_steps),
+            jnp.zeros((groups,), jnp.float32),
         )
 
     def limit(state: EmaRatioState, scope: Scope) -> jax.Array:

@@ -24,6 +24,8 @@ class PercentileState(NamedTuple):
     window: jax.Array  # float32 (groups, window): a ring of bounded values.
     filled: jax.Array  # int32 (groups,), in [0, window]: entries in use.
     window_slot: jax.Array  # int32 (groups,), in [0, window): where the next one goes.
+    window_quantile: jax.Array  # float32 (groups,): percentile of the window.
+    window_median: jax.Array  # float32 (groups,)
 
 
 def percentile(
@@ -87,22 +89,24 @@ def percentile(
     def init(groups: int) -> PercentileState:
         none = jnp.zeros((groups,), jnp.int32)
         return PercentileState(
-            stats.init_recent(groups, warmup_steps),
+            stats.init_recent((groups,), warmup_steps),
             jnp.zeros((groups, window), jnp.float32),
             none,
             none,
+            jnp.zeros((groups,), jnp.float32),
+            jnp.zeros((groups,), jnp.float32),
         )
 
-    def normal(state: PercentileState) -> tuple[jax.Array, jax.Array]:
-        """The limit, and the median."""
-        value, middle = stats.quantiles(state.window, state.filled, q / 100, 0.5)
+    def limit(state: PercentileState, scope: Scope | None) -> jax.Array:
+        del scope
+        middle = state.window_median
         early: jax.Array | float = EARLY_FACTOR * middle if is_norm(of) else jnp.inf
         early = jnp.where(state.filled > 0, early, jnp.inf)
-        return jnp.where(stats.warming(state.recent), early, value), middle
+        return jnp.where(stats.warming(state.recent), early, state.window_quantile)
 
     def update(state: PercentileState, signal, exceeded) -> PercentileState:
         value = stats.to_scale(signal, in_log=False)
-        limit, middle = normal(state)
+        largest, middle = limit(state, None), state.window_median
         settled = ~stats.warming(state.recent)
         recent, moved, level, spread = stats.remember(
             state.recent,
@@ -112,7 +116,7 @@ def percentile(
             patience,
             like=(middle, middle),
         )
-        bounded = jnp.minimum(value, limit + jnp.abs(limit))
+        bounded = jnp.minimum(value, largest + jnp.abs(largest))
         written = stats.write(state.window, state.window_slot, bounded)
         # The first values came in unjudged: now their own spread is known.
         ripe = ~settled & ~stats.warming(recent)
@@ -121,15 +125,16 @@ def percentile(
         anew = jnp.zeros_like(written).at[:, :warmup_steps].set(stats.in_order(recent))
         filled = jnp.minimum(state.filled + 1, window)
         slot = (state.window_slot + 1) % window
+        window_now = jnp.where(moved[:, None], anew, written)
+        filled = jnp.where(moved, warmup_steps, filled)
+        quantile, middle = stats.quantiles(window_now, filled, q / 100, 0.5)
         return PercentileState(
             recent._replace(outside_run=jnp.where(moved, 0, recent.outside_run)),
-            window=jnp.where(moved[:, None], anew, written),
-            filled=jnp.where(moved, warmup_steps, filled),
+            window=window_now,
+            filled=filled,
             window_slot=jnp.where(moved, warmup_steps % window, slot),
+            window_quantile=quantile,
+            window_median=middle,
         )
-
-    def limit(state: PercentileState, scope: Scope) -> jax.Array:
-        del scope
-        return normal(state)[0]
 
     return Threshold("percentile", of, per, init, limit, update)

@@ -1,15 +1,19 @@
-"""Running statistics that no outlier poisons, masks behind, or locks in.
+"""Running statistics that single outliers do not distort.
 
-Every state here is a NamedTuple of arrays whose leading axis is the group (the whole
-tree, or one leaf), so that a thousand leaves cost one small kernel.
+Every state here is a NamedTuple of arrays whose leading axis is the group, so that a
+thousand leaves cost as many kernels as one. Further axes, such as the scales of
+`zscore`, follow.
 """
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
+from .._norms import LARGEST
+from .._platform import cond_on_cpu
 from .._trees import increment
 
 # Turns a median absolute deviation into the standard deviation of a normal law.
@@ -33,15 +37,15 @@ class Recent(NamedTuple):
     moved for good: this is what ends lock-in.
     """
 
-    recent_values: jax.Array  # float32 (groups, width): a ring, on the own scale.
-    finite_seen: jax.Array  # int32 (groups,): finite steps so far, saturating.
-    outside_run: jax.Array  # int32 (groups,): steps in a row above, or -below, normal.
+    recent_values: jax.Array  # float32 (groups, ..., width): a ring of values.
+    finite_seen: jax.Array  # int32 (groups, ...): finite steps so far, saturating.
+    outside_run: jax.Array  # int32: steps in a row above normal, or minus those below.
 
 
-def init_recent(groups: int, width: int) -> Recent:
-    """Nothing seen yet."""
-    none = jnp.zeros((groups,), jnp.int32)
-    return Recent(jnp.zeros((groups, width), jnp.float32), none, none)
+def init_recent(shape: tuple[int, ...], width: int) -> Recent:
+    """Return the state before the first value."""
+    none = jnp.zeros(shape, jnp.int32)
+    return Recent(jnp.zeros((*shape, width), jnp.float32), none, none)
 
 
 def remember(recent: Recent, value, above, below, patience: int, like):
@@ -60,8 +64,8 @@ def remember(recent: Recent, value, above, below, patience: int, like):
         jnp.where(above | below, longer, 0),
     )
     moved = jnp.abs(fresh.outside_run) >= patience
-    # Sorting is not for free, so it runs only while a group needs it.
-    level, spread = lax.cond(
+    # A CPU sorts only while a group needs it.
+    level, spread = cond_on_cpu(
         jnp.any(moved | warming(recent)),
         lambda: median_and_spread(fresh.recent_values, fresh.finite_seen),
         lambda: like,
@@ -91,22 +95,24 @@ def follow(center, level, reach) -> jax.Array:
 
 
 def quantiles(values, seen, *fractions) -> tuple[jax.Array, ...]:
-    """Quantiles over the last axis of the first `seen` entries of each group.
+    """Return quantiles over the last axis of the first `seen` entries.
 
     Linearly interpolated between the two nearest entries; zero where none is seen.
     """
     width = values.shape[-1]
-    valid = jnp.arange(width)[None, :] < seen[:, None]
-    ordered = jnp.sort(jnp.where(valid, values, jnp.inf), axis=-1)
+    place = lax.broadcasted_iota(np.int32, values.shape, values.ndim - 1)
+    ordered = jnp.sort(jnp.where(place < seen[..., None], values, LARGEST), axis=-1)
     last = jnp.maximum(jnp.minimum(seen, width) - 1, 0)
     found = []
     for fraction in fractions:
-        place = last.astype(jnp.float32) * fraction
-        below = jnp.floor(place).astype(jnp.int32)
+        target = last.astype(jnp.float32) * fraction
+        below = jnp.floor(target).astype(jnp.int32)
         above = jnp.minimum(below + 1, last)
-        low = jnp.take_along_axis(ordered, below[:, None], axis=-1)[:, 0]
-        high = jnp.take_along_axis(ordered, above[:, None], axis=-1)[:, 0]
-        value = low + (high - low) * (place - below)
+        low, high = (
+            jnp.sum(jnp.where(place == at[..., None], ordered, 0.0), axis=-1)
+            for at in (below, above)
+        )
+        value = low + (high - low) * (target - below.astype(jnp.float32))
         found.append(jnp.where(seen > 0, value, 0.0).astype(values.dtype))
     return tuple(found)
 
@@ -119,7 +125,7 @@ def median(values, seen) -> jax.Array:
 def median_and_spread(values, seen) -> tuple[jax.Array, jax.Array]:
     """Median and normalised median absolute deviation: half the entries may lie."""
     center = median(values, seen)
-    return center, MAD_TO_STD * median(jnp.abs(values - center[:, None]), seen)
+    return center, MAD_TO_STD * median(jnp.abs(values - center[..., None]), seen)
 
 
 def floored(spread, center, relative, in_log) -> jax.Array:
@@ -147,8 +153,8 @@ def early_limit(seen, center, spread, deviations) -> jax.Array:
 
 def write(buffer, slot, value) -> jax.Array:
     """Writes one value a group at `slot`; a slot beyond the width writes nothing."""
-    at = jnp.arange(buffer.shape[-1])[None, :] == slot[:, None]
-    return jnp.where(at, value[:, None], buffer)
+    place = lax.broadcasted_iota(np.int32, buffer.shape, buffer.ndim - 1)
+    return jnp.where(place == slot[..., None], value[..., None], buffer)
 
 
 def where_groups(mask, on_true, on_false):

@@ -19,6 +19,8 @@ class WindowZScoreState(NamedTuple):
     ring: jax.Array  # float32 (groups, window), finite.
     finite_seen: jax.Array  # int32 (groups,): finite steps so far, saturating.
     ring_slot: jax.Array  # int32 (groups,), in [0, window): where the next value goes.
+    center: jax.Array  # float32 (groups,): median of the ring.
+    spread: jax.Array  # float32 (groups,), >= 0: its median absolute deviation.
 
 
 def window_zscore(
@@ -79,12 +81,14 @@ def window_zscore(
             ring=jnp.zeros((groups, window), jnp.float32),
             finite_seen=jnp.zeros((groups,), jnp.int32),
             ring_slot=jnp.zeros((groups,), jnp.int32),
+            center=jnp.zeros((groups,), jnp.float32),
+            spread=jnp.zeros((groups,), jnp.float32),
         )
 
     def limit(state: WindowZScoreState, scope: Scope) -> jax.Array:
         del scope
-        center, spread = stats.median_and_spread(state.ring, state.finite_seen)
-        spread = stats.floored(spread, center, spread_floor, in_log)
+        center = state.center
+        spread = stats.floored(state.spread, center, spread_floor, in_log)
         normal = stats.from_scale(center + sigma * spread, in_log)
         early: jax.Array | float = jnp.inf
         if in_log:
@@ -94,10 +98,11 @@ def window_zscore(
     def update(state: WindowZScoreState, signal, exceeded) -> WindowZScoreState:
         del exceeded
         value = stats.to_scale(signal, in_log)
+        ring = stats.write(state.ring, state.ring_slot, value)
+        seen = increment(state.finite_seen)
+        center, spread = stats.median_and_spread(ring, seen)
         return WindowZScoreState(
-            ring=stats.write(state.ring, state.ring_slot, value),
-            finite_seen=increment(state.finite_seen),
-            ring_slot=(state.ring_slot + 1) % window,
+            ring, seen, (state.ring_slot + 1) % window, center, spread
         )
 
     return Threshold("window_zscore", of, per, init, limit, update)

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .._checks import require, require_count
 from ..granularity._groups import Granularity
@@ -12,18 +13,12 @@ from ._base import Family, Scope, Threshold
 from ._signals import Signal, check_signal, is_norm
 
 
-class Track(NamedTuple):
-    """Level and spread of a signal on one scale, linear or logarithmic."""
+class ZScoreState(NamedTuple):
+    """State of `zscore`: statistics of log x and of x, along the second axis."""
 
     recent: stats.Recent
-    center: jax.Array  # float32 (groups,): running level m.
-    spread: jax.Array  # float32 (groups,), >= 0: running standard deviation s.
-
-
-class ZScoreState(NamedTuple):
-    """State of `zscore`. Norms have a logarithmic track only, other signals both."""
-
-    tracks: tuple[Track, ...]
+    center: jax.Array  # float32 (groups, 2): running level m.
+    spread: jax.Array  # float32 (groups, 2), >= 0: running standard deviation s.
     always_positive: jax.Array  # bool (groups,): no value so far was zero or below.
 
 
@@ -96,77 +91,71 @@ def zscore(
     require_count("warmup_steps", warmup_steps, 3)
     require("spread_floor", spread_floor, "> 0", lambda x: 0 < x < float("inf"))
     require_count("patience", patience, warmup_steps)
-    norm = is_norm(of)
     family = Family(
-        ("zscore", warmup_steps, patience, norm),
-        (z, decay, spread_floor),
-        lambda settings: _rule(settings, warmup_steps, patience, norm),
+        ("zscore", warmup_steps, patience),
+        (z, decay, spread_floor, float(is_norm(of))),
+        lambda settings: _rule(settings, warmup_steps, patience),
     )
     return Threshold("zscore", of, per, *family.build(family.settings), family=family)
 
 
-def _rule(settings: tuple, warmup_steps: int, patience: int, norm: bool):
-    """How a z-score starts, limits and learns; settings may differ by group."""
-    z, decay, spread_floor = settings
-    scales = (True,) if norm else (True, False)  # Logarithmic or not.
+def _rule(settings: tuple, warmup_steps: int, patience: int):
+    """Return init, limit and update of a z-score; settings may differ by group."""
+    z, decay, spread_floor, norm = (jnp.asarray(x, jnp.float32) for x in settings)
+    by_scale = lambda x: x[:, None] if x.ndim else x  # Beside arrays (groups, 2).
+    is_log = np.array([[True, False]])
 
     def init(groups: int) -> ZScoreState:
-        def track():
-            zeros = jnp.zeros((groups,), jnp.float32)
-            return Track(stats.init_recent(groups, warmup_steps), zeros, zeros)
+        zeros = jnp.zeros((groups, 2), jnp.float32)
+        recent = stats.init_recent((groups, 2), warmup_steps)
+        return ZScoreState(recent, zeros, zeros, jnp.ones((groups,), bool))
 
-        return ZScoreState(tuple(track() for _ in scales), jnp.ones((groups,), bool))
-
-    def floored(track: Track, in_log: bool) -> jax.Array:
-        return stats.floored(track.spread, track.center, spread_floor, in_log)
+    def floored(spread, center) -> jax.Array:
+        level = jnp.where(is_log, 1.0, jnp.abs(center))
+        return jnp.maximum(spread, jnp.maximum(by_scale(spread_floor) * level, 1e-12))
 
     def limit(state: ZScoreState, scope: Scope) -> jax.Array:
         del scope
-        log, *linear = (
-            stats.from_scale(track.center + z * floored(track, in_log), in_log)
-            for track, in_log in zip(state.tracks, scales, strict=True)
-        )
-        if linear:
-            both = jnp.maximum(log, linear[0])
-            log = jnp.where(state.always_positive, both, linear[0])
-        track = state.tracks[0]
-        early: jax.Array | float = jnp.inf
-        if norm:
-            seen = track.recent.finite_seen
-            early = stats.early_limit(seen, track.center, track.spread, z)
-        return jnp.where(stats.warming(track.recent), early, log)
+        top = state.center + by_scale(z) * floored(state.spread, state.center)
+        log, linear = jnp.exp(top[:, 0]), top[:, 1]
+        of_value = jnp.where(state.always_positive, jnp.maximum(log, linear), linear)
+        seen = state.recent.finite_seen[:, 0]
+        early = stats.early_limit(seen, state.center[:, 0], state.spread[:, 0], z)
+        early = jnp.where(norm > 0, early, jnp.inf)
+        warming = stats.warming(state.recent)[:, 0]
+        return jnp.where(warming, early, jnp.where(norm > 0, log, of_value))
 
-    def follow(track: Track, in_log: bool, signal, exceeded) -> Track:
-        value = stats.to_scale(signal, in_log)
-        center, spread = track.center, floored(track, in_log)
-        warming = stats.warming(track.recent)
-        below = ~warming & (value < center - z * spread)
-        recent, moved, level, deviation = stats.remember(
-            track.recent, value, exceeded, below, patience, like=(center, spread)
+    def update(state: ZScoreState, signal, exceeded) -> ZScoreState:
+        value = jnp.stack(
+            [stats.to_scale(signal, True), stats.to_scale(signal, False)], axis=-1
         )
-        reach = z * stats.floored(deviation, level, spread_floor, in_log)
+        center, spread = state.center, floored(state.spread, state.center)
+        warming = stats.warming(state.recent)
+        below = ~warming & (value < center - by_scale(z) * spread)
+        recent, moved, level, deviation = stats.remember(
+            state.recent,
+            value,
+            jnp.broadcast_to(exceeded[:, None], value.shape),
+            below,
+            patience,
+            like=(center, spread),
+        )
+        reach = by_scale(z) * floored(deviation, level)
         residual = jnp.clip(
             value - center, -stats.WINSOR * spread, stats.WINSOR * spread
         )
         # Relative to the spread, so that no square overflows.
         square = stats.CONSISTENCY * jnp.square(residual / spread)
-        widening = decay * (1 + (1 - decay) * square)
+        d = by_scale(decay)
+        widening = jnp.sqrt(d * (1 + (1 - d) * square))
         # Low values are no danger: they must not loosen the limit on high ones.
-        widened = spread * jnp.where(below, 1.0, jnp.sqrt(widening))
-        tracked = center + (1 - decay) * residual
+        widened = spread * jnp.where(below, 1.0, widening)
+        tracked = center + (1 - d) * residual
         followed = jnp.where(moved, stats.follow(center, level, reach), tracked)
-        return Track(
-            recent,
-            center=jnp.where(warming, level, followed),
-            spread=jnp.where(warming | moved, deviation, widened),
-        )
-
-    def update(state: ZScoreState, signal, exceeded) -> ZScoreState:
         return ZScoreState(
-            tuple(
-                follow(track, in_log, signal, exceeded)
-                for track, in_log in zip(state.tracks, scales, strict=True)
-            ),
+            recent,
+            jnp.where(warming, level, followed),
+            jnp.where(warming | moved, deviation, widened),
             state.always_positive & (signal > 0),
         )
 

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import optax
 
 from ... import _trees
-from ..._norms import measure, unguarded
+from ..._compiled import CompiledUpdate
+from ..._norms import measure
+from ..._scales import scale_leaves, uniform
 from .. import _moments
 from .._readings import ClipReadings, init_readings, read
 
@@ -65,8 +67,9 @@ def spam(
         if warmup and not own_moment:
             rising = 1 - 0.99 * (1 + jnp.cos(jnp.pi * age / (warmup + 1))) / 2
             scale = jnp.where((step >= period) & (age < warmup), rising, 1.0)
-            out = _trees.scale_leaves(out, scale, updates)
-        raw, left = unguarded(updates).norm, measure(clipped).norm
+            scales = uniform(len(_trees.inexact_leaves(updates)), scale)
+            out = scale_leaves(out, scales, updates)
+        raw, left = measure(updates).norm, measure(clipped).norm
         ratio = jnp.where(raw > 0, left / raw, 1.0)
         readings = read(
             state.clip_readings,
@@ -84,4 +87,4 @@ def spam(
             readings,
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(init_fn, CompiledUpdate(update_fn))

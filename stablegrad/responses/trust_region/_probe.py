@@ -18,8 +18,9 @@ import jax.numpy as jnp
 import optax
 
 from ... import _trees
-from ..._mapped_axes import HERE, Across
+from ..._mapped_axes import LOCAL, MappedAxes
 from ..._norms import LARGEST
+from ..._scales import scale_leaves, uniform
 from ...thresholds._signals import scalar_signal
 
 TRIES = 8  # Looks at one step at most, each nearer than the last.
@@ -42,7 +43,7 @@ class Attempt(NamedTuple):
     loss_fn: Callable[[Any], jax.Array]  # params -> loss, on the same batch.
     # Of the loss's own dtype: its unit in the last place, relative.
     resolution: float = 2.0**-23
-    over: Across = HERE  # Axes over which gradient and step are sharded.
+    axes: MappedAxes = LOCAL  # Over which gradient and step are sharded.
 
 
 class Look(NamedTuple):
@@ -74,7 +75,7 @@ def slope_along(attempt: Attempt, scale) -> jax.Array:
         wide = jnp.promote_types(gradient.dtype, jnp.float32)
         product = jnp.conj(gradient.astype(wide)) * step.astype(wide)
         products.append(jnp.sum(jnp.real(product)).astype(jnp.float32))
-    return jnp.sum(attempt.over.totals(products, [products[0], *gradients]))
+    return jnp.sum(attempt.axes.totals(products, [products[0], *gradients]))
 
 
 def _taken(attempt: Attempt, scale):
@@ -141,7 +142,8 @@ def look(attempt: Attempt, kind: str, scale, rise, accept, aim) -> Look:
 
 
 def _moved(attempt: Attempt, scale):
-    step = _trees.scale_leaves(attempt.step(), scale, attempt.gradient)
+    leaves = len(_trees.inexact_leaves(attempt.gradient))
+    step = scale_leaves(attempt.step(), uniform(leaves, scale), attempt.gradient)
     return optax.apply_updates(attempt.params, step)
 
 

@@ -20,6 +20,7 @@ from ._radius import (
     is_due,
     longest_rise,
 )
+from ._readings import readings
 
 
 def trust_region(
@@ -164,4 +165,5 @@ def _trust_region(every, high, low, grow, probe, required) -> Response:
         settle=lambda state, judgements, reason: state,
         look_ahead=look_ahead,
         needs_value_fn=required,
+        readings=readings,
     )

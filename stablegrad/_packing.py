@@ -1,0 +1,79 @@
+"""Packing: many small numbers in one float32 and one int32 array.
+
+A state of a hundred rank-0 arrays costs a hundred arguments, results and kernels. A
+packed one costs two. Which column holds which number is static.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ._norms import LARGEST
+
+Packed = tuple[jax.Array, ...]
+
+
+class Packing:
+    """The columns of a pytree whose arrays share their leading axes.
+
+    float32 arrays go to the first packed array. int32 and bool arrays go to the second
+    one, as int32. A packed array without columns is left out.
+    """
+
+    def __init__(self, structs: Any, leading: int = 0):
+        """Lay out the columns of `structs`, of which `leading` axes are shared."""
+        leaves, self._structure = jax.tree.flatten(structs)
+        self._lead = leading
+        self._columns = []  # (is float, dtype, trailing shape, start, stop)
+        self.widths = [0, 0]  # Columns of either array.
+        for leaf in leaves:
+            kind = 0 if leaf.dtype == np.float32 else 1
+            shape = leaf.shape[leading:]
+            start, size = self.widths[kind], int(np.prod(shape, dtype=np.int64))
+            self._columns.append((kind, leaf.dtype, shape, start, start + size))
+            self.widths[kind] = start + size
+
+    def pack(self, tree: Any) -> Packed:
+        """Return the packed arrays, each of shape (*leading, columns)."""
+        parts: tuple[list, list] = ([], [])
+        dtypes = (jnp.float32, jnp.int32)
+        leaves = self._structure.flatten_up_to(tree)
+        for (kind, *_), leaf in zip(self._columns, leaves, strict=True):
+            leaf = jnp.asarray(leaf)
+            flat = leaf.reshape((*leaf.shape[: self._lead], -1))
+            parts[kind].append(flat.astype(dtypes[kind]))
+        return tuple(jnp.concatenate(own, axis=-1) for own in parts if own)
+
+    def unpack(self, packed: Packed) -> Any:
+        """Return the pytree that was packed."""
+        arrays = iter(packed)
+        by_kind = [next(arrays) if width else None for width in self.widths]
+        leaves = []
+        for kind, dtype, shape, start, stop in self._columns:
+            array: Any = by_kind[kind]
+            part = array[..., start:stop]
+            leaves.append(part.reshape((*part.shape[:-1], *shape)).astype(dtype))
+        return self._structure.unflatten(leaves)
+
+
+def encode(number) -> jax.Array:
+    """Return a finite float32: the largest for inf, its negative for -inf and nan."""
+    number = jnp.asarray(number).astype(jnp.float32)
+    finite = jnp.where(number > 0, jnp.float32(LARGEST), jnp.float32(-LARGEST))
+    return jnp.where(jnp.isfinite(number), number, finite)
+
+
+def decode(number):
+    """Undo `encode`, up to -inf, which comes back as nan; of any shape.
+
+    A concrete number is decoded by NumPy on the host, so that `jax_debug_nans` finds no
+    device operation that yields nan.
+    """
+    if isinstance(number, jax.core.Tracer):
+        number = jnp.where(number >= LARGEST, jnp.inf, number)
+        return jnp.where(number <= -LARGEST, jnp.nan, number)
+    host = np.array(number)
+    host = np.where(host >= LARGEST, np.float32(np.inf), host)
+    return np.where(host <= -LARGEST, np.float32(np.nan), host).astype(np.float32)

@@ -1,0 +1,83 @@
+"""Scales: the factors that the leaves of one pytree are multiplied by."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from . import _trees
+from ._norms import Measurement, measure
+
+
+class Scales(NamedTuple):
+    """One factor for each floating-point leaf, or for each part of a leaf."""
+
+    by_leaf: jax.Array  # float32 (leaves,)
+    # For each leaf, a further factor that broadcasts to it; None: there is none.
+    within: tuple[jax.Array, ...] | None = None
+
+    def times(self, factor) -> "Scales":
+        """Multiply every factor by one number."""
+        return self._replace(by_leaf=self.by_leaf * factor)
+
+    def where(self, flag) -> "Scales":
+        """Return the same scales if `flag` is set, else ones."""
+        choose = lambda scale: jnp.where(flag, scale, 1.0)
+        return jax.tree.map(choose, self)
+
+    def smallest(self) -> jax.Array:
+        """Return the smallest factor, float32 (), or 1 if there is none."""
+        least = jnp.min(self.by_leaf, initial=1.0)
+        for row in self.within or ():
+            least = jnp.minimum(least, jnp.min(row, initial=1.0))
+        return least
+
+    def leaf(self, index: int) -> jax.Array:
+        """Return the factor of one leaf, which broadcasts to it."""
+        factor = self.by_leaf[index]
+        return factor if self.within is None else factor * self.within[index]
+
+
+def uniform(leaves: int, factor=1.0) -> Scales:
+    """Return scales that multiply every leaf by the same number."""
+    return Scales(jnp.full((leaves,), factor, jnp.float32))
+
+
+def minimum(first: Scales, second: Scales) -> Scales:
+    """Return the smaller factor of two scales, leaf by leaf and part by part."""
+    if first.within is None and second.within is None:
+        return Scales(jnp.minimum(first.by_leaf, second.by_leaf))
+    count = first.by_leaf.shape[0]
+    rows = tuple(jnp.minimum(first.leaf(i), second.leaf(i)) for i in range(count))
+    return Scales(jnp.ones((count,), jnp.float32), rows)
+
+
+def scale_leaves(tree, scales: Scales, like, keep=None):
+    """Multiply every leaf that is floating point in `like` by its factor.
+
+    The product is taken in float32 or wider and returned in the leaf's own dtype. XLA
+    fuses it into the optimizer's kernels. Where a rank-0 `keep` is given and false,
+    the leaves become zeros instead.
+    """
+    index = iter(range(scales.by_leaf.shape[0]))
+
+    def scaled(leaf):
+        leaf = jnp.asarray(leaf)
+        wide = np.promote_types(np.float32, leaf.dtype)
+        factor = scales.leaf(next(index)).astype(wide)
+        product = (factor * leaf.astype(wide)).astype(leaf.dtype)
+        if keep is None:
+            return product
+        return jnp.where(keep, product, jnp.zeros((), leaf.dtype))
+
+    return _trees.map_inexact(scaled, like, tree)
+
+
+def scaled_norm(measured: Measurement, scales: Scales, tree, like=None) -> jax.Array:
+    """Return the norm of `tree`, of which `measured` tells, after `scale_leaves`."""
+    if scales.within is not None:
+        like = tree if like is None else like
+        return measure(scale_leaves(tree, scales, like), like).norm
+    squares = jnp.square(scales.by_leaf) * measured.leaf_squares
+    return jnp.sqrt(jnp.sum(squares))

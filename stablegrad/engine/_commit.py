@@ -1,0 +1,218 @@
+"""The commit: run the inner optimizer once, and write what is finite.
+
+    u, S' = inner(s g, S);    theta' = theta + k u  where finite, else theta
+
+An element of the update, of the parameters or of the inner state that was finite and
+would no longer be is kept as it was, and counted. On an accelerator all of this fuses
+into the optimizer's own kernels. On a CPU the mask on the inner state costs more than
+the step, so large trees of float32 leaves have it in `is_checked` steps only.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .. import _checks, _trees
+from .._mapped_axes import varies_over, varying
+from .._norms import Measurement
+from .._platform import cond_on_cpu, on_cpu
+from .._scales import Scales, scale_leaves
+from ._decide import StepContext
+
+SMALL = 65_536  # Elements up to which every step is checked on a CPU, too.
+FIRST_CHECKED = 8  # Steps at the start that are checked.
+CHECK_EVERY = 256  # Steps from one check to the next after that.
+UNUSUAL = 1e12  # A leaf norm above which a step is checked.
+
+Inner = Callable[[Any, Any, Any], tuple[Any, Any]]  # updates, state, params
+
+
+class Committed(NamedTuple):
+    """The results of a step that was taken, or held back."""
+
+    result: Any  # Updates or parameters, whichever the caller asked for.
+    inner_state: Any
+    # int32 (leaves + 1,): elements kept out, and at last those of no parameter's leaf.
+    kept_out: jax.Array
+
+
+def commit(
+    inner: Inner,
+    step: StepContext,
+    inner_state: Any,
+    scales: tuple[Scales | None, Scales | None],
+    accepted: jax.Array,
+    is_checked: jax.Array,
+    writes_params: bool,
+) -> Committed:
+    """Take the step if it is accepted, else return everything as it was.
+
+    `scales` are those of the gradient and of the update. `writes_params` says whether
+    the result is the parameters, or the updates.
+    """
+    operands = (step.updates, inner_state, step.params)
+    counted = _trees.inexact_flags(step.like)
+    shapes = [np.shape(leaf) for leaf in _trees.inexact_leaves(step.like)]
+    owners = _owners(inner_state, step.like)
+
+    def take(checks: bool, updates, inner_state, params) -> Committed:
+        gradient = _scaled(updates, scales[0], step.like)
+        update, new_state = inner(gradient, inner_state, params)
+        _checks.same_state(inner_state, new_state)
+        update = _scaled(update, scales[1], step.like)
+        writer = _Writer(accepted | on_cpu(), shapes)
+        if writes_params:
+            result = _write_params(writer, params, update, counted)
+        else:
+            result = _write_updates(writer, params, update, counted)
+        new_state = _write_state(writer, new_state, inner_state, owners, checks)
+        kept_out = writer.counts()
+        return Committed(
+            result, new_state, kept_out if checks else jnp.zeros_like(kept_out)
+        )
+
+    check = functools.partial(take, True)
+    structs = jax.eval_shape(check, *operands)
+
+    def hold(updates, inner_state, params) -> Committed:
+        result = params
+        if not writes_params:
+            result = jax.tree.map(
+                lambda leaf, struct: jnp.zeros_like(leaf, struct.dtype),
+                updates,
+                structs.result,
+            )
+        held = Committed(result, inner_state, jnp.zeros((len(shapes) + 1,), jnp.int32))
+        return jax.tree.map(
+            lambda leaf, struct: varying(jnp.asarray(leaf), varies_over(struct)),
+            held,
+            structs,
+        )
+
+    if always_checked(step.like, inner_state):
+        taken = check
+    else:
+        trust = functools.partial(take, False)
+        taken = functools.partial(cond_on_cpu, is_checked, check, trust)
+    return cond_on_cpu(accepted, taken, hold, *operands)
+
+
+def always_checked(like, inner_state) -> bool:
+    """Return whether a CPU checks every step: small trees, and narrow dtypes."""
+    leaves = _trees.inexact_leaves((like, inner_state))
+    narrow = any(jnp.finfo(leaf.dtype).bits < 32 for leaf in leaves)
+    return narrow or sum(leaf.size for leaf in _trees.inexact_leaves(like)) <= SMALL
+
+
+def checked_now(gradient: Measurement, steps, kept_out) -> jax.Array:
+    """Return whether a CPU checks this step of a large tree of float32 leaves."""
+    largest = jnp.max(gradient.leaf_squares, initial=0.0)
+    due = (steps < FIRST_CHECKED) | (steps % CHECK_EVERY == 0)
+    return due | (kept_out > 0) | ~(largest < UNUSUAL**2)
+
+
+def _scaled(tree, scales: Scales | None, like):
+    return tree if scales is None else scale_leaves(tree, scales, like)
+
+
+class _Writer:
+    """Writes new arrays over old ones where a step is accepted and elements are finite.
+
+    It adds up what it keeps out, by the leaf of the parameters that an array belongs
+    to. Flags of one leaf are joined before they are counted, so that XLA counts them in
+    the kernel that computes the arrays.
+    """
+
+    def __init__(self, accepted: jax.Array, shapes: list[tuple[int, ...]]):
+        self._accepted = accepted
+        self._shapes = shapes
+        self._flags: dict[int, jax.Array] = {}
+        self._others: list[jax.Array] = []
+
+    def write(self, new, old, bad=None, owner: int | None = None) -> jax.Array:
+        """Return `new`, or `old` where the step is rejected or `bad` is set."""
+        new, old = jnp.asarray(new), jnp.asarray(old)
+        if new.dtype != old.dtype:
+            new = new.astype(old.dtype)
+        if bad is None:
+            return jnp.where(self._accepted, new, old)
+        if owner is not None and bad.shape == self._shapes[owner]:
+            self._flags[owner] = self._flags.get(owner, False) | bad
+        else:
+            self._others.append(jnp.sum(bad, dtype=jnp.int32))
+        return jnp.where(self._accepted & ~bad, new, old)
+
+    def counts(self) -> jax.Array:
+        """Return the elements kept out: int32 (leaves + 1,), others at last."""
+        none = jnp.zeros((), jnp.int32)
+        rows = [
+            jnp.sum(self._flags[i], dtype=jnp.int32) if i in self._flags else none
+            for i in range(len(self._shapes))
+        ]
+        return jnp.stack([*rows, sum(self._others, none)])
+
+
+def _write_params(writer: _Writer, params, update, counted: list[bool]):
+    """Add the update to the parameters, as `optax.apply_updates` does."""
+    leaves, structure = jax.tree.flatten(params)
+    owner = itertools.count()
+    written = []
+    for param, change, counts in zip(
+        leaves, structure.flatten_up_to(update), counted, strict=True
+    ):
+        moved = jnp.asarray(param + change).astype(jnp.asarray(param).dtype)
+        if counts:
+            bad = ~jnp.isfinite(moved) & jnp.isfinite(param)
+            written.append(writer.write(moved, param, bad, next(owner)))
+        else:
+            written.append(writer.write(moved, param))
+    return structure.unflatten(written)
+
+
+def _write_updates(writer: _Writer, params, update, counted: list[bool]):
+    """Return the update, with zeros for what must not be added to the parameters."""
+    leaves, structure = jax.tree.flatten(update)
+    own = [None] * len(leaves) if params is None else jax.tree.leaves(params)
+    owner = itertools.count()
+    written = []
+    for change, param, counts in zip(leaves, own, counted, strict=True):
+        change = jnp.asarray(change)
+        zero = jnp.zeros_like(change)
+        if counts:
+            bad = ~jnp.isfinite(change)
+            if param is not None and jnp.finfo(jnp.result_type(param)).bits < 32:
+                bad |= ~jnp.isfinite((param + change).astype(jnp.result_type(param)))
+            written.append(writer.write(change, zero, bad, next(owner)))
+        else:
+            written.append(writer.write(change, zero))
+    return structure.unflatten(written)
+
+
+def _write_state(writer: _Writer, new, old, owners: list[int | None], checks: bool):
+    """Return the inner optimizer's new state."""
+    written = []
+    pairs = zip(jax.tree.leaves(new), jax.tree.leaves(old), owners, strict=True)
+    for after, before, owner in pairs:
+        bad = None
+        if checks and _trees.is_inexact(before):
+            # A state may hold an inf on purpose, such as the best loss so far.
+            bad = ~jnp.isfinite(after) & jnp.isfinite(before)
+        written.append(writer.write(after, before, bad, owner))
+    return jax.tree.structure(old).unflatten(written)
+
+
+def _owners(inner_state, like) -> list[int | None]:
+    """Return, for each leaf of the state, the leaf of the parameters it belongs to."""
+    structure = jax.tree.structure(like)
+    counted = _trees.inexact_flags(like)
+    places = [sum(counted[:i]) if own else None for i, own in enumerate(counted)]
+    is_like_params = lambda node: jax.tree.structure(node) == structure
+    owners: list[int | None] = []
+    for node in jax.tree.leaves(inner_state, is_leaf=is_like_params):
+        owners += places if is_like_params(node) else [None]
+    return owners

@@ -1,0 +1,293 @@
+"""One guarded step, from the measurement to the record."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from .. import _checks, _trees
+from .._mapped_axes import MappedAxes, warn_of_replicas
+from .._norms import Measurement, first_true, measure
+from .._packing import Packed, Packing, encode
+from .._scales import Scales, scale_leaves, scaled_norm, uniform
+from ..responses._base import Foresight, Response, Verdict
+from ..responses._reasons import Reason, first_reason, gradient_reason
+from . import _decide, _look_ahead, _record
+from ._commit import checked_now, commit
+from ._decide import StepContext
+from ._families import PerThreshold, Statistics
+
+
+class GuardState(NamedTuple):
+    """State of `guard`."""
+
+    guarded_inner: Any  # State of the inner transformation.
+    statistics: tuple[Packed, ...]  # Of each family of thresholds.
+    numbers: Packed  # Record and responses: float32 and int32 (columns,).
+    columns: dict[str, None]  # Names of the record's further columns; no arrays.
+    names: jax.Array  # uint8: names of the leaves given to `init`.
+
+
+class Decision(NamedTuple):
+    """What is decided about a step before it is committed."""
+
+    judgements: PerThreshold
+    verdict: Verdict
+    ahead: Foresight
+    # Norms of the update, before and after it is scaled; None: nothing measured it.
+    update_norms: tuple[jax.Array, jax.Array] | None
+
+
+class GuardedStep:
+    """The steps of an inner optimizer, guarded by responses."""
+
+    def __init__(
+        self,
+        inner: optax.GradientTransformation,
+        responses: tuple[Response, ...],
+        axes: MappedAxes,
+    ):
+        """Lay out the guard's numbers."""
+        self._inner = optax.with_extra_args_support(inner)
+        self._known = _known_arguments(self._inner.update)
+        self._responses = responses
+        self._axes = axes
+        self._statistics = Statistics(responses)
+        self._limit_names = _decide.limit_names(responses)
+        self._packing = Packing(jax.eval_shape(self._init_numbers))
+
+    def init(self, params) -> GuardState:
+        """Return the state before the first step."""
+        # Some optimizers start with one buffer in two places, which cannot be donated.
+        inner_state = _trees.distinct(_trees.strongly_typed(self._inner.init(params)))
+        record, states = self._init_numbers()
+        numbers = self._packing.pack((record, states))
+        state = GuardState(
+            inner_state,
+            self._statistics.init(params),
+            numbers,
+            _record.column_names(self._extras(None, states)),
+            _trees.encode_names(_trees.leaf_names(params)),
+        )
+        return _trees.placed_like(state, params)
+
+    def update(self, updates, state, params=None, **extra) -> tuple[Any, GuardState]:
+        """Return the updates to add to the parameters, and the next state."""
+        return self._step(updates, state, params, extra, writes_params=False)
+
+    def apply(self, updates, state, params=None, **extra) -> tuple[Any, GuardState]:
+        """Return the parameters after the step, and the next state."""
+        return self._step(updates, state, params, extra, writes_params=True)
+
+    def _init_numbers(self) -> tuple[_record.Record, tuple]:
+        states = tuple(response.init_state() for response in self._responses)
+        return _record.init_record(self._extras(None, states)), states
+
+    def _extras(self, decision: Decision | None, states) -> dict[str, jax.Array]:
+        """Return the record's further columns: limits, and readings of responses."""
+        names = [*self._limit_names]
+        if _decide.watches_update(self._responses):
+            names += ["raw_update_norm", "update_norm"]
+        numbers = [jnp.zeros((), jnp.float32)] * len(names)
+        if decision is not None:
+            flat = [judged.limit for own in decision.judgements for judged in own]
+            numbers = [jnp.min(limit, initial=jnp.inf) for limit in flat]
+            numbers = [encode(x) for x in [*numbers, *(decision.update_norms or ())]]
+        named = dict(zip(names, numbers, strict=True))
+        for response, state in zip(self._responses, states, strict=True):
+            named |= response.readings(state)
+        return named
+
+    def _step(
+        self, updates, state: GuardState, params, extra, writes_params: bool
+    ) -> tuple[Any, GuardState]:
+        if not self._axes.names:
+            warn_of_replicas(extra.get("value"), updates)
+        params = _trees.matching(params, updates)
+        like = updates if params is None else params
+        _checks.same_leaves(state.names, _trees.leaf_names(like))
+        updates = _trees.floating_like(updates, like)
+        step = StepContext(updates, params, like, extra, self._axes)
+        record, states = self._packing.unpack(state.numbers)
+        gradient = measure(updates, like, self._axes)
+        scopes, limits = _decide.limits_of(
+            self._responses, self._statistics, state.statistics, step
+        )
+        judgements = _decide.judge_incoming(
+            self._responses, scopes, limits, gradient, step
+        )
+        verdict = self._verdict(states, judgements, gradient)
+
+        def inner(updates, inner_state, params):
+            extra_args = self._known(extra)
+            return self._inner.update(updates, inner_state, params, **extra_args)
+
+        decision = self._decide_on_update(
+            inner, step, state.guarded_inner, states, judgements, verdict
+        )
+        verdict = decision.verdict
+        done = commit(
+            inner,
+            step,
+            state.guarded_inner,
+            (verdict.gradient_scales, _update_scales(decision, gradient)),
+            verdict.reason == 0,
+            checked_now(
+                gradient,
+                record.totals.guarded_steps,
+                record.last_step.kept_out_elements,
+            ),
+            writes_params,
+        )
+        kept_out = self._axes.total(done.kept_out)
+        verdict = verdict._replace(reason=_with_stuck(verdict.reason, kept_out, step))
+        settled = tuple(
+            response.settle(own, judged, verdict.reason)
+            for response, own, judged in zip(
+                self._responses,
+                decision.ahead.state,
+                decision.judgements,
+                strict=True,
+            )
+        )
+        outcome = self._outcome(
+            step,
+            record,
+            gradient,
+            decision._replace(verdict=verdict),
+            settled,
+            kept_out,
+        )
+        return done.result, GuardState(
+            done.inner_state,
+            self._statistics.learn(state.statistics, decision.judgements),
+            self._packing.pack((_record.after_step(record, outcome), settled)),
+            state.columns,
+            state.names,
+        )
+
+    def _verdict(self, states, judgements, gradient: Measurement) -> Verdict:
+        """Return the verdict of all responses; a bad gradient is always rejected."""
+        verdict = _decide.verdict_on(self._responses, states, judgements)
+        bad = gradient_reason(gradient.norm)
+        return verdict._replace(reason=first_reason((bad, verdict.reason)))
+
+    def _decide_on_update(
+        self, inner, step: StepContext, inner_state, states, judgements, verdict
+    ) -> Decision:
+        """Evaluate the update once if a threshold or a response needs it.
+
+        Where none does, the update is computed in the commit alone.
+        """
+        decision = Decision(judgements, verdict, _look_ahead.unprobed(states), None)
+        watched = _decide.watches_update(self._responses)
+        probes = _look_ahead.probes(self._responses, step)
+        if not (watched or probes):
+            return decision
+        # Behind a barrier, so that XLA does not keep this update for the commit.
+        operands = lax.optimization_barrier((step.updates, inner_state, step.params))
+
+        def evaluate():
+            gradient = operands[0]
+            if verdict.gradient_scales is not None:
+                gradient = scale_leaves(gradient, verdict.gradient_scales, step.like)
+            return inner(gradient, *operands[1:])[0]
+
+        reached = verdict.reason == 0
+        update = evaluate()
+        measured = measure(update, step.like, self._axes)
+        if watched:
+            judgements = _decide.judge_outgoing(
+                self._responses,
+                judgements,
+                measured,
+                _trees.inexact_leaves(update, step.like),
+                reached,
+            )
+            after = _decide.verdict_on(self._responses, states, judgements)
+            reason = first_reason((verdict.reason, after.reason))
+            verdict = after._replace(reason=reason)
+            decision = decision._replace(judgements=judgements, verdict=verdict)
+            reached = verdict.reason == 0
+        scales = _update_scales(decision, measured)
+        length = scaled_norm(measured, scales, update, step.like)
+        if probes:
+            ahead = _look_ahead.look_ahead(
+                self._responses,
+                states,
+                lambda: scale_leaves(evaluate(), scales, step.like),
+                jnp.where(reached, length, 0.0),
+                step,
+            )
+            ahead = _trees.select(reached, ahead, decision.ahead)
+            length = ahead.step_scale * length
+            decision = decision._replace(ahead=ahead)
+        norms = (measured.norm, jnp.where(reached, length, 0.0)) if watched else None
+        return decision._replace(update_norms=norms)
+
+    def _outcome(
+        self, step, record, gradient, decision: Decision, settled, kept_out
+    ) -> _record.Outcome:
+        """Return how the step went, for the record."""
+        _, verdict, ahead, _ = decision
+        halted = [r.halts(s) for r, s in zip(self._responses, settled, strict=True)]
+        clipped_norm, clip_scale = gradient.norm, jnp.ones((), jnp.float32)
+        if verdict.gradient_scales is not None:
+            clip_scale = verdict.gradient_scales.smallest()
+            clipped_norm = scaled_norm(
+                gradient, verdict.gradient_scales, step.updates, step.like
+            )
+        if verdict.update_scales is not None:
+            clip_scale = jnp.minimum(clip_scale, verdict.update_scales.smallest())
+        loss = _decide.loss_of(step.extra, self._axes)
+        bad_leaf = gradient.first_bad_leaf
+        kept_leaf = first_true(kept_out[:-1] > 0)
+        last = _record.LastStep(
+            grad_norm=encode(gradient.norm),
+            clipped_grad_norm=encode(clipped_norm),
+            clip_scale=clip_scale,
+            loss_value=encode(loss) if loss is not None else _record.NO_LOSS,
+            lr_scale=verdict.lr_scale * ahead.step_scale,
+            back_off_scale=verdict.lr_scale,
+            skipped=verdict.reason > 0,
+            skip_reason=verdict.reason,
+            first_bad_leaf=jnp.where(bad_leaf >= 0, bad_leaf, kept_leaf),
+            largest_leaf=_record.largest_leaf(gradient.leaf_squares),
+            kept_out_elements=jnp.sum(kept_out),
+            halted=jnp.any(jnp.stack(halted)) if halted else jnp.zeros((), bool),
+        )
+        return _record.Outcome(
+            last,
+            tuple(self._extras(decision, settled).values()),
+            backed_off=verdict.lr_scale < record.last_step.back_off_scale,
+            shortened=ahead.alarm,
+        )
+
+
+def _update_scales(decision: Decision, measured: Measurement) -> Scales:
+    """Return the factors on the update: clips, learning rate and probes."""
+    verdict = decision.verdict
+    scales = verdict.update_scales or uniform(measured.leaf_squares.shape[0])
+    return scales.times(verdict.lr_scale * decision.ahead.step_scale)
+
+
+def _with_stuck(reason, kept_out, step: StepContext) -> jax.Array:
+    """Return the reason, or that of a step in which no element could be written."""
+    size = sum(leaf.size for leaf in _trees.inexact_leaves(step.like))
+    stuck = (jnp.sum(kept_out[:-1]) >= size) & (size > 0)
+    return jnp.where(stuck & (reason == 0), int(Reason.NONFINITE_UPDATE), reason)
+
+
+def _known_arguments(update) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Return a filter of the arguments that an inner `update` takes.
+
+    A guard takes `value=`, which an optimizer without `**extra_args` would refuse.
+    """
+    parameters = inspect.signature(update).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return lambda extra: extra
+    return lambda extra: {k: v for k, v in extra.items() if k in parameters}
