@@ -42,9 +42,16 @@ class Measurement(NamedTuple):
         return self.norm < OVERFLOW
 
     @property
-    def first_bad_leaf(self) -> jax.Array:
-        """First leaf that is not finite or overflows, int32 (); -1 if none is."""
-        return first_true(~(self.leaf_squares < OVERFLOW**2))
+    def largest_leaf(self) -> jax.Array:
+        """Leaf with the largest norm, int32 (); -1 if there is no leaf.
+
+        The first leaf that is not finite counts as the largest.
+        """
+        if not self.leaf_squares.shape[0]:
+            return jnp.full((), -1, jnp.int32)
+        bad = ~(self.leaf_squares < OVERFLOW**2)
+        ranked = jnp.where(bad, LARGEST, self.leaf_squares)
+        return jnp.argmax(ranked).astype(jnp.int32)
 
 
 def first_true(flags: jax.Array) -> jax.Array:

@@ -16,38 +16,38 @@ Packed = tuple[jax.Array, ...]
 
 
 class Packing:
-    """The columns of a pytree whose arrays share their leading axes.
+    """The columns of a pytree of arrays.
 
     float32 arrays go to the first packed array. int32 and bool arrays go to the second
     one, as int32. A packed array without columns is left out.
     """
 
-    def __init__(self, structs: Any, leading: int = 0):
-        """Lay out the columns of `structs`, of which `leading` axes are shared."""
+    def __init__(self, structs: Any):
+        """Lay out the columns of arrays, or of their shapes and dtypes."""
         leaves, self._structure = jax.tree.flatten(structs)
-        self._lead = leading
         self._columns = []  # (is float, dtype, trailing shape, start, stop)
         self.widths = [0, 0]  # Columns of either array.
         for leaf in leaves:
             kind = 0 if leaf.dtype == np.float32 else 1
-            shape = leaf.shape[leading:]
+            shape = leaf.shape
             start, size = self.widths[kind], int(np.prod(shape, dtype=np.int64))
             self._columns.append((kind, leaf.dtype, shape, start, start + size))
             self.widths[kind] = start + size
 
     def pack(self, tree: Any) -> Packed:
-        """Return the packed arrays, each of shape (*leading, columns)."""
+        """Return the packed arrays, each of shape (columns,)."""
         parts: tuple[list, list] = ([], [])
         dtypes = (jnp.float32, jnp.int32)
         leaves = self._structure.flatten_up_to(tree)
         for (kind, *_), leaf in zip(self._columns, leaves, strict=True):
-            leaf = jnp.asarray(leaf)
-            flat = leaf.reshape((*leaf.shape[: self._lead], -1))
-            parts[kind].append(flat.astype(dtypes[kind]))
-        return tuple(jnp.concatenate(own, axis=-1) for own in parts if own)
+            parts[kind].append(jnp.ravel(leaf).astype(dtypes[kind]))
+        return tuple(jnp.concatenate(own) for own in parts if own)
 
     def unpack(self, packed: Packed) -> Any:
-        """Return the pytree that was packed."""
+        """Return the pytree that was packed.
+
+        The packed arrays may have more columns, and leading axes of an ensemble.
+        """
         arrays = iter(packed)
         by_kind = [next(arrays) if width else None for width in self.widths]
         leaves = []

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from . import _trees
 from ._norms import Measurement, measure
@@ -33,10 +34,16 @@ class Scales(NamedTuple):
             least = jnp.minimum(least, jnp.min(row, initial=1.0))
         return least
 
-    def leaf(self, index: int) -> jax.Array:
-        """Return the factor of one leaf, which broadcasts to it."""
-        factor = self.by_leaf[index]
-        return factor if self.within is None else factor * self.within[index]
+    def factors(self) -> list[jax.Array]:
+        """Return the factor of each leaf, which broadcasts to it."""
+        count = self.by_leaf.shape[0]
+        # Behind a barrier, so that XLA does not join the kernels of leaves that share
+        # the vector: joined ones copy what they write.
+        each = [lax.index_in_dim(self.by_leaf, i, keepdims=False) for i in range(count)]
+        each = lax.optimization_barrier(each)
+        if self.within is None:
+            return each
+        return [own * part for own, part in zip(each, self.within, strict=True)]
 
 
 def uniform(leaves: int, factor=1.0) -> Scales:
@@ -48,9 +55,8 @@ def minimum(first: Scales, second: Scales) -> Scales:
     """Return the smaller factor of two scales, leaf by leaf and part by part."""
     if first.within is None and second.within is None:
         return Scales(jnp.minimum(first.by_leaf, second.by_leaf))
-    count = first.by_leaf.shape[0]
-    rows = tuple(jnp.minimum(first.leaf(i), second.leaf(i)) for i in range(count))
-    return Scales(jnp.ones((count,), jnp.float32), rows)
+    rows = map(jnp.minimum, first.factors(), second.factors())
+    return Scales(jnp.ones_like(first.by_leaf), tuple(rows))
 
 
 def scale_leaves(tree, scales: Scales, like, keep=None):
@@ -60,12 +66,12 @@ def scale_leaves(tree, scales: Scales, like, keep=None):
     fuses it into the optimizer's kernels. Where a rank-0 `keep` is given and false,
     the leaves become zeros instead.
     """
-    index = iter(range(scales.by_leaf.shape[0]))
+    factors = iter(scales.factors())
 
     def scaled(leaf):
         leaf = jnp.asarray(leaf)
         wide = np.promote_types(np.float32, leaf.dtype)
-        factor = scales.leaf(next(index)).astype(wide)
+        factor = next(factors).astype(wide)
         product = (factor * leaf.astype(wide)).astype(leaf.dtype)
         if keep is None:
             return product

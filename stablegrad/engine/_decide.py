@@ -8,7 +8,6 @@ import jax
 from .. import _checks, _trees
 from .._mapped_axes import MappedAxes
 from .._norms import Measurement, measure
-from .._packing import Packed
 from ..granularity._group_norms import group_norms
 from ..granularity._groups import group
 from ..responses._base import Response, Verdict, combine
@@ -30,7 +29,7 @@ class StepContext(NamedTuple):
 def limits_of(
     responses: tuple[Response, ...],
     statistics: Statistics,
-    states: tuple[Packed, ...],
+    states: tuple,
     step: StepContext,
 ) -> tuple[PerThreshold, PerThreshold]:
     """Return the scope of each threshold, and its limit in this step."""

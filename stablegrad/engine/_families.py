@@ -1,4 +1,4 @@
-"""Statistics of all thresholds of a guard, packed by family.
+"""Statistics of all thresholds of a guard, joined by family.
 
 Thresholds of one family, such as five z-scores, keep their statistics as one state with
 a row a group. That costs as many kernels as one z-score.
@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .._packing import Packed, Packing
 from ..granularity._groups import group
 from ..responses._base import Response
 from ..thresholds._base import Judgement, Threshold, learn
@@ -24,7 +23,6 @@ class Family(NamedTuple):
 
     places: tuple[Place, ...]
     members: tuple[Threshold, ...]
-    packing: Packing
 
 
 class Statistics:
@@ -41,25 +39,21 @@ class Statistics:
         self._shape = [len(response.thresholds) for response in responses]
         self._families = []
         for own in found.values():
-            places, members = zip(*own, strict=True)
-            struct = jax.eval_shape(lambda init=members[0].init: init(1))
-            self._families.append(Family(places, members, Packing(struct, leading=1)))
+            self._families.append(Family(*zip(*own, strict=True)))
 
-    def init(self, params) -> tuple[Packed, ...]:
-        """Return the packed statistics before the first step."""
-        states = []
-        for _, members, packing in self._families:
-            groups = sum(group(member.per, params).count for member in members)
-            states.append(packing.pack(members[0].init(groups)))
-        return tuple(states)
+    def init(self, params) -> tuple:
+        """Return the statistics of each family before the first step."""
+        return tuple(
+            members[0].init(sum(group(t.per, params).count for t in members))
+            for _, members in self._families
+        )
 
-    def limits(self, states: tuple[Packed, ...], scopes: PerThreshold) -> PerThreshold:
+    def limits(self, states: tuple, scopes: PerThreshold) -> PerThreshold:
         """Return the limit of each threshold, float32 (groups,)."""
         found = [[None] * count for count in self._shape]
-        for family, packed in zip(self._families, states, strict=True):
+        for family, state in zip(self._families, states, strict=True):
             own = [scopes[i][j] for i, j in family.places]
             counts = [scope.grouping.count for scope in own]
-            state = family.packing.unpack(packed)
             # Only families of one member use the norms in a scope.
             limit = _merged(family, counts).limit(state, own[0])
             limit = jnp.broadcast_to(limit, (sum(counts),)).astype(jnp.float32)
@@ -69,17 +63,13 @@ class Statistics:
                 start += count
         return [tuple(own) for own in found]
 
-    def learn(
-        self, states: tuple[Packed, ...], judgements: PerThreshold
-    ) -> tuple[Packed, ...]:
+    def learn(self, states: tuple, judgements: PerThreshold) -> tuple:
         """Return the statistics after a step with these judgements."""
         after = []
-        for family, packed in zip(self._families, states, strict=True):
+        for family, state in zip(self._families, states, strict=True):
             own = [judgements[i][j] for i, j in family.places]
             counts = [judgement.grouping.count for judgement in own]
-            state = family.packing.unpack(packed)
-            new = learn(_merged(family, counts), state, _joined(own))
-            after.append(family.packing.pack(new))
+            after.append(learn(_merged(family, counts), state, _joined(own)))
         return tuple(after)
 
 

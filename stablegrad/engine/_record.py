@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .._norms import LARGEST, first_true
+from .._norms import LARGEST
 from .._packing import Packed, Packing
 from .._trees import count_if, increment
 
@@ -207,12 +207,6 @@ def log_event(events, log: EventLog, step, last: LastStep, kind):
     new = jax.tree.map(lambda own, old: jnp.where(written, own, old), row, log)
     until = jnp.where(extended, step, new.event_until)
     return count_if(begins, events), new._replace(event_until=until)
-
-
-def largest_leaf(leaf_squares: jax.Array) -> jax.Array:
-    """Return the leaf with the largest norm, int32 (); -1 if there is no leaf."""
-    most = jnp.max(leaf_squares, initial=0.0)
-    return first_true(leaf_squares == most)
 
 
 class Event(NamedTuple):

@@ -1,5 +1,6 @@
 """One guarded step, from the measurement to the record."""
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -26,8 +27,7 @@ class GuardState(NamedTuple):
     """State of `guard`."""
 
     guarded_inner: Any  # State of the inner transformation.
-    statistics: tuple[Packed, ...]  # Of each family of thresholds.
-    numbers: Packed  # Record and responses: float32 and int32 (columns,).
+    numbers: Packed  # Record, responses, statistics: float32 and int32 (columns,).
     columns: dict[str, None]  # Names of the record's further columns; no arrays.
     names: jax.Array  # uint8: names of the leaves given to `init`.
 
@@ -58,19 +58,16 @@ class GuardedStep:
         self._axes = axes
         self._statistics = Statistics(responses)
         self._limit_names = _decide.limit_names(responses)
-        self._packing = Packing(jax.eval_shape(self._init_numbers))
 
     def init(self, params) -> GuardState:
         """Return the state before the first step."""
         # Some optimizers start with one buffer in two places, which cannot be donated.
         inner_state = _trees.distinct(_trees.strongly_typed(self._inner.init(params)))
-        record, states = self._init_numbers()
-        numbers = self._packing.pack((record, states))
+        numbers = self._init_numbers(params)
         state = GuardState(
             inner_state,
-            self._statistics.init(params),
-            numbers,
-            _record.column_names(self._extras(None, states)),
+            Packing(numbers).pack(numbers),
+            _record.column_names(self._extras(None, numbers[1])),
             _trees.encode_names(_trees.leaf_names(params)),
         )
         return _trees.placed_like(state, params)
@@ -83,9 +80,11 @@ class GuardedStep:
         """Return the parameters after the step, and the next state."""
         return self._step(updates, state, params, extra, writes_params=True)
 
-    def _init_numbers(self) -> tuple[_record.Record, tuple]:
+    def _init_numbers(self, params) -> tuple[_record.Record, tuple, tuple]:
+        """Return record, responses' states and statistics before the first step."""
         states = tuple(response.init_state() for response in self._responses)
-        return _record.init_record(self._extras(None, states)), states
+        record = _record.init_record(self._extras(None, states))
+        return record, states, self._statistics.init(params)
 
     def _extras(self, decision: Decision | None, states) -> dict[str, jax.Array]:
         """Return the record's further columns: limits, and readings of responses."""
@@ -112,10 +111,11 @@ class GuardedStep:
         _checks.same_leaves(state.names, _trees.leaf_names(like))
         updates = _trees.floating_like(updates, like)
         step = StepContext(updates, params, like, extra, self._axes)
-        record, states = self._packing.unpack(state.numbers)
+        packing = Packing(jax.eval_shape(lambda: self._init_numbers(like)))
+        record, states, statistics = packing.unpack(state.numbers)
         gradient = measure(updates, like, self._axes)
         scopes, limits = _decide.limits_of(
-            self._responses, self._statistics, state.statistics, step
+            self._responses, self._statistics, statistics, step
         )
         judgements = _decide.judge_incoming(
             self._responses, scopes, limits, gradient, step
@@ -164,8 +164,13 @@ class GuardedStep:
         )
         return done.result, GuardState(
             done.inner_state,
-            self._statistics.learn(state.statistics, decision.judgements),
-            self._packing.pack((_record.after_step(record, outcome), settled)),
+            packing.pack(
+                (
+                    _record.after_step(record, outcome),
+                    settled,
+                    self._statistics.learn(statistics, decision.judgements),
+                )
+            ),
             state.columns,
             state.names,
         )
@@ -244,7 +249,7 @@ class GuardedStep:
         if verdict.update_scales is not None:
             clip_scale = jnp.minimum(clip_scale, verdict.update_scales.smallest())
         loss = _decide.loss_of(step.extra, self._axes)
-        bad_leaf = gradient.first_bad_leaf
+        largest = gradient.largest_leaf
         kept_leaf = first_true(kept_out[:-1] > 0)
         last = _record.LastStep(
             grad_norm=encode(gradient.norm),
@@ -255,10 +260,10 @@ class GuardedStep:
             back_off_scale=verdict.lr_scale,
             skipped=verdict.reason > 0,
             skip_reason=verdict.reason,
-            first_bad_leaf=jnp.where(bad_leaf >= 0, bad_leaf, kept_leaf),
-            largest_leaf=_record.largest_leaf(gradient.leaf_squares),
+            first_bad_leaf=jnp.where(gradient.finite, kept_leaf, largest),
+            largest_leaf=largest,
             kept_out_elements=jnp.sum(kept_out),
-            halted=jnp.any(jnp.stack(halted)) if halted else jnp.zeros((), bool),
+            halted=functools.reduce(jnp.logical_or, halted, jnp.zeros((), bool)),
         )
         return _record.Outcome(
             last,

@@ -39,7 +39,7 @@ class ScheduleReadings(NamedTuple):
 class ScheduleState(NamedTuple):
     """State of an explosion-aware schedule."""
 
-    explosion_thresholds: tuple  # Packed statistics of each family of thresholds.
+    explosion_thresholds: tuple  # Statistics of each family of thresholds.
     explosions: ExplosionState
     schedule_readings: ScheduleReadings
 

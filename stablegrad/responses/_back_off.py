@@ -1,5 +1,6 @@
 """Back off: lower the learning rate after an explosion, then let it regrow."""
 
+import functools
 from collections.abc import Iterable
 
 import jax
@@ -137,5 +138,5 @@ def signs(said: Iterable[tuple[Threshold, Judgement]]) -> tuple[jax.Array, jax.A
         for threshold, judgement in said
         if threshold.name == "nonfinite"
     ]
-    exploded = jnp.any(jnp.stack([any_true(words, "exceeded"), *asked]))
+    exploded = functools.reduce(jnp.logical_or, asked, any_true(words, "exceeded"))
     return exploded, any_true(words, "nonfinite")

@@ -6,6 +6,7 @@ has decided. Responses never touch a gradient: the engine multiplies and selects
 for all of them.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -106,4 +107,4 @@ def check_thresholds(asker: str, thresholds) -> None:
 def any_true(judgements, field: str) -> jax.Array:
     """Return whether any group of any judgement has `field` set."""
     flags = [jnp.any(getattr(judgement, field)) for judgement in judgements]
-    return jnp.any(jnp.stack(flags)) if flags else jnp.zeros((), bool)
+    return functools.reduce(jnp.logical_or, flags, jnp.zeros((), bool))
