@@ -9,7 +9,16 @@ import numpy as np
 from . import _trees
 from ._packing import decode
 from .clipping._readings import numbers_of_clips
-from .engine._record import ENCODED, Event, EventKind, Record, read_record
+from .engine._record import (
+    ENCODED,
+    Event,
+    EventKind,
+    LastStep,
+    Record,
+    last_step_of,
+    read_record,
+    totals_of,
+)
 from .engine._step import GuardState
 from .learning_rate._readings import numbers_of_rates
 from .responses._reasons import Reason
@@ -146,7 +155,7 @@ def is_healthy(state: Any, params: Any = None) -> jax.Array:
         >>> bool(sg.is_healthy(sg.stabilize(optax.sgd(0.1)).init(params), params))
         True
     """
-    halted = [_record_of(found)[0].last_step.halted for found in _guards(state)]
+    halted = [_last_step(found).halted for found in _guards(state)]
     members = jnp.shape(halted[0])
 
     def any_bad(leaf):
@@ -182,17 +191,18 @@ def raise_if_halted(state: Any) -> None:
     """
     for guard_state in _guards(state):
         record, _ = _record_of(guard_state)
-        flags = np.asarray(record.last_step.halted)
+        flags = np.asarray(last_step_of(record).halted)
         if not flags.any():
             continue
         if flags.ndim:
             members = np.flatnonzero(flags).tolist()
             raise TrainingHalted(f"training halted for ensemble members {members}.")
-        step = int(record.totals.guarded_steps) - 1
+        totals = totals_of(record)
+        step = int(totals.guarded_steps) - 1
         recent = "\n".join(f"  {event}" for event in events(guard_state)[-5:])
         raise TrainingHalted(
             f"training halted at step {step}: "
-            f"{int(record.totals.consecutive_skips)} steps in a row were rejected, the "
+            f"{int(totals.consecutive_skips)} steps in a row were rejected, the "
             "parameters are as they were before. Look at the data and at the leaves "
             f"named here, or restore an earlier checkpoint.\n{recent}"
         )
@@ -233,37 +243,44 @@ def _record_of(guard_state: GuardState) -> tuple[Record, list[str]]:
 
 def _numbers(guard_state: GuardState) -> dict[str, jax.Array]:
     record, names = _record_of(guard_state)
-    last = record.last_step._asdict()
+    last = last_step_of(record)._asdict()
     for name in ENCODED:
         last[name] = decode(last[name])
     extras = {
         name: decode(number) if number.dtype == np.float32 else number
         for name, number in zip(names, record.extras, strict=True)
     }
-    return {**last, **extras, **record.totals._asdict()}
+    return {**last, **extras, **totals_of(record)._asdict()}
 
 
 def _events_of(record: Record, names: tuple[str, ...]) -> list[Event]:
     """List the events of one guard, or of every member of an ensemble."""
-    log = jax.tree.map(np.asarray, record.log)
-    norms, losses = decode(log.event_grad_norm), decode(log.event_loss)
+    codes, until, numbers = jax.tree.map(np.asarray, record.log)
     listed = []
-    for *place, row in np.argwhere((log.event_step >= 0) & (log.event_kind > 0)):
-        at = (*place, row)
-        leaf, reason = int(log.event_leaf[at]), int(log.event_reason[at])
+    for *member, row in np.argwhere((codes[..., 0] >= 0) & (codes[..., 1] > 0)):
+        at = (*member, row)
+        step, kind, reason, leaf = codes[at].tolist()
+        grad_norm, loss, lr_scale = (float(decode(x)) for x in numbers[at])
         listed.append(
             Event(
-                step=int(log.event_step[at]),
-                until=int(log.event_until[at]),
-                kind=EventKind(int(log.event_kind[at])).name.lower(),
+                step=step,
+                until=int(until[at]),
+                kind=EventKind(kind).name.lower(),
                 reason=Reason(reason).name.lower() if reason else "",
                 leaf=names[leaf] if 0 <= leaf < len(names) else "",
-                grad_norm=float(norms[at]),
-                loss=float(losses[at]),
-                lr_scale=float(log.event_lr_scale[at]),
-                member=int(np.ravel_multi_index(place, log.event_step.shape[:-1]))
-                if place
-                else None,
+                grad_norm=grad_norm,
+                loss=loss,
+                lr_scale=lr_scale,
+                member=_flat_index(member, codes.shape[:-2]),
             )
         )
     return listed
+
+
+def _flat_index(member: list, shape: tuple[int, ...]) -> int | None:
+    """Return the number of an ensemble's member, None for a single model."""
+    return int(np.ravel_multi_index(member, shape)) if member else None
+
+
+def _last_step(guard_state: GuardState) -> LastStep:
+    return last_step_of(_record_of(guard_state)[0])

@@ -2,10 +2,11 @@
 
     u, S' = inner(s g, S);    theta' = theta + k u  where finite, else theta
 
-An element of the update, of the parameters or of the inner state that was finite and
-would no longer be is kept as it was, and counted. On an accelerator all of this fuses
-into the optimizer's own kernels. On a CPU the mask on the inner state costs more than
-the step, so large trees of float32 leaves have it in `is_checked` steps only.
+An element of the parameters or of the inner state that was finite and would no longer
+be is kept as it was, and counted. On an accelerator this fuses into the optimizer's own
+kernels. On a CPU, a mask on the inner state and a count cost more than the step. There,
+large trees of float32 leaves have only their parameters masked, and `is_checked` steps
+are inspected before they are written: a step that would break the inner state is held.
 """
 
 import functools
@@ -16,12 +17,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from .. import _checks, _trees
 from .._mapped_axes import varies_over, varying
 from .._norms import Measurement
 from .._platform import cond_on_cpu, on_cpu
 from .._scales import Scales, scale_leaves
+from ..responses._reasons import Reason, first_reason
 from ._decide import StepContext
 
 SMALL = 65_536  # Elements up to which every step is checked on a CPU, too.
@@ -39,6 +42,7 @@ class Committed(NamedTuple):
     inner_state: Any
     # int32 (leaves + 1,): elements kept out, and at last those of no parameter's leaf.
     kept_out: jax.Array
+    reason: jax.Array  # int32: why the step was held back, 0 if it was taken.
 
 
 def commit(
@@ -46,11 +50,11 @@ def commit(
     step: StepContext,
     inner_state: Any,
     scales: tuple[Scales | None, Scales | None],
-    accepted: jax.Array,
+    reason: jax.Array,
     is_checked: jax.Array,
     writes_params: bool,
 ) -> Committed:
-    """Take the step if it is accepted, else return everything as it was.
+    """Take the step if there is no reason against it, else leave everything as it was.
 
     `scales` are those of the gradient and of the update. `writes_params` says whether
     the result is the parameters, or the updates.
@@ -59,25 +63,57 @@ def commit(
     counted = _trees.inexact_flags(step.like)
     shapes = [np.shape(leaf) for leaf in _trees.inexact_leaves(step.like)]
     owners = _owners(inner_state, step.like)
+    trusts = jnp.zeros((), bool)
+    if not always_checked(step.like, inner_state):
+        trusts = on_cpu()
 
-    def take(checks: bool, updates, inner_state, params) -> Committed:
+    def run(updates, inner_state, params):
         gradient = _scaled(updates, scales[0], step.like)
         update, new_state = inner(gradient, inner_state, params)
         _checks.same_state(inner_state, new_state)
-        update = _scaled(update, scales[1], step.like)
-        writer = _Writer(accepted | on_cpu(), shapes)
+        return _scaled(update, scales[1], step.like), new_state
+
+    def write(accepted, masks_state, updates, inner_state, params) -> Committed:
+        update, new_state = run(updates, inner_state, params)
+        writer = _Writer(accepted, shapes)
         if writes_params:
             result = _write_params(writer, params, update, counted)
         else:
             result = _write_updates(writer, params, update, counted)
-        new_state = _write_state(writer, new_state, inner_state, owners, checks)
-        kept_out = writer.counts()
-        return Committed(
-            result, new_state, kept_out if checks else jnp.zeros_like(kept_out)
-        )
+        new_state = _write_state(writer, new_state, inner_state, owners, masks_state)
+        return Committed(result, new_state, writer.counts(), reason)
 
-    check = functools.partial(take, True)
-    structs = jax.eval_shape(check, *operands)
+    def inspect(updates, inner_state, params):
+        """Count what the parameters would not take; tell whether the state breaks."""
+        update, new_state = run(updates, inner_state, params)
+        writer = _Writer(jnp.ones((), bool), shapes)
+        _write_updates(writer, params, update, counted)
+        pairs = zip(
+            jax.tree.leaves(new_state), jax.tree.leaves(inner_state), strict=True
+        )
+        for (after, before), owner in zip(pairs, owners, strict=True):
+            if _trees.is_inexact(before):
+                writer.watch(_broken(after, before), owner)
+        return writer.inspected()
+
+    kept_out = jnp.zeros((len(shapes) + 1,), jnp.int32)
+    structs = jax.eval_shape(functools.partial(write, reason == 0, ~trusts), *operands)
+    if not always_checked(step.like, inner_state):
+        kept_out, breaks = lax.cond(
+            (reason == 0) & is_checked & trusts,
+            inspect,
+            lambda *_: (kept_out, jnp.zeros((), bool)),
+            *operands,
+        )
+        broken = jnp.where(breaks, jnp.int32(Reason.NONFINITE_STATE), 0)
+        reason = first_reason((reason, broken))
+
+    def take(updates, inner_state, params) -> Committed:
+        accepted = (reason == 0) | on_cpu()
+        done = write(accepted, ~trusts, updates, inner_state, params)
+        # A constant on either platform, which removes the counts from a CPU's program.
+        found = jnp.where(trusts, kept_out, done.kept_out)
+        return done._replace(kept_out=found, reason=reason)
 
     def hold(updates, inner_state, params) -> Committed:
         result = params
@@ -87,19 +123,14 @@ def commit(
                 updates,
                 structs.result,
             )
-        held = Committed(result, inner_state, jnp.zeros((len(shapes) + 1,), jnp.int32))
+        held = Committed(result, inner_state, jnp.zeros_like(kept_out), reason)
         return jax.tree.map(
             lambda leaf, struct: varying(jnp.asarray(leaf), varies_over(struct)),
             held,
             structs,
         )
 
-    if always_checked(step.like, inner_state):
-        taken = check
-    else:
-        trust = functools.partial(take, False)
-        taken = functools.partial(cond_on_cpu, is_checked, check, trust)
-    return cond_on_cpu(accepted, taken, hold, *operands)
+    return cond_on_cpu(reason == 0, take, hold, *operands)
 
 
 def always_checked(like, inner_state) -> bool:
@@ -132,6 +163,7 @@ class _Writer:
         self._accepted = accepted
         self._shapes = shapes
         self._flags: dict[int, jax.Array] = {}
+        self._broken: dict[int, jax.Array] = {}
         self._others: list[jax.Array] = []
 
     def write(self, new, old, bad=None, owner: int | None = None) -> jax.Array:
@@ -146,6 +178,31 @@ class _Writer:
         else:
             self._others.append(jnp.sum(bad, dtype=jnp.int32))
         return jnp.where(self._accepted & ~bad, new, old)
+
+    def watch(self, broken, owner: int | None) -> None:
+        """Note new elements of the state that are not finite."""
+        if owner is not None and broken.shape == self._shapes[owner]:
+            self._broken[owner] = self._broken.get(owner, False) | broken
+        else:
+            self._others.append(jnp.any(broken).astype(jnp.int32))
+
+    def inspected(self) -> tuple[jax.Array, jax.Array]:
+        """Return the counts, and whether any watched element is broken.
+
+        One reduction a leaf with two results, which XLA fuses on a CPU, too.
+        """
+        none = jnp.zeros((), jnp.int32)
+        rows, breaks = [none] * len(self._shapes), sum(self._others, none)
+        for i, bad in self._flags.items():
+            broken = jnp.broadcast_to(self._broken.get(i, False), bad.shape)
+            rows[i], found = lax.reduce(
+                (bad.astype(jnp.int32), broken.astype(jnp.int32)),
+                (none, none),
+                lambda left, right: (left[0] + right[0], left[1] | right[1]),
+                tuple(range(bad.ndim)),
+            )
+            breaks |= found
+        return jnp.stack([*rows, none]), breaks > 0
 
     def counts(self) -> jax.Array:
         """Return the elements kept out: int32 (leaves + 1,), others at last."""
@@ -193,17 +250,21 @@ def _write_updates(writer: _Writer, params, update, counted: list[bool]):
     return structure.unflatten(written)
 
 
-def _write_state(writer: _Writer, new, old, owners: list[int | None], checks: bool):
-    """Return the inner optimizer's new state."""
+def _write_state(writer: _Writer, new, old, owners: list[int | None], masks):
+    """Return the inner optimizer's new state, masked if `masks` is set."""
     written = []
     pairs = zip(jax.tree.leaves(new), jax.tree.leaves(old), owners, strict=True)
     for after, before, owner in pairs:
         bad = None
-        if checks and _trees.is_inexact(before):
-            # A state may hold an inf on purpose, such as the best loss so far.
-            bad = ~jnp.isfinite(after) & jnp.isfinite(before)
+        if _trees.is_inexact(before):
+            bad = _broken(after, before) & masks
         written.append(writer.write(after, before, bad, owner))
     return jax.tree.structure(old).unflatten(written)
+
+
+def _broken(after, before) -> jax.Array:
+    # A state may hold an inf on purpose, such as the best loss so far.
+    return ~jnp.isfinite(after) & jnp.isfinite(before)
 
 
 def _owners(inner_state, like) -> list[int | None]:

@@ -10,7 +10,7 @@ from jax import lax
 
 from .._norms import LARGEST
 from .._packing import Packed, Packing
-from .._trees import count_if, increment
+from .._trees import count_if
 
 EVENTS_KEPT = 64
 NO_LOSS = np.float32(-LARGEST)  # What stands for the loss of a step without one.
@@ -59,26 +59,44 @@ class EventKind(IntEnum):
 
 
 class EventLog(NamedTuple):
-    """A ring of the last interventions; every array has shape (EVENTS_KEPT,)."""
+    """A ring of the last interventions, one row an event."""
 
-    event_step: jax.Array  # int32: the first step, counted from 0; -1 where empty.
-    event_until: jax.Array  # int32: the last of the steps in a row that it covers.
-    event_kind: jax.Array  # int32: an `EventKind`.
-    event_reason: jax.Array  # int32: a `Reason`, 0 unless skipped.
-    event_leaf: jax.Array  # int32: the leaf to look at first, -1 if none.
-    event_grad_norm: jax.Array  # float32, `encode`d.
-    event_loss: jax.Array  # float32, `encode`d.
-    event_lr_scale: jax.Array  # float32 in [0, 1].
+    codes: jax.Array  # int32 (EVENTS_KEPT, 4): see `CODES`.
+    until: jax.Array  # int32 (EVENTS_KEPT,): the last of the steps that it covers.
+    numbers: jax.Array  # float32 (EVENTS_KEPT, 3): see `NUMBERS`.
+
+
+CODES = ("step", "kind", "reason", "leaf")  # The first step; -1 where a row is empty.
+NUMBERS = ("grad_norm", "loss", "lr_scale")  # The first two are `encode`d.
 
 
 class Record(NamedTuple):
-    """Everything that a guard remembers for its user."""
+    """Everything that a guard remembers for its user, as vectors."""
 
-    last_step: LastStep
-    totals: Totals
-    extras: tuple  # Rank-0 limits and readings of responses, as `column_names` says.
-    events_logged: jax.Array  # int32: since `init`.
+    last_numbers: jax.Array  # float32: the float32 fields of `LastStep`.
+    last_codes: jax.Array  # int32: the other fields of `LastStep`.
+    totals: jax.Array  # int32: the fields of `Totals`.
+    events_logged: jax.Array  # int32, (): since `init`.
     log: EventLog
+    extras: tuple  # Rank-0 limits and readings of responses, as `column_names` says.
+
+
+FLOATS = LastStep._fields[: LastStep._fields.index("skipped")]
+FLAGS = ("skipped", "halted")  # Fields of `LastStep` that are bool.
+
+
+def last_step_of(record: Record) -> LastStep:
+    """Return the last step of a record; of an ensemble, with leading axes."""
+    named = {name: record.last_numbers[..., i] for i, name in enumerate(FLOATS)}
+    for i, name in enumerate(LastStep._fields[len(FLOATS) :]):
+        code = record.last_codes[..., i]
+        named[name] = code != 0 if name in FLAGS else code
+    return LastStep(**named)
+
+
+def totals_of(record: Record) -> Totals:
+    """Return the totals of a record; of an ensemble, with leading axes."""
+    return Totals(*(record.totals[..., i] for i in range(len(Totals._fields))))
 
 
 def column_names(extras: dict[str, Any]) -> dict[str, None]:
@@ -102,32 +120,31 @@ def read_record(columns: dict[str, None], packed: Packed) -> tuple[Record, list[
 
 def init_record(extras: dict[str, Any]) -> Record:
     """Return the record before the first step, with further numbers by name."""
-    zero, one = jnp.zeros((), jnp.float32), jnp.ones((), jnp.float32)
-    no, none = jnp.zeros((), bool), jnp.full((), -1, jnp.int32)
-    nought = jnp.zeros((), jnp.int32)
     last = LastStep(
-        grad_norm=zero,
-        clipped_grad_norm=zero,
-        clip_scale=one,
-        loss_value=zero,
-        lr_scale=one,
-        back_off_scale=one,
-        skipped=no,
-        skip_reason=nought,
-        first_bad_leaf=none,
-        largest_leaf=none,
-        kept_out_elements=nought,
-        halted=no,
+        grad_norm=0.0,
+        clipped_grad_norm=0.0,
+        clip_scale=1.0,
+        loss_value=0.0,
+        lr_scale=1.0,
+        back_off_scale=1.0,
+        skipped=0,
+        skip_reason=0,
+        first_bad_leaf=-1,
+        largest_leaf=-1,
+        kept_out_elements=0,
+        halted=0,
     )
-    empty = jnp.full((EVENTS_KEPT,), -1, jnp.int32)
-    codes = jnp.zeros((EVENTS_KEPT,), jnp.int32)
-    numbers = jnp.zeros((EVENTS_KEPT,), jnp.float32)
     return Record(
-        last,
-        Totals(*[nought for _ in Totals._fields]),
+        jnp.array(last[: len(FLOATS)], jnp.float32),
+        jnp.array(last[len(FLOATS) :], jnp.int32),
+        jnp.zeros((len(Totals._fields),), jnp.int32),
+        jnp.zeros((), jnp.int32),
+        EventLog(
+            jnp.full((EVENTS_KEPT, len(CODES)), -1, jnp.int32),
+            jnp.full((EVENTS_KEPT,), -1, jnp.int32),
+            jnp.zeros((EVENTS_KEPT, len(NUMBERS)), jnp.float32),
+        ),
         tuple(extras.values()),
-        nought,
-        EventLog(empty, empty, codes, codes, empty, numbers, numbers, numbers),
     )
 
 
@@ -142,22 +159,22 @@ class Outcome(NamedTuple):
 
 def after_step(record: Record, outcome: Outcome) -> Record:
     """Return the record after one step."""
-    last, before = outcome.step, record.totals
+    last, before = outcome.step, totals_of(record)
     skipped, kept_out = last.skipped, last.kept_out_elements > 0
     shortened = outcome.shortened & ~skipped
-    flags = {
-        "guarded_steps": jnp.ones((), bool),
-        "clipped_steps": (last.clip_scale < 1) & ~skipped,
-        "skipped_steps": skipped,
-        "backed_off_steps": outcome.backed_off,
-        "shortened_steps": shortened,
-        "kept_out_steps": kept_out,
-        "halted_steps": last.halted,
-    }
-    counts = {
-        name: count_if(flag, getattr(before, name)) for name, flag in flags.items()
-    }
-    run = jnp.where(skipped, increment(before.consecutive_skips), 0)
+    happened = Totals(
+        guarded_steps=True,
+        clipped_steps=(last.clip_scale < 1) & ~skipped,
+        skipped_steps=skipped,
+        backed_off_steps=outcome.backed_off,
+        shortened_steps=shortened,
+        kept_out_steps=kept_out,
+        halted_steps=last.halted,
+        consecutive_skips=skipped,
+    )
+    totals = count_if(jnp.stack([jnp.asarray(x) for x in happened]), record.totals)
+    is_run = np.arange(len(Totals._fields)) == Totals._fields.index("consecutive_skips")
+    totals = jnp.where(is_run & ~skipped, 0, totals)
     kind = jnp.zeros((), jnp.int32)
     for flag, own in (
         (kept_out, EventKind.KEEP_OUT),
@@ -167,46 +184,46 @@ def after_step(record: Record, outcome: Outcome) -> Record:
         (last.halted, EventKind.HALT),
     ):
         kind = jnp.where(flag, jnp.int32(own), kind)
-    events, log = log_event(
+    events, log = _log_event(
         record.events_logged, record.log, before.guarded_steps, last, kind
     )
-    totals = Totals(**counts, consecutive_skips=run)
-    return Record(last, totals, outcome.extras, events, log)
+    codes = [jnp.asarray(x).astype(jnp.int32) for x in last[len(FLOATS) :]]
+    return Record(
+        jnp.stack(last[: len(FLOATS)]),
+        jnp.stack(codes),
+        totals,
+        events,
+        log,
+        outcome.extras,
+    )
 
 
-def log_event(events, log: EventLog, step, last: LastStep, kind):
+def _log_event(events, log: EventLog, step, last: LastStep, kind):
     """Log what happened in a step, if anything did.
 
     Steps in a row of one kind and reason are one event. Clipping is counted, not
     logged: it would push out what is rare.
     """
-    # A state that was reset to zeros has events at step 0 without a kind.
     latest = (events - 1) % EVENTS_KEPT
-    happened = kind > 0
     goes_on = (
         (events > 0)
-        & (log.event_kind[latest] == kind)
-        & (log.event_reason[latest] == last.skip_reason)
-        & (log.event_until[latest] == step - 1)
+        & (log.codes[latest, 1] == kind)
+        & (log.codes[latest, 2] == last.skip_reason)
+        & (log.until[latest] == step - 1)
     )
+    happened = kind > 0
     begins = happened & ~goes_on
     place = lax.iota(jnp.int32, EVENTS_KEPT)
     written = begins & (place == events % EVENTS_KEPT)
     extended = happened & (written | (goes_on & (place == latest)))
     leaf = jnp.where(last.first_bad_leaf >= 0, last.first_bad_leaf, last.largest_leaf)
-    row = EventLog(
-        event_step=step,
-        event_until=step,
-        event_kind=kind,
-        event_reason=last.skip_reason,
-        event_leaf=leaf,
-        event_grad_norm=last.grad_norm,
-        event_loss=last.loss_value,
-        event_lr_scale=last.lr_scale,
+    codes = jnp.stack([step, kind, last.skip_reason, leaf])[None]
+    numbers = jnp.stack([last.grad_norm, last.loss_value, last.lr_scale])[None]
+    return count_if(begins, events), EventLog(
+        jnp.where(written[:, None], codes, log.codes),
+        jnp.where(extended, step, log.until),
+        jnp.where(written[:, None], numbers, log.numbers),
     )
-    new = jax.tree.map(lambda own, old: jnp.where(written, own, old), row, log)
-    until = jnp.where(extended, step, new.event_until)
-    return count_if(begins, events), new._replace(event_until=until)
 
 
 class Event(NamedTuple):

@@ -135,16 +135,16 @@ class GuardedStep:
             step,
             state.guarded_inner,
             (verdict.gradient_scales, _update_scales(decision, gradient)),
-            verdict.reason == 0,
+            verdict.reason,
             checked_now(
                 gradient,
-                record.totals.guarded_steps,
-                record.last_step.kept_out_elements,
+                _record.totals_of(record).guarded_steps,
+                _record.last_step_of(record).kept_out_elements,
             ),
             writes_params,
         )
         kept_out = self._axes.total(done.kept_out)
-        verdict = verdict._replace(reason=_with_stuck(verdict.reason, kept_out, step))
+        verdict = verdict._replace(reason=_with_stuck(done.reason, kept_out, step))
         settled = tuple(
             response.settle(own, judged, verdict.reason)
             for response, own, judged in zip(
@@ -268,7 +268,7 @@ class GuardedStep:
         return _record.Outcome(
             last,
             tuple(self._extras(decision, settled).values()),
-            backed_off=verdict.lr_scale < record.last_step.back_off_scale,
+            backed_off=verdict.lr_scale < _record.last_step_of(record).back_off_scale,
             shortened=ahead.alarm,
         )
 
