@@ -95,7 +95,7 @@ def warn_of_replicas(value: Any, updates: Any) -> None:
     vary over no axis that the gradients do not vary over. Where it does not, replicas
     and ensemble members look the same.
     """
-    axes = _manual_axes()
+    axes = manual_axes()
     if value is None or not axes:
         return
     if _tracked(axes[0]):
@@ -113,7 +113,7 @@ def warn_of_replicas(value: Any, updates: Any) -> None:
     )
 
 
-def _manual_axes() -> tuple[Hashable, ...]:
+def manual_axes() -> tuple[Hashable, ...]:
     """Return the axes of the `shard_map` or `pmap` around the current trace."""
     mesh = jax.sharding.get_abstract_mesh()
     return tuple(getattr(mesh, "manual_axes", ()) or ())

@@ -12,10 +12,10 @@ from ._norms import Measurement, measure
 
 
 class Scales(NamedTuple):
-    """One factor for each floating-point leaf, or for each part of a leaf."""
+    """Factors on the floating-point leaves of a tree, or on parts of them."""
 
-    by_leaf: jax.Array  # float32 (leaves,)
-    # For each leaf, a further factor that broadcasts to it; None: there is none.
+    by_leaf: jax.Array  # float32 (leaves,), or () if all leaves have the same.
+    # A further factor for each leaf, which broadcasts to it. Then `by_leaf` is ().
     within: tuple[jax.Array, ...] | None = None
 
     def times(self, factor) -> "Scales":
@@ -34,29 +34,30 @@ class Scales(NamedTuple):
             least = jnp.minimum(least, jnp.min(row, initial=1.0))
         return least
 
-    def factors(self) -> list[jax.Array]:
-        """Return the factor of each leaf, which broadcasts to it."""
-        count = self.by_leaf.shape[0]
+    def factors(self, count: int) -> list[jax.Array]:
+        """Return the factor of each of `count` leaves, which broadcasts to it."""
+        if self.within is not None:
+            return [self.by_leaf * part for part in self.within]
+        if not self.by_leaf.ndim:
+            return [self.by_leaf] * count
         # Behind a barrier, so that XLA does not join the kernels of leaves that share
         # the vector: joined ones copy what they write.
         each = [lax.index_in_dim(self.by_leaf, i, keepdims=False) for i in range(count)]
-        each = lax.optimization_barrier(each)
-        if self.within is None:
-            return each
-        return [own * part for own, part in zip(each, self.within, strict=True)]
+        return lax.optimization_barrier(each)
 
 
-def uniform(leaves: int, factor=1.0) -> Scales:
+def uniform(factor=1.0) -> Scales:
     """Return scales that multiply every leaf by the same number."""
-    return Scales(jnp.full((leaves,), factor, jnp.float32))
+    return Scales(jnp.asarray(factor, jnp.float32))
 
 
 def minimum(first: Scales, second: Scales) -> Scales:
     """Return the smaller factor of two scales, leaf by leaf and part by part."""
     if first.within is None and second.within is None:
         return Scales(jnp.minimum(first.by_leaf, second.by_leaf))
-    rows = map(jnp.minimum, first.factors(), second.factors())
-    return Scales(jnp.ones_like(first.by_leaf), tuple(rows))
+    count = len(first.within or second.within or ())
+    rows = map(jnp.minimum, first.factors(count), second.factors(count))
+    return Scales(jnp.ones((), jnp.float32), tuple(rows))
 
 
 def scale_leaves(tree, scales: Scales, like, keep=None):
@@ -66,7 +67,7 @@ def scale_leaves(tree, scales: Scales, like, keep=None):
     fuses it into the optimizer's kernels. Where a rank-0 `keep` is given and false,
     the leaves become zeros instead.
     """
-    factors = iter(scales.factors())
+    factors = iter(scales.factors(sum(_trees.inexact_flags(like))))
 
     def scaled(leaf):
         leaf = jnp.asarray(leaf)

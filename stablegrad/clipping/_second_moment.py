@@ -152,7 +152,7 @@ def _clamped(
         ratio = jnp.where(finite & (measured.norm > 0), left / measured.norm, 1.0)
         out, new_inner = optimizer.update(clipped, inner, params, **extra)
         tracked = _moments.track(moment, clipped, decay) if own_moment else ()
-        scales = uniform(len(measured.leaf_squares), warmth(state))
+        scales = uniform(warmth(state))
         out = scale_leaves(out, scales, updates, keep=finite)
         new_inner = _trees.select(finite, new_inner, inner)
         tracked = _trees.select(finite, tracked, moment)

@@ -20,7 +20,7 @@ import numpy as np
 from jax import lax
 
 from .. import _checks, _trees
-from .._mapped_axes import varies_over, varying
+from .._mapped_axes import manual_axes, varies_over, varying
 from .._norms import Measurement
 from .._platform import cond_on_cpu, on_cpu
 from .._scales import Scales, scale_leaves
@@ -97,7 +97,6 @@ def commit(
         return writer.inspected()
 
     kept_out = jnp.zeros((len(shapes) + 1,), jnp.int32)
-    structs = jax.eval_shape(functools.partial(write, reason == 0, ~trusts), *operands)
     if not always_checked(step.like, inner_state):
         kept_out, breaks = lax.cond(
             (reason == 0) & is_checked & trusts,
@@ -118,12 +117,16 @@ def commit(
     def hold(updates, inner_state, params) -> Committed:
         result = params
         if not writes_params:
+            structs, _ = jax.eval_shape(run, *operands)
             result = jax.tree.map(
                 lambda leaf, struct: jnp.zeros_like(leaf, struct.dtype),
                 updates,
-                structs.result,
+                structs,
             )
         held = Committed(result, inner_state, jnp.zeros_like(kept_out), reason)
+        if not manual_axes():
+            return held
+        structs = jax.eval_shape(take, *operands)
         return jax.tree.map(
             lambda leaf, struct: varying(jnp.asarray(leaf), varies_over(struct)),
             held,

@@ -56,8 +56,7 @@ def look_ahead(
 
 
 def _shortened(update: Callable[[], Any], scale, like):
-    leaves = len(_trees.inexact_leaves(like))
-    return scale_leaves(update(), uniform(leaves, scale), like)
+    return scale_leaves(update(), uniform(scale), like)
 
 
 def probes(responses: tuple[Response, ...], step: StepContext) -> bool:

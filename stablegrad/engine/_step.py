@@ -134,7 +134,7 @@ class GuardedStep:
             inner,
             step,
             state.guarded_inner,
-            (verdict.gradient_scales, _update_scales(decision, gradient)),
+            (verdict.gradient_scales, _update_scales(decision)),
             verdict.reason,
             checked_now(
                 gradient,
@@ -218,7 +218,7 @@ class GuardedStep:
             verdict = after._replace(reason=reason)
             decision = decision._replace(judgements=judgements, verdict=verdict)
             reached = verdict.reason == 0
-        scales = _update_scales(decision, measured)
+        scales = _update_scales(decision)
         length = scaled_norm(measured, scales, update, step.like)
         if probes:
             ahead = _look_ahead.look_ahead(
@@ -273,10 +273,10 @@ class GuardedStep:
         )
 
 
-def _update_scales(decision: Decision, measured: Measurement) -> Scales:
+def _update_scales(decision: Decision) -> Scales:
     """Return the factors on the update: clips, learning rate and probes."""
     verdict = decision.verdict
-    scales = verdict.update_scales or uniform(measured.leaf_squares.shape[0])
+    scales = verdict.update_scales or uniform()
     return scales.times(verdict.lr_scale * decision.ahead.step_scale)
 
 

@@ -58,9 +58,8 @@ def scaled_groups_norm(
 
 def group_scales(grouping: Grouping, factors: jax.Array) -> Scales:
     """Return the scales that multiply every group by its factor."""
-    count = len(grouping.first)
     if grouping.whole:
-        return Scales(jnp.broadcast_to(factors, (count,)))
+        return Scales(factors[0])
     if grouping.leafwise:
         return Scales(factors)
     one = jnp.ones((), factors.dtype)
@@ -75,7 +74,7 @@ def group_scales(grouping: Grouping, factors: jax.Array) -> Scales:
         else:
             last = first + int(np.prod(kept, dtype=np.int64))
             spread.append(factors[first:last].reshape(kept))
-    return Scales(jnp.ones((count,), jnp.float32), tuple(spread))
+    return Scales(jnp.ones((), jnp.float32), tuple(spread))
 
 
 def _squares_by_leaf(grouping: Grouping, squares) -> jax.Array:

@@ -117,7 +117,7 @@ def scale_by_explosion_aware_schedule(
         verdict = parts.rule.propose(state.explosions, words)
         rate = rate_now(parts, state, verdict.lr_scale)
         rate = -rate if flip_sign else rate
-        scales = verdict.gradient_scales or uniform(len(measured.leaf_squares))
+        scales = verdict.gradient_scales or uniform()
         scaled = scale_leaves(updates, scales.times(rate), updates, measured.finite)
         return scaled, after_step(parts, state, words, measured.finite)
 

@@ -67,8 +67,7 @@ def spam(
         if warmup and not own_moment:
             rising = 1 - 0.99 * (1 + jnp.cos(jnp.pi * age / (warmup + 1))) / 2
             scale = jnp.where((step >= period) & (age < warmup), rising, 1.0)
-            scales = uniform(len(_trees.inexact_leaves(updates)), scale)
-            out = scale_leaves(out, scales, updates)
+            out = scale_leaves(out, uniform(scale), updates)
         raw, left = measure(updates).norm, measure(clipped).norm
         ratio = jnp.where(raw > 0, left / raw, 1.0)
         readings = read(

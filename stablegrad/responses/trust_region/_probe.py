@@ -142,8 +142,7 @@ def look(attempt: Attempt, kind: str, scale, rise, accept, aim) -> Look:
 
 
 def _moved(attempt: Attempt, scale):
-    leaves = len(_trees.inexact_leaves(attempt.gradient))
-    step = scale_leaves(attempt.step(), uniform(leaves, scale), attempt.gradient)
+    step = scale_leaves(attempt.step(), uniform(scale), attempt.gradient)
     return optax.apply_updates(attempt.params, step)
 
 
