@@ -73,10 +73,9 @@ GUARDS: dict[str, Callable[[Transformation], Transformation]] = {
     "stabilize_trust_region": stabilize,
 }
 PROBING = ("trust_region", "stabilize_trust_region")
-PLATEAU, EXPLOSION_AWARE = "plateau", "explosion_aware"
 WORDS = {
     "optimizer": tuple(OPTIMIZERS),
-    "policy": (*POLICIES, PLATEAU, EXPLOSION_AWARE),
+    "policy": (*POLICIES, "plateau", "explosion_aware"),
     "clip": tuple(CLIPS),
     "guard": tuple(GUARDS),
 }
@@ -118,31 +117,31 @@ class Candidate:
 
 def candidate(given: Any, name: str | None = None) -> Candidate:
     """Make a candidate from a name, a transformation or a function of the rate."""
-    found = given
     if isinstance(given, str):
         found = _parse(given)
+    elif isinstance(given, Candidate):
+        found = given
     elif _is_transformation(given):
         found = Candidate("given", lambda rate, steps: given, own_rate=True)
-    elif not isinstance(given, Candidate):
-        if not callable(given):
-            raise TypeError(
-                "a candidate must be a name such as 'adamw + cosine', a transformation "
-                "or a function that maps the learning rate to one, got "
-                f"{_checks.described(given)}."
-            )
+    elif callable(given):
         make: Callable[[Any], Any] = given
         called = getattr(make, "__name__", "given").replace("<lambda>", "given")
         found = Candidate(called, lambda rate, steps: make(rate))
+    else:
+        raise TypeError(
+            "a candidate must be a name such as 'adamw + cosine', a transformation, or "
+            f"a function of the learning rate, got {_checks.described(given)}."
+        )
     return found if name is None else dataclasses.replace(found, name=name)
 
 
 def candidates(given: Any) -> list[Candidate]:
-    """Make candidates from one entry, a list of entries or a dict by name."""
+    """Make candidates from one entry, from a list, or from a dict by name."""
     single = isinstance(given, str | Candidate) or _is_transformation(given)
+    if single or not isinstance(given, Iterable):
+        given = [given]
     if isinstance(given, Mapping):
         found = [candidate(entry, str(name)) for name, entry in given.items()]
-    elif single or not isinstance(given, Iterable):
-        found = [candidate(given)]
     else:
         found = [candidate(entry) for entry in given]
     names = [one.name for one in found]
@@ -188,15 +187,14 @@ def _parse(text: str) -> Candidate:
         return GUARDS[guarded](tx) if guarded else tx
 
     extra = ("value", "value_fn") if guarded in PROBING else ("value",)
-    return Candidate(text, build, extra=extra, observes=policy == PLATEAU)
+    return Candidate(text, build, extra=extra, observes=policy == "plateau")
 
 
 def _with_policy(make, policy: str, rate, steps: int) -> Transformation:
-    if policy == PLATEAU:
+    if policy == "plateau":
         return optax.chain(make(rate), reduce_on_plateau(0.5, patience=3, metric=None))
-    if policy == EXPLOSION_AWARE:
+    if policy == "explosion_aware":
         aware = explosion_aware_schedule(rate, zscore(4.0, of="value"), confirm_steps=2)
-        return optax.inject_hyperparams(lambda learning_rate: make(learning_rate))(
-            learning_rate=aware
-        )
+        injected = optax.inject_hyperparams(lambda learning_rate: make(learning_rate))
+        return injected(learning_rate=aware)
     return make(POLICIES[policy](rate, steps))

@@ -44,39 +44,37 @@ def compare(
     Args:
         loss_fn: `loss_fn(params, batch)`, the mean loss of a batch, a scalar; or a
             training step `step(tx, params, opt_state, batch)` that returns
-            `(params, opt_state, loss)`. The number of arguments, two or four, tells
-            which. A training step must pass `value=` to `tx.update`, and `value_fn=`
-            for candidates that probe the loss along the update.
+            `(params, opt_state, loss)`. A training step must pass `value=` to
+            `tx.update`, and `value_fn=` for candidates that probe the loss along the
+            update.
         params: Initial parameters, a pytree; or a function that makes them from the
-            `jax.random.key` of each seed.
-        data: Arrays with examples along their first axes, of which each step takes
-            `batch_size` rows, every row once an epoch; or a function that makes a batch
-            from a `jax.random.key`.
+            `jax.random.key` of a seed.
+        data: Arrays with examples along the first axis, each used once an epoch; or a
+            function that makes a batch from a `jax.random.key`.
         candidates: Names such as "adam", "momentum + stairs_down" or
             "adamw + clip_by_zscore + cosine + stabilize" (`stablegrad.sweep.WORDS`
             lists all words), functions that map a learning rate to a transformation, or
             transformations, which run at their own rate. A list, or a dict by name.
-            `update` is passed `value=`, the loss; `stablegrad.sweep.Candidate` selects
-            other extra arguments, as `value_fn=` for a trust region.
+            `update` is passed `value=`, the loss. Pass a `stablegrad.sweep.Candidate`
+            for other extra arguments, such as `value_fn=` for a trust region.
         learning_rates: Peak rates, > 0, best evenly spaced on a logarithmic scale.
-        seeds: Number of seeds, >= 1, or the seeds themselves, >= 0.
-        steps: Number of steps of each run, >= 1. Policies span all of them.
-        batch_size: Rows of `data` per step; only if `data` is arrays.
-        validation: Arrays with examples along their first axes, for `evaluate`. If
-            None, the training losses since the last evaluation are averaged instead.
+        seeds: Number of seeds, >= 1, or different seeds, >= 0.
+        steps: Steps of each run, >= 1. Policies span all of them.
+        batch_size: Examples per step, if `data` is arrays.
+        validation: Arrays with examples along the first axis, for `evaluate`. If None,
+            an evaluation is the mean of the training losses since the last one.
         evaluate: `evaluate(params, batch)`, a mean loss, or a dict of means with "loss"
             and optionally "accuracy" in [0, 1]. If None, `loss_fn`.
-        hidden: `hidden(params, batch)`, a pytree of activations after a ReLU with units on
+        hidden: `hidden(params, batch)`, a pytree of ReLU activations with units along
             the last axis. A unit is dead if no example of `validation` activates it.
         trivial_loss: Loss of the best constant predictor, for classes `label_entropy`.
             Candidates that are not 1 % better are flagged.
         evaluations: Maximum number of evaluations, evenly spaced, besides the one
             before the first step. >= 1.
-        patience: Evaluations without a lower loss after which a run ends; its best
-            evaluation counts, >= 1. If None, runs take all steps and the last counts.
+        patience: Number of evaluations without a lower loss after which a run ends, and
+            its best evaluation counts, >= 1. If None, the last evaluation counts.
         at_once: Maximum number of runs in one program, >= 1. If None, as many as fit in
-            memory; one on a CPU if there are convolutions, which are slow there for
-            several networks.
+            memory, but one for convolutions on a CPU, where `jax.vmap` is slow.
         show_progress: Whether to show progress on standard error.
 
     Returns:

@@ -40,7 +40,6 @@ class Programs:
         self.compile_seconds = time.perf_counter() - started
 
     def init(self, members: Members) -> Run:
-        """Initialize runs."""
         return self._init(*self._rates_and_keys(members))
 
     def advance(self, runs: Run, members: Members, first: int, number: int):
@@ -57,9 +56,9 @@ class Programs:
         return runs, np.asarray(jnp.stack(losses, axis=-1))
 
     def evaluate(self, runs: Run, train_loss: np.ndarray):
-        """Return the runs, and their measurements by name; nan if not measured.
+        """Return the runs and their measurements by name; nan if not measured.
 
-        Without a validation set, `train_loss` is the loss.
+        Without a validation set, the loss is `train_loss`.
         """
         found = {"loss": train_loss, "accuracy": np.nan, "dead": np.nan}
         if slices := self._experiment.slices:
@@ -68,7 +67,7 @@ class Programs:
             parts = jax.tree.map(lambda *x: np.stack(x), *jax.device_get(parts))
             for name in ("loss", "accuracy"):
                 found[name] = np.average(parts[name], axis=0, weights=sizes)
-            if self._experiment.hidden is not None:
+            if parts["active"].size:
                 found["dead"] = 1 - parts["active"].any(axis=0).mean(axis=-1)
         runs, skipped = self._observe(runs, jnp.asarray(found["loss"], jnp.float32))
         return runs, {**found, "skipped": np.asarray(skipped)}
@@ -91,7 +90,10 @@ class Programs:
         }
 
     def _map(self, function, axes):
-        """Vectorize over runs; for one run, avoid `vmap`, which runs both branches."""
+        """Vectorize over runs, without `vmap` for one run.
+
+        Under `vmap`, `lax.cond` computes both branches.
+        """
         if self.size > 1:
             return jax.vmap(function, axes)
 
@@ -105,12 +107,12 @@ class Programs:
         return single
 
     def _arguments(self, members: Members):
-        """Return the arguments of a step; of runs, only shapes and dtypes."""
+        """Return the arguments of a step, with abstract values for the runs."""
         members = members[: self.size]
         rates, keys = self._rates_and_keys(members)
         runs = jax.eval_shape(self._map(self._trainer.init, (0, 0)), rates, keys)
-        draws = self._draws(members, 0)
-        return rates, runs, self._experiment.data, draws, jnp.int32(0)
+        # The data are an argument because constants are copied into each program.
+        return rates, runs, self._experiment.data, self._draws(members, 0), jnp.int32(0)
 
     def _rates_and_keys(self, members: Members):
         rates, seeds = zip(*members, strict=True)
@@ -125,7 +127,7 @@ class Programs:
 
 
 def _slow_in_loop(step, arguments) -> bool:
-    """Tell whether XLA runs a step much slower in a loop: convolutions on a CPU."""
+    """Return whether a step has convolutions, which are slow in a loop on a CPU."""
     if jax.default_backend() != "cpu":
         return False
     return "conv_general_dilated" in str(jax.make_jaxpr(step)(*arguments))
@@ -136,12 +138,8 @@ def _bytes_needed(compiled) -> int:
     found = compiled.memory_analysis()
     if found is None:
         return 0
-    return (
-        found.argument_size_in_bytes
-        + found.output_size_in_bytes
-        + found.temp_size_in_bytes
-        - found.alias_size_in_bytes
-    )
+    total = found.argument_size_in_bytes + found.output_size_in_bytes
+    return total + found.temp_size_in_bytes - found.alias_size_in_bytes
 
 
 def _bytes_available() -> float:

@@ -1,4 +1,4 @@
-"""Statistics of a curve of training losses: finite mean, spikes and divergence."""
+"""Statistics of a curve of training losses: spikes and divergence."""
 
 import numpy as np
 
@@ -6,22 +6,12 @@ SIGMAS, WINDOW, LEAST = 7.0, 1000, 32  # Window sizes in steps.
 SMOOTHING = 0.9
 
 
-def mean_of_finite(losses: np.ndarray, axis: int) -> np.ndarray:
-    """Return the mean of the finite losses along an axis; nan if there are none."""
-    finite = np.isfinite(losses)
-    total, count = np.where(finite, losses, 0.0).sum(axis), finite.sum(axis)
-    return np.where(count, total / np.maximum(count, 1), np.nan)
-
-
 def spikes(losses) -> int:
     """Count losses more than 7 standard deviations above the mean of earlier losses.
 
     The mean and the deviation are those of the last 1,000 losses before, and of 32 at
-    least. Losses that are not finite are left out.
-
-    Reference:
-        The spike score of OLMo 2 is the share of such losses,
-        https://arxiv.org/abs/2501.00656.
+    least. Losses that are not finite are left out. The share of such losses is the
+    spike score of OLMo 2, https://arxiv.org/abs/2501.00656.
     """
     losses = np.asarray(losses, np.float64)
     losses = losses[np.isfinite(losses)]

@@ -1,4 +1,4 @@
-"""Everything that the candidates of a comparison share: problem, data and budget."""
+"""The experiment that all candidates share: problem, data and training budget."""
 
 import inspect
 import sys
@@ -16,13 +16,13 @@ SLICE = 1000  # Validation examples that are evaluated in one call.
 
 
 class Experiment(NamedTuple):
-    """The problem to train on, and how to train."""
+    """The problem, its data and the training budget."""
 
     init: Callable[[jax.Array], Any]  # key -> parameters
     loss: Any  # (params, batch) -> scalar; None with a training step.
-    step: Callable | None  # The user's (tx, params, opt_state, batch) -> new ones, loss
+    step: Callable | None  # The user's training step, if any.
     draw: Callable[[int, int, int], Any]  # See `sampler`.
-    batch: Callable[[Any, Any], Any]  # (data, what a step draws) -> batch
+    batch: Callable[[Any, Any], Any]  # (data, draw of the step) -> batch
     data: Any  # Arrays, or None if batches are made from keys.
     evaluate: Callable  # (params, batch) -> loss, or dict of scalars
     hidden: Callable | None  # (params, batch) -> activations
@@ -43,7 +43,7 @@ class Experiment(NamedTuple):
 def make_experiment(
     function, params, data, batch_size, validation, evaluate, hidden, **budget
 ) -> Experiment:
-    """Check that the parts of a problem fit together, and combine them."""
+    """Combine the parts of a problem, and check that they fit together."""
     is_loss = _takes(function, 2)
     if not is_loss and not _takes(function, 4):
         raise TypeError(
@@ -93,9 +93,9 @@ def make_key(seed) -> jax.Array:
 
 
 def sampler(data, batch_size: int | None) -> Callable[[int, int, int], Any]:
-    """Return a function (seed, first step, number of steps) -> what the steps draw.
+    """Return a function (seed, first step, number of steps) -> draws of the steps.
 
-    Steps draw rows of `data`, or keys if it is None.
+    A draw is an array of row indices of `data`, or a key if `data` is None.
     """
     if data is None:
         if batch_size is not None:
@@ -131,7 +131,7 @@ def _take_rows(data, rows):
 
 
 def _is_function(given) -> bool:
-    """Tell a function from a pytree that is callable, as some models are."""
+    """Return whether this is a function; models that are callable pytrees are not."""
     return callable(given) and jax.tree.structure(given) == jax.tree.structure(0)
 
 
@@ -144,7 +144,7 @@ def _takes(function, number: int) -> bool:
 
 
 def _arrays(name: str, tree: Any) -> Any:
-    """Return the tree on the device; require as many examples in every leaf."""
+    """Move arrays to the device; all must have the same number of examples."""
     tree = jax.tree.map(jnp.asarray, tree)
     lengths = {x.shape[0] if x.ndim else 0 for x in jax.tree.leaves(tree)}
     if len(lengths) != 1 or lengths == {0}:

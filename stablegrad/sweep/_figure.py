@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import _checks
-from ._curves import mean_of_finite
 
 if TYPE_CHECKING:
     from ._result import Comparison
@@ -28,9 +27,9 @@ def draw(result: "Comparison", most: int) -> Any:
         rate, loss = row.scores.best_rate, row.scores.loss
         best = int(loss.argmin())
         label = row.name if np.isnan(rate) else f"{row.name}, {rate:.2g}"
-        curve = mean_of_finite(row.validation[best], axis=0)
-        known = np.isfinite(curve)
-        curves.plot(row.steps[known], curve[known], label=label, **style)
+        curve = np.ma.masked_invalid(row.validation[best]).mean(axis=0)
+        known = ~np.ma.getmaskarray(curve)
+        curves.plot(row.steps[known], curve.compressed(), label=label, **style)
         if len(row.rates) > 1:
             rates.plot(row.rates, loss, "o", markersize=3, **style)
             rates.plot(row.rates, loss, **style)

@@ -151,10 +151,8 @@ def make_row(runs: Runs, trivial_loss: float | None) -> Row:
     trivial = np.inf if trivial_loss is None else trivial_loss
     scores = score(runs.rates, trivial, by_seed)
     if len(runs.rates) == 1:
-        nan = Mean(np.nan, np.nan)
-        scores = scores._replace(
-            sensitivity=nan, normalised=nan, band=np.nan, cliff=np.nan
-        )
+        unknown = dict.fromkeys(("sensitivity", "normalised"), Mean(np.nan, np.nan))
+        scores = scores._replace(**unknown, band=np.nan, cliff=np.nan)
     best = int(scores.loss.argmin())
     losses = [  # Runs may end early.
         runs.train_loss[i][: steps[ended - 1]]

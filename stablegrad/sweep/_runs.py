@@ -8,7 +8,6 @@ import numpy as np
 
 from ._candidates import Candidate
 from ._compiled import Programs
-from ._curves import mean_of_finite
 from ._experiment import Experiment
 from ._trainer import Trainer
 
@@ -53,12 +52,12 @@ class Runs:
         except (jax.errors.JAXTypeError, TypeError):
             # The candidate needs a Python number for its rate: one program per rate.
             compiled = (
-                (self._compile(same, self._members[same[0]][0]), same)
-                for same in indices.reshape(self.best.shape)
+                (self._compile(of_rate, self._members[of_rate[0]][0]), of_rate)
+                for of_rate in indices.reshape(self.best.shape)
             )
-        for programs, same in compiled:
-            for first in range(0, len(same), programs.size):
-                yield programs, same[first : first + programs.size]
+        for programs, indices in compiled:
+            for first in range(0, len(indices), programs.size):
+                yield programs, indices[first : first + programs.size]
 
     def _compile(self, indices, rate: float | None = None) -> Programs:
         trainer = Trainer(self.experiment, self.candidate, rate)
@@ -72,7 +71,7 @@ class Runs:
         started = time.perf_counter()
         experiment, count = self.experiment, len(indices)
         by_run = lambda values: values.reshape(len(self._members), -1)
-        # The number of runs is compiled in: a smaller group repeats its own.
+        # Programs are compiled for a fixed number of runs: a smaller group is repeated.
         indices = np.resize(indices, programs.size)
         members = [self._members[i] for i in indices]
         runs = programs.init(members)
@@ -103,7 +102,7 @@ class Runs:
             steps = slice(step, step + number)
             by_run(self.train_loss)[indices[alive], steps] = losses[alive]
             # A guard may have skipped steps whose loss is not finite.
-            train_loss = mean_of_finite(losses, axis=1)
+            train_loss = np.ma.masked_invalid(losses).mean(axis=1).filled(np.nan)
             yield step + number
         self.run_seconds += time.perf_counter() - started
         yield experiment.steps

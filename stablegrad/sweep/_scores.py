@@ -1,13 +1,11 @@
-"""Scores of a method over learning rates, with the LR sensitivity of Wortsman et al.
+"""Scores of a method over learning rates.
 
-With l_0 the loss before training and l* the method's lowest loss over the rates,
+The LR sensitivity of Wortsman et al. (2023), https://arxiv.org/abs/2309.14322, is
 
-    LRS = mean over rates of ( min(loss, l_0) - l* ),
+    LRS = mean over rates of ( min(loss, l_0) - l* )
 
-where a loss that is not finite counts as l_0.
-
-Reference:
-    Wortsman et al. (2023), https://arxiv.org/abs/2309.14322.
+with l_0 the loss before training, which also replaces a loss that is not finite, and l*
+the method's lowest loss over the rates.
 """
 
 from typing import NamedTuple
@@ -68,7 +66,7 @@ def score(rates, trivial_loss: float, curves) -> Scores:
     outside = np.flatnonzero(~(loss <= loss.min() + WITHIN))
     low = max(outside[outside < best], default=-1) + 1
     high = min(outside[outside > best], default=len(loss)) - 1
-    lost = np.flatnonzero(loss > loss.min() + CLIFF)
+    beyond = np.flatnonzero(loss > loss.min() + CLIFF)
     return Scores(
         loss=loss,
         broken=np.sum(~np.isfinite(final), axis=0),
@@ -78,7 +76,7 @@ def score(rates, trivial_loss: float, curves) -> Scores:
         best=float(loss.min()),
         best_rate=float(rates[best]),
         band=float(np.log10(rates[high] / rates[low])),
-        cliff=float(min((rates[i] for i in lost if i > best), default=np.nan)),
+        cliff=float(min((rates[i] for i in beyond if i > best), default=np.nan)),
         trivial=np.any(~(final < (1 - TRIVIAL) * trivial_loss), axis=0),
         dead=dead.mean(axis=0),
     )

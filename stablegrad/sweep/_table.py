@@ -41,6 +41,7 @@ def table(result: "Comparison") -> str:
 def _cells(row: "Row") -> dict[str, str]:
     scores, best = row.scores, int(row.scores.loss.argmin())
     lost = row.diverged[row.diverged >= 0]
+    trivial = f"{row.trivial.sum()}/{row.trivial.size}" if row.trivial.any() else "-"
     flags = ["trivial"] if row.trivial[best] else []
     if row.dead >= DEAD:
         flags.append("half dead")
@@ -61,9 +62,7 @@ def _cells(row: "Row") -> dict[str, str]:
         "rounds": _number(row.rounds, ".0f"),
         "ms/step": _number(row.step_ms, ".3g"),
         "seconds": _number(row.seconds, ".1f"),
-        "trivial": f"{row.trivial.sum()}/{row.trivial.size}"
-        if row.trivial.any()
-        else "-",
+        "trivial": trivial,
         "dead": _number(row.dead, ".0%"),
         "flags": ", ".join(flags),
     }

@@ -18,26 +18,25 @@ Run = tuple[Any, Any]  # Parameters and optimizer state.
 
 @dataclasses.dataclass(frozen=True)
 class Trainer:
-    """Trains one candidate; `rate`, if given, replaces traced learning rates."""
+    """The training of a candidate; `rate`, if given, replaces traced rates."""
 
     experiment: Experiment
     candidate: Candidate
     rate: float | None = None
 
     def init(self, rate, key) -> Run:
-        """Initialize a run."""
         params = self.experiment.init(key)
         return params, self._optimizer(rate).init(params)
 
     def step(self, rate, run: Run, data, draws, i) -> tuple[Run, jax.Array]:
-        """Take a step on draw number `i`; return the run and its loss before."""
-        batch = self.experiment.batch(data, jax.tree.map(lambda x: x[i], draws))
+        """Take a step with `draws[i]`; return the run and the loss before the step."""
+        batch = self.experiment.batch(data, draws[i])
         step = self.experiment.step or self._default_step
         params, opt_state, loss = step(self._optimizer(rate), *run, batch)
         return (params, opt_state), loss.astype(jnp.float32)
 
     def steps(self, rate, run: Run, data, draws, number) -> tuple[Run, jax.Array]:
-        """Take the first `number` steps in a loop; the other losses are nan."""
+        """Take steps with the first `number` draws; later losses are nan."""
 
         def body(i, carry):
             run, losses = carry
@@ -48,7 +47,7 @@ class Trainer:
         return jax.lax.fori_loop(0, number, body, (run, losses))
 
     def evaluate(self, run: Run, batch) -> dict[str, jax.Array]:
-        """Return mean loss, mean accuracy, and which hidden units are active."""
+        """Return the mean loss, the mean accuracy and which hidden units are active."""
         params = _evaluation_params(*run)
         found = self.experiment.evaluate(params, batch)
         found = found if isinstance(found, dict) else {"loss": found}
