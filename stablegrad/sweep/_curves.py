@@ -2,7 +2,7 @@
 
 import numpy as np
 
-SIGMAS, WINDOW, LEAST = 7.0, 1000, 32  # Window sizes in steps.
+SIGMAS, WINDOW, LEAST = 7.0, 1000, 32  # The window and its smallest size in steps.
 SMOOTHING = 0.9
 
 
@@ -19,15 +19,15 @@ def spikes(losses) -> int:
         return 0
     # Shifted by the median, so that the difference of squares does not cancel.
     shifted = losses - np.median(losses)
-    sums = np.cumsum([0.0, *shifted])
-    squares = np.cumsum([0.0, *shifted**2])
+    sums = np.cumsum(np.append(0.0, shifted))
+    squares = np.cumsum(np.append(0.0, shifted**2))
     ends = np.arange(LEAST, len(losses))
     starts = np.maximum(0, ends - WINDOW)
     size = ends - starts
     mean = (sums[ends] - sums[starts]) / size
     variance = (squares[ends] - squares[starts]) / size - mean**2
     limit = mean + SIGMAS * np.sqrt(np.maximum(variance, 0.0))
-    # An excess of the size of rounding errors is no spike.
+    # An excess as small as rounding errors is no spike.
     rounding = 1e-6 * np.maximum(np.abs(losses[ends]), 1e-12)
     return int(np.sum(shifted[ends] - limit > rounding))
 

@@ -144,13 +144,13 @@ def _takes(function, number: int) -> bool:
 
 
 def _arrays(name: str, tree: Any) -> Any:
-    """Move arrays to the device; all must have the same number of examples."""
+    """Move arrays to the device, and check their numbers of examples."""
     tree = jax.tree.map(jnp.asarray, tree)
     lengths = {x.shape[0] if x.ndim else 0 for x in jax.tree.leaves(tree)}
     if len(lengths) != 1 or lengths == {0}:
         raise ValueError(
-            f"`{name}` must hold arrays with examples along the first axis, as many in "
-            f"each, got {outline(tree)}."
+            f"`{name}` must hold arrays with the same number of examples along the "
+            f"first axis, got {outline(tree)}."
         )
     return tree
 

@@ -1,5 +1,6 @@
 """Figure of a comparison: training curves, and final loss against learning rate."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,12 +15,12 @@ def draw(result: "Comparison", most: int) -> Any:
     """Draw the best `most` candidates as a `matplotlib.figure.Figure`."""
     _checks.require_count("most", most)
     try:
-        from matplotlib.figure import Figure
+        matplotlib = importlib.import_module("matplotlib.figure")
     except ImportError as error:
         raise ImportError(
             "`figure` needs Matplotlib: pip install 'stablegrad[report]'"
         ) from error
-    figure = Figure(figsize=(12, 5), layout="constrained")
+    figure = matplotlib.Figure(figsize=(12, 5), layout="constrained")
     curves, rates = figure.subplots(1, 2)
     rows = result.rows[:most]
     for i, row in enumerate(rows):

@@ -1,4 +1,4 @@
-"""Progress on standard error: a bar if Rich is installed, else one line a candidate."""
+"""Progress on standard error: a bar with Rich, else one line per candidate."""
 
 import contextlib
 import importlib

@@ -33,7 +33,7 @@ class Row:
     skipped: float  # Steps skipped at the best rate; nan: no guard.
     spikes: float  # Losses 7 sigma above the last 1,000, at the best rate.
     rounds: float  # Steps before the evaluation that counts, at the best rate.
-    diverged: np.ndarray  # (rates, seeds): first step after divergence; -1: none.
+    diverged: np.ndarray  # (rates, seeds): step from which a run has diverged, or -1.
     trivial: np.ndarray  # (rates,): whether a constant predictor is as good.
     dead: float  # Share of dead units at the best rate, in [0, 1]; nan: not measured.
     seconds: float  # All runs together, without compilation.

@@ -429,7 +429,7 @@ def test_progress_is_told_with_and_without_rich(capsys, monkeypatch):
         ({"batch_size": None}, ValueError, "`batch_size` must be an integer >= 1"),
         ({"data": noisy, "batch_size": 4}, ValueError, "`batch_size` goes with"),
         ({"data": jnp.ones(())}, ValueError, "`data` must hold arrays"),
-        ({"data": (ROWS, ROWS[:3])}, ValueError, "as many in each"),
+        ({"data": (ROWS, ROWS[:3])}, ValueError, "same number of examples"),
         ({"hidden": loss_fn}, ValueError, "`hidden` needs `validation=`"),
         (
             {"validation": ROWS, "evaluate": lambda p, b: {"val_loss": 1.0}},
