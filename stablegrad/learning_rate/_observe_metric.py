@@ -1,4 +1,4 @@
-"""Feeding a plateau from outside the step, as with a validation metric."""
+"""`observe_metric`: passes a metric to plateaus outside of the training step."""
 
 from typing import Any, TypeVar
 
@@ -11,30 +11,29 @@ State = TypeVar("State")
 
 
 def observe_metric(state: State, *, value: Any) -> State:
-    """Gives a metric to every plateau in an optimizer state.
+    """Pass a metric to every `reduce_on_plateau` in an optimizer state.
 
-    For a metric that is not known at every step, such as a validation loss once an
-    epoch; it is a value for each `reduce_on_plateau`. The scale is cut at once, and
-    used from the next step on. Where steps are passed a `value=` for another
-    transformation, build the plateau with `metric=None`: two metrics of different kinds
-    would be judged against each other.
+    Use it for a metric that is not known at every step, such as a validation loss once
+    an epoch. The scale is reduced in the returned state and used from the next step on.
+    If steps pass `value=` for another transformation, build the plateau with
+    `metric=None`. Otherwise, the plateau compares the two metrics with each other.
 
     Args:
-        state: A state that holds a plateau's anywhere: in a chain, in a wrapper, in a
-            guard; also a whole Linen train state, or NNX's `optimizer.opt_state`.
-        value: The metric, a real scalar. A nan or inf is counted, and ignored.
+        state: A state that contains a plateau's state: that of a chain, a wrapper or a
+            guard, a Linen train state, or NNX's `optimizer.opt_state`.
+        value: The metric, a real scalar. A nan or inf is counted and ignored.
 
     Returns:
-        A new state of the same structure, shapes and dtypes; it is a pure function, for
-        use inside or outside jit. Assign it back:
+        A new state of the same structure, shapes and dtypes. The function is pure and
+        works inside and outside of `jax.jit`. Assign the new state:
 
-        - optax: `state = sg.observe_metric(state, value=metric)`
+        - Optax: `state = sg.observe_metric(state, value=metric)`
         - Linen: `train_state = sg.observe_metric(train_state, value=metric)`
         - NNX: `optimizer.opt_state = sg.observe_metric(
           optimizer.opt_state, value=metric)`
 
     Raises:
-        ValueError: If there is no plateau in the state, or if `value` is no scalar.
+        ValueError: If the state contains no plateau, or `value` is not a scalar.
 
     Example:
         >>> import optax
@@ -46,18 +45,18 @@ def observe_metric(state: State, *, value: Any) -> State:
     """
     (metric,) = scalar_signal("value", value)
     nodes, structure = jax.tree.flatten(state, is_leaf=_is_plateau)
-    if not any(_is_plateau(node) for node in nodes):
+    if not any(map(_is_plateau, nodes)):
         raise ValueError(
-            "there is no plateau in this optimizer state. Chain in "
-            "`reduce_on_plateau(...)`, and pass its state: the one from `tx.init`, "
-            "Linen's `train_state`, NNX's `optimizer.opt_state`."
+            "there is no plateau in this optimizer state. Add `reduce_on_plateau(...)` "
+            "to the chain, and pass its state: the one from `tx.init`, Linen's "
+            "`train_state`, or NNX's `optimizer.opt_state`."
         )
     return structure.unflatten(
-        [_fed(node, metric) if _is_plateau(node) else node for node in nodes]
+        [_observe(node, metric) if _is_plateau(node) else node for node in nodes]
     )
 
 
-def _fed(state: PlateauState, metric) -> PlateauState:
+def _observe(state: PlateauState, metric) -> PlateauState:
     evaluated = evaluate(plain(state), metric)
     return jax.tree.structure(state).unflatten(jax.tree.leaves(evaluated))
 

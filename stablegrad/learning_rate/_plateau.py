@@ -1,4 +1,4 @@
-"""Reduce on plateau: lower the learning rate once a metric no longer improves."""
+"""`reduce_on_plateau`: lowers the learning rate when a metric stops improving."""
 
 from typing import Any
 
@@ -32,50 +32,52 @@ def reduce_on_plateau(
     convention: str = "torch",
     metric: str | None = "value",
 ) -> optax.GradientTransformationExtraArgs:
-    """Multiplies updates by a scale that is cut when a metric stops improving.
+    """Multiply updates by a scale that is reduced when a metric stops improving.
 
-    With a_t an evaluation, b the best so far, m = threshold * |b| (or threshold for
-    threshold_mode="abs"), n the evaluations in a row that were not better:
+    With a_t an evaluation, b the best so far, m = threshold * |b| (or threshold if
+    threshold_mode="abs"), and n_t the evaluations in a row that were not better:
 
         better_t = a_t < b - m   (mode="max": a_t > b + m);    the first always is
-        k_t = max(factor * k_{t-1}, min_scale)  if n_t > patience, then n = 0 and rest
+        k_t = max(factor * k_{t-1}, min_scale)  if n_t > patience, then n = 0
 
-    Published: torch and optax take b where this takes |b|, so that with a negative best
-    a worse metric counts as better; a nan counts as bad, so that a few failed
-    evaluations cut; optax with patience=0 cuts at every improvement and never else.
-    The scale only falls, as in all three; see `back_off` for one that regrows.
+    and a cooldown follows. The scale never grows; see `back_off` for one that regrows.
+
+    This differs from the published rules. Torch and Optax use b instead of |b|, so that
+    with a negative best, a worse metric counts as better. They count a nan as bad, so
+    that a few failed evaluations reduce the scale. Optax with patience=0 reduces the
+    scale at every improvement and at no other time.
 
     Args:
-        factor: One cut. Dimensionless, in (0, 1).
-        patience: Evaluations in a row that may be bad, >= 0. 0: every bad one cuts.
+        factor: Factor of one reduction. Dimensionless, in (0, 1).
+        patience: Bad evaluations in a row that are tolerated, >= 0. With 0, every bad
+            evaluation reduces the scale.
         mode: "min" for a metric such as a loss, "max" for one such as accuracy.
-        threshold: What an improvement must exceed, >= 0.
+        threshold: Margin that an improvement must exceed, >= 0.
         threshold_mode: "rel" for a share of |b|, "abs" for the metric's unit. Keras
             has "abs" only.
-        cooldown: Evaluations of rest after a cut, in which none counts as bad, >= 0.
+        cooldown: Evaluations after a reduction that do not count as bad, >= 0.
         min_scale: Smallest scale, in [0, 1].
-        start_after: The first evaluations, which are not looked at at all, >= 0; in
-            evaluations, each of `window` values.
-        window: Values of the metric of which the mean is one evaluation, >= 1. 1 for a
-            validation metric; a training loss wants as many as drown its noise.
-        convention: Whose counting to follow: "torch": n > patience, rest `cooldown`;
-            "keras": n >= patience, rest `cooldown` - 1, and at min_scale n is kept;
-            "optax": n >= patience, rest `cooldown`.
-        metric: Name of the extra argument that `update` reads at every step that brings
-            it, and that cuts its updates at once; a step without it only applies the
-            scale. `observe_metric` feeds the plateau besides. None: nothing else does,
-            so that no training loss passed as `value=` for another transformation is
-            taken for a validation metric.
+        start_after: Number of first evaluations that are ignored, >= 0.
+        window: Number of values of the metric that are averaged to one evaluation,
+            >= 1. Use 1 for a validation metric, and more for a noisy training loss.
+        convention: Whose counting to follow. "torch": n > patience and a cooldown of
+            `cooldown`. "keras": n >= patience, a cooldown of `cooldown` - 1, and n is
+            kept at min_scale. "optax": n >= patience and a cooldown of `cooldown`.
+        metric: Name of the extra argument of `update` to read. A reduction applies to
+            the updates of the same step. A step without the argument only applies the
+            scale. `observe_metric` works in addition. If None, only `observe_metric`
+            passes values, so that a training loss, passed as `value=` for another
+            transformation, is not mistaken for a validation metric.
 
     Returns:
-        A transformation for `optax.chain`. It keeps structure, shapes and dtypes, and
-        its state is float32 and int32 for parameters of any dtype. A metric of nan or
-        inf is counted, and otherwise ignored: it is no evaluation. A nan or inf in
-        the updates passes. Inside a guard, the metric of a rejected step is not seen.
+        A transformation for `optax.chain`. It keeps structure, shapes and dtypes. Its
+        state is float32, int32 and bool for parameters of any dtype. A metric of nan or
+        inf is counted and ignored. A nan or inf in the updates passes through. Inside a
+        guard, the metric of a rejected step is ignored.
 
     Raises:
         ValueError: If a concrete argument is out of range; when a step is traced, if
-            the metric is no scalar.
+            the metric is not a scalar.
 
     Example:
         >>> import optax
@@ -94,27 +96,20 @@ def reduce_on_plateau(
     """
     require("factor", factor, "in (0, 1)", lambda x: 0 < x < 1)
     require_steps("patience", patience, 0)
-    require("mode", mode, f"one of {MODES}", lambda x: x in MODES)
+    choices = {
+        "mode": (mode, MODES),
+        "threshold_mode": (threshold_mode, THRESHOLD_MODES),
+        "convention": (convention, CONVENTIONS),
+    }
+    for name, (value, known) in choices.items():
+        require(name, value, f"one of {known}", known.__contains__)
     require("threshold", threshold, ">= 0", lambda x: 0 <= x < float("inf"))
-    require(
-        "threshold_mode",
-        threshold_mode,
-        f"one of {THRESHOLD_MODES}",
-        lambda x: x in THRESHOLD_MODES,
-    )
     require_steps("cooldown", cooldown, 0)
     require("min_scale", min_scale, "in [0, 1]", lambda x: 0 <= x <= 1)
     require_steps("start_after", start_after, 0)
     require_steps("window", window, 1)
-    require(
-        "convention", convention, f"one of {CONVENTIONS}", lambda x: x in CONVENTIONS
-    )
-    require(
-        "metric",
-        metric,
-        "the name of an argument, or None",
-        lambda x: x is None or str.isidentifier(x),
-    )
+    named = lambda x: x is None or str.isidentifier(x)
+    require("metric", metric, "the name of an argument, or None", named)
     rule = (convention, mode, threshold_mode)
 
     def settings():

@@ -1,9 +1,10 @@
-"""What is compared: optimizers by name, a policy for the rate, clips and guards.
+"""Candidates: an optimizer with a learning-rate policy, clips and a guard.
+
+A name joins words by "+". The first is the optimizer. Any clips, at most one policy and
+at most one guard follow in any order. Clips transform the gradient before the optimizer
+and the guard wraps the whole chain.
 
     "adamw"    "momentum + stairs_down"    "adam + clip_by_zscore + cosine + stabilize"
-
-The first word is the optimizer; the others may come in any order, at most one policy
-and one guard among them. A clip acts on the gradient, in front of the optimizer.
 """
 
 import dataclasses
@@ -32,7 +33,6 @@ from ._policies import POLICIES
 
 Transformation = optax.GradientTransformation
 
-# Optax's defaults, where nothing else is said.
 OPTIMIZERS: dict[str, Callable[[Any], Transformation]] = {
     "sgd": optax.sgd,
     "momentum": lambda rate: optax.sgd(rate, momentum=0.9),
@@ -46,7 +46,6 @@ OPTIMIZERS: dict[str, Callable[[Any], Transformation]] = {
     "amsgrad": optax.amsgrad,
     "lion": optax.lion,
     "lamb": optax.lamb,
-    # Zhang et al. (2019): five fast steps of Adam, then half the way.
     "lookahead": lambda rate: lookahead(optax.adam(rate), 5, 0.5),
     "muon": optax.contrib.muon,
     "prodigy": optax.contrib.prodigy,
@@ -70,14 +69,13 @@ GUARDS: dict[str, Callable[[Transformation], Transformation]] = {
     "skip_bad_steps": skip_bad_steps,
     "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 5),
     "trust_region": lambda tx: guard(tx, trust_region()),
-    # The trust region among the rest: `stabilize` uses it where it gets `value_fn=`.
+    # `stabilize` uses a trust region if `update` gets `value_fn=`.
     "stabilize_trust_region": stabilize,
 }
-LOOKS = ("trust_region", "stabilize_trust_region")
-PLATEAU, EXPLOSION_AWARE = "plateau", "explosion_aware"
+PROBING = ("trust_region", "stabilize_trust_region")
 WORDS = {
     "optimizer": tuple(OPTIMIZERS),
-    "policy": (*POLICIES, PLATEAU, EXPLOSION_AWARE),
+    "policy": (*POLICIES, "plateau", "explosion_aware"),
     "clip": tuple(CLIPS),
     "guard": tuple(GUARDS),
 }
@@ -85,22 +83,26 @@ WORDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """One line of the comparison; `compare` makes it from a name or a transformation.
+    """One entry of a comparison.
+
+    `compare` makes candidates from names and transformations. Build one yourself if
+    `update` needs more than `value=`.
 
     Attributes:
-        name: As the table will call it.
-        build: `build(learning_rate, steps)` gives the transformation. The rate may be a
-            traced scalar, `steps` is a Python number.
-        own_rate: Whether `build` ignores the rate: it then runs once a seed.
-        extra: What `update` is passed by name: "value", "grad", "value_fn".
-        observes: Whether `reduce_on_plateau(metric=None)` in it is to hear of the loss
-            at every evaluation.
+        name: Name in the table.
+        build: `build(learning_rate, steps)` returns the transformation. The rate may be
+            a traced scalar; `steps` is a Python integer.
+        own_rate: Whether `build` ignores the rate. The candidate then runs at one rate
+            only.
+        extra: Names of the extra arguments of `update`: "value", "grad", "value_fn".
+        observes: Whether the loss of each evaluation is passed to `observe_metric`, for
+            `reduce_on_plateau(metric=None)`.
 
     Example:
         >>> import optax
         >>> import stablegrad as sg
-        >>> held = sg.sweep.Candidate(
-        ...     "held",
+        >>> probing = sg.sweep.Candidate(
+        ...     "probing",
         ...     lambda rate, steps: sg.guard(optax.sgd(rate), sg.trust_region(every=8)),
         ...     extra=("value", "value_fn"),
         ... )
@@ -113,97 +115,86 @@ class Candidate:
     observes: bool = False
 
 
-def candidate(thing: Any, name: str | None = None) -> Candidate:
-    """A candidate from whatever describes one; raises TypeError or ValueError."""
-    if isinstance(thing, Candidate):
-        return thing if name is None else dataclasses.replace(thing, name=name)
-    if isinstance(thing, str):
-        return _named(thing, thing if name is None else name)
-    if _is_transformation(thing):
-        own: Any = thing
-        called = "given" if name is None else name
-        return Candidate(called, lambda rate, steps: own, own_rate=True)
-    if callable(thing):
-        make: Callable[[Any], Any] = thing
-        called = getattr(thing, "__name__", "given").replace("<lambda>", "given")
-        called = called if name is None else name
-        return Candidate(called, lambda rate, steps: make(rate))
-    raise TypeError(
-        "a candidate must be a name such as 'adamw + cosine', a transformation, or a "
-        "function of the learning rate that returns one, got "
-        f"{_checks.described(thing)}."
-    )
+def candidate(given: Any, name: str | None = None) -> Candidate:
+    """Make a candidate from a name, a transformation or a function of the rate."""
+    if isinstance(given, str):
+        found = _parse(given)
+    elif isinstance(given, Candidate):
+        found = given
+    elif _is_transformation(given):
+        found = Candidate("given", lambda rate, steps: given, own_rate=True)
+    elif callable(given):
+        make: Callable[[Any], Any] = given
+        called = getattr(make, "__name__", "given").replace("<lambda>", "given")
+        found = Candidate(called, lambda rate, steps: make(rate))
+    else:
+        raise TypeError(
+            "a candidate must be a name such as 'adamw + cosine', a transformation, or "
+            f"a function of the learning rate, got {_checks.described(given)}."
+        )
+    return found if name is None else dataclasses.replace(found, name=name)
 
 
 def candidates(given: Any) -> list[Candidate]:
-    """All of them, from a list, or a dict of names; raises on two of one name."""
+    """Make candidates from one entry, from a list, or from a dict by name."""
     single = isinstance(given, str | Candidate) or _is_transformation(given)
     if single or not isinstance(given, Iterable):
         given = [given]
-    pairs = (
-        ((str(name), item) for name, item in given.items())
-        if isinstance(given, Mapping)
-        else ((None, item) for item in given)
-    )
-    found = [candidate(item, name) for name, item in pairs]
+    if isinstance(given, Mapping):
+        found = [candidate(entry, str(name)) for name, entry in given.items()]
+    else:
+        found = [candidate(entry) for entry in given]
     names = [one.name for one in found]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
         raise ValueError(
-            f"`candidates` must have different names, got {', '.join(twice)} twice: "
-            "pass a dict of names."
+            f"`candidates` must have different names, got {', '.join(repeated)} twice. "
+            "Pass a dict to name them."
         )
     if not found:
-        raise ValueError("`candidates` must hold at least one, got none.")
+        raise ValueError("`candidates` must hold at least one candidate, got none.")
     return found
 
 
-def _is_transformation(thing) -> bool:
-    return callable(getattr(thing, "init", None)) and hasattr(thing, "update")
+def _is_transformation(given) -> bool:
+    return callable(getattr(given, "init", None)) and hasattr(given, "update")
 
 
-def _named(text: str, name: str) -> Candidate:
-    optimizer, *others = (word.strip() for word in text.split("+"))
-    _require_word(optimizer, "optimizer", text)
-    kinds: dict[str, list[str]] = {"policy": [], "clip": [], "guard": []}
-    for word in others:
-        kind = next((kind for kind in kinds if word in WORDS[kind]), None)
+def _parse(text: str) -> Candidate:
+    chosen: dict[str, list[str]] = {kind: [] for kind in WORDS}
+    for word in map(str.strip, text.split("+")):
+        allowed = list(WORDS)[1:] if chosen["optimizer"] else ["optimizer"]
+        kind = next((kind for kind in allowed if word in WORDS[kind]), None)
         if kind is None:
-            _require_word(word, "policy", text, *(set(kinds) - {"policy"}))
-        else:
-            kinds[kind].append(word)
-    for kind in ("policy", "guard"):
-        if len(kinds[kind]) > 1:
+            known = "; ".join(f"{kind}: {', '.join(WORDS[kind])}" for kind in allowed)
             raise ValueError(
-                f"{text!r} must name at most one {kind}, got {', '.join(kinds[kind])}."
+                f"{text!r} has the unknown word {word!r}. Known words are {known}."
             )
-    policy, wrap = (next(iter(kinds[kind]), None) for kind in ("policy", "guard"))
-    clips = [CLIPS[word] for word in kinds["clip"]]
+        chosen[kind].append(word)
+    for kind in ("policy", "guard"):
+        if len(chosen[kind]) > 1:
+            raise ValueError(
+                f"{text!r} must name at most one {kind}, got {', '.join(chosen[kind])}."
+            )
+    (optimizer,), clips = chosen["optimizer"], chosen["clip"]
+    (policy,) = chosen["policy"] or ["static"]
+    (guarded,) = chosen["guard"] or [None]
 
     def build(rate, steps: int) -> Transformation:
-        tx = _optimizer(OPTIMIZERS[optimizer], policy or "static", rate, steps)
+        tx = _with_policy(OPTIMIZERS[optimizer], policy, rate, steps)
         if clips:
-            tx = optax.chain(*(clip() for clip in clips), tx)
-        return GUARDS[wrap](tx) if wrap else tx
+            tx = optax.chain(*(CLIPS[word]() for word in clips), tx)
+        return GUARDS[guarded](tx) if guarded else tx
 
-    looks = ("value_fn",) if wrap in LOOKS else ()
-    return Candidate(name, build, extra=("value", *looks), observes=policy == PLATEAU)
+    extra = ("value", "value_fn") if guarded in PROBING else ("value",)
+    return Candidate(text, build, extra=extra, observes=policy == "plateau")
 
 
-def _optimizer(make, policy: str, rate, steps: int) -> Transformation:
-    """The optimizer under its policy."""
-    if policy == PLATEAU:
+def _with_policy(make, policy: str, rate, steps: int) -> Transformation:
+    if policy == "plateau":
         return optax.chain(make(rate), reduce_on_plateau(0.5, patience=3, metric=None))
-    if policy == EXPLOSION_AWARE:
+    if policy == "explosion_aware":
         aware = explosion_aware_schedule(rate, zscore(4.0, of="value"), confirm_steps=2)
-        return optax.inject_hyperparams(lambda learning_rate: make(learning_rate))(
-            learning_rate=aware
-        )
+        injected = optax.inject_hyperparams(lambda learning_rate: make(learning_rate))
+        return injected(learning_rate=aware)
     return make(POLICIES[policy](rate, steps))
-
-
-def _require_word(word: str, kind: str, text: str, *others: str) -> None:
-    kinds = (kind, *sorted(others))
-    if not any(word in WORDS[each] for each in kinds):
-        known = "; ".join(f"{each}: {', '.join(WORDS[each])}" for each in kinds)
-        raise ValueError(f"{text!r} has the unknown word {word!r}. Known are: {known}.")

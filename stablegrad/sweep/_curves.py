@@ -1,43 +1,42 @@
-"""What a curve of training losses tells: spikes, and where it was lost for good."""
+"""Statistics of a curve of training losses: spikes and divergence."""
 
 import numpy as np
 
-SIGMAS, WINDOW, LEAST = 7.0, 1000, 32  # Steps.
+SIGMAS, WINDOW, LEAST = 7.0, 1000, 32  # The window and its smallest size in steps.
 SMOOTHING = 0.9
 
 
 def spikes(losses) -> int:
-    """How many losses lie 7 standard deviations above the mean of those before.
+    """Count losses more than 7 standard deviations above the mean of earlier losses.
 
-    Of the last 1,000 before, and of 32 at least; losses that are not finite are no
-    spikes, and are left out of the mean. As OLMo 2 counts them,
-    https://arxiv.org/abs/2501.00656, whose score is the share of such steps.
+    The mean and the deviation are those of the last 1,000 losses before, and of 32 at
+    least. Losses that are not finite are left out. The share of such losses is the
+    spike score of OLMo 2, https://arxiv.org/abs/2501.00656.
     """
     losses = np.asarray(losses, np.float64)
     losses = losses[np.isfinite(losses)]
     if len(losses) <= LEAST:
         return 0
-    # About one of the values, so that the squares do not cancel.
+    # Shifted by the median, so that the difference of squares does not cancel.
     shifted = losses - np.median(losses)
-    sums = np.concatenate([[0.0], np.cumsum(shifted)])
-    squares = np.concatenate([[0.0], np.cumsum(shifted**2)])
+    sums = np.cumsum(np.append(0.0, shifted))
+    squares = np.cumsum(np.append(0.0, shifted**2))
     ends = np.arange(LEAST, len(losses))
     starts = np.maximum(0, ends - WINDOW)
     size = ends - starts
     mean = (sums[ends] - sums[starts]) / size
     variance = (squares[ends] - squares[starts]) / size - mean**2
     limit = mean + SIGMAS * np.sqrt(np.maximum(variance, 0.0))
-    # A spread of nothing but rounding is none.
-    floor = 1e-6 * np.maximum(np.abs(losses[ends]), 1e-12)
-    return int(np.sum(shifted[ends] - limit > floor))
+    # An excess as small as rounding errors is no spike.
+    rounding = 1e-6 * np.maximum(np.abs(losses[ends]), 1e-12)
+    return int(np.sum(shifted[ends] - limit > rounding))
 
 
 def divergence(losses) -> int:
-    """The step from which a run was lost for good, or -1.
+    """Return the step from which a run has diverged, or -1.
 
-    The start of the last stretch, if the run ends in it, of losses that are not finite;
-    or else, of those whose running average is above the first. Losses that are not
-    finite, but are followed by others that are, count as survived.
+    A run has diverged if its last loss is not finite, or else if the running average of
+    its losses ends above the first loss. The step is the start of that last stretch.
     """
     losses = np.asarray(losses, np.float64)
     finite = np.flatnonzero(np.isfinite(losses))
@@ -46,11 +45,11 @@ def divergence(losses) -> int:
     if finite[-1] + 1 < len(losses):
         return int(finite[-1] + 1)
     first = average = losses[finite[0]]
-    lost = -1
+    start = -1
     for step in finite:
         average = SMOOTHING * average + (1 - SMOOTHING) * losses[step]
         if average <= first:
-            lost = -1
-        elif lost < 0:
-            lost = int(step)
-    return lost
+            start = -1
+        elif start < 0:
+            start = int(step)
+    return start

@@ -1,4 +1,4 @@
-"""Training curves, and final loss against learning rate."""
+"""Figure of a comparison: training curves, and final loss against learning rate."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -8,34 +8,35 @@ import numpy as np
 from .. import _checks
 
 if TYPE_CHECKING:
-    from ._result import Comparison, Row
+    from ._result import Comparison
 
 
 def draw(result: "Comparison", most: int) -> Any:
-    """A `matplotlib.figure.Figure` of the best `most` candidates."""
+    """Draw the best `most` candidates as a `matplotlib.figure.Figure`."""
     _checks.require_count("most", most)
     try:
-        figure_module = importlib.import_module("matplotlib.figure")
+        matplotlib = importlib.import_module("matplotlib.figure")
     except ImportError as error:
         raise ImportError(
             "`figure` needs Matplotlib: pip install 'stablegrad[report]'"
         ) from error
-    figure = figure_module.Figure(figsize=(12, 5), layout="constrained")
+    figure = matplotlib.Figure(figsize=(12, 5), layout="constrained")
     curves, rates = figure.subplots(1, 2)
-    for i, row in enumerate(result.rows[:most]):
+    rows = result.rows[:most]
+    for i, row in enumerate(rows):
         style = {"color": f"C{i % 10}", "linestyle": "-" if i < 10 else "--"}
-        rate = row.scores.best_rate
+        rate, loss = row.scores.best_rate, row.scores.loss
+        best = int(loss.argmin())
         label = row.name if np.isnan(rate) else f"{row.name}, {rate:.2g}"
-        curves.plot(*_curve(row), label=label, **style)
+        curve = np.ma.masked_invalid(row.validation[best]).mean(axis=0)
+        known = ~np.ma.getmaskarray(curve)
+        curves.plot(row.steps[known], curve.compressed(), label=label, **style)
         if len(row.rates) > 1:
-            rates.plot(row.rates, row.scores.loss, "o", markersize=3, **style)
-            rates.plot(row.rates, row.scores.loss, **style)
-            best = int(row.scores.loss.argmin())
-            rates.plot(
-                row.rates[best], row.scores.loss[best], "*", markersize=11, **style
-            )
+            rates.plot(row.rates, loss, "o", markersize=3, **style)
+            rates.plot(row.rates, loss, **style)
+            rates.plot(rate, loss[best], "*", markersize=11, **style)
         else:
-            rates.axhline(row.scores.loss[0], **style)
+            rates.axhline(loss[0], **style)
     judged = "validation loss" if result.validated else "training loss"
     curves.set(xlabel="step", ylabel=judged)
     rates.set(
@@ -43,20 +44,9 @@ def draw(result: "Comparison", most: int) -> Any:
         xscale="log",
         ylabel="final loss; that before training where it is larger",
     )
-    lowest = [row.scores.loss.min() for row in result.rows[:most]]
-    if lowest and min(lowest) > 0:
+    if rows and min(row.scores.best for row in rows) > 0:
         curves.set_yscale("log")
         rates.set_yscale("log")
-    if result.rows:
+    if rows:
         curves.legend(fontsize="small", title="candidate, best learning rate")
     return figure
-
-
-def _curve(row: "Row") -> tuple[np.ndarray, np.ndarray]:
-    """Evaluated losses at the best rate, mean over the seeds that have one."""
-    losses = row.validation[int(row.scores.loss.argmin())]
-    finite = np.isfinite(losses)
-    count = finite.sum(axis=0)
-    total = np.where(finite, losses, 0.0).sum(axis=0)
-    known = count > 0
-    return row.steps[known], total[known] / count[known]

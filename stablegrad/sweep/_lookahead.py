@@ -1,4 +1,4 @@
-"""Optax's Lookahead as a transformation of the fast weights alone."""
+"""Lookahead as a transformation of one set of parameters, the fast weights."""
 
 from typing import Any, NamedTuple
 
@@ -11,26 +11,25 @@ class LookaheadState(NamedTuple):
     """State of `lookahead`."""
 
     slow_weights: Any
-    lookahead_inner: Any  # Of `optax.lookahead`.
+    lookahead_inner: Any  # State of `optax.lookahead`.
 
 
 def lookahead(
     fast: optax.GradientTransformation, sync_period: int, slow_step_size: float
 ) -> optax.GradientTransformationExtraArgs:
-    """`optax.lookahead`, which wants a pair of parameters, for those who train one."""
+    """Wrap `optax.lookahead`, which updates a pair of parameters, to update one."""
     inner = optax.lookahead(fast, sync_period, slow_step_size)
 
     def init_fn(params):
         pair = optax.LookaheadParams.init_synced(params)
-        slow = jax.tree.map(jnp.copy, params)
-        return LookaheadState(slow, inner.init(pair))
+        return LookaheadState(jax.tree.map(jnp.copy, params), inner.init(pair))
 
     def update_fn(updates, state, params: Any = None, **extra):
         del extra
         pair = optax.LookaheadParams(fast=params, slow=state.slow_weights)
         moves: Any
-        moves, after = inner.update(updates, state.lookahead_inner, pair)
+        moves, inner_state = inner.update(updates, state.lookahead_inner, pair)
         slow = optax.apply_updates(state.slow_weights, moves.slow)
-        return moves.fast, LookaheadState(slow, after)
+        return moves.fast, LookaheadState(slow, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -1,13 +1,13 @@
-"""Learning-rate policies by name: what becomes of the rate over a run.
+"""Learning-rate policies by name: functions of the peak rate and the number of steps.
 
-static        the rate, from first to last
-warmup        rises from 0 in a line over the first tenth
-stairs_up     a quarter, a half, three quarters, all: four stairs in the first fifth
-stairs_down   a tenth of it after half the run, a hundredth after three quarters
-cosine        half a cosine to 0
-warmup_cosine both
-exponential   falls by the same factor each step, to a hundredth at the end
-wsd           rises over the first tenth, stays, falls in a line to 0 in the last fifth
+static         constant
+warmup         linear from 0 over the first tenth of the run, then constant
+stairs_up      1/4, 2/4, 3/4 and 4/4 of the rate, in four stairs over the first fifth
+stairs_down    a tenth of the rate after half of the run, a hundredth after 3/4
+cosine         cosine decay to 0
+warmup_cosine  warmup, then cosine decay to 0
+exponential    exponential decay to a hundredth
+wsd            warmup, constant, then linear decay to 0 over the last fifth
 """
 
 from collections.abc import Callable
@@ -15,55 +15,46 @@ from typing import Any
 
 import optax
 
-WARM_UP, STAIRS, COOL_DOWN = 0.1, 0.2, 0.2  # Shares of the run.
-LAST = 0.01  # Of the rate, where the exponential ends.
 
-
-def _steps(share: float, steps: int) -> int:
+def _step_at(share: float, steps: int) -> int:
     return max(1, round(share * steps))
 
 
+def _stairs(rates, shares, steps: int) -> optax.Schedule:
+    stairs = [optax.constant_schedule(rate) for rate in rates]
+    return optax.join_schedules(stairs, [_step_at(share, steps) for share in shares])
+
+
 def _stairs_up(rate, steps: int) -> optax.Schedule:
-    quarter = rate / 4
-    stairs = [optax.constant_schedule(quarter * height) for height in range(1, 5)]
-    edges = [_steps(STAIRS * i / 4, steps) for i in range(1, 4)]
-    return optax.join_schedules(stairs, edges)
-
-
-def _stairs_down(rate, steps: int) -> optax.Schedule:
-    heights = [rate, rate / 10, rate / 100]
-    edges = [_steps(0.5, steps), _steps(0.75, steps)]
-    stairs = [optax.constant_schedule(height) for height in heights]
-    return optax.join_schedules(stairs, edges)
+    rates = [rate / 4 * i for i in (1, 2, 3, 4)]
+    return _stairs(rates, [0.2 * i / 4 for i in (1, 2, 3)], steps)
 
 
 def _warmup(rate, steps: int) -> optax.Schedule:
-    return optax.linear_schedule(0.0, rate, _steps(WARM_UP, steps))
+    return optax.linear_schedule(0.0, rate, _step_at(0.1, steps))
 
 
 def _warmup_cosine(rate, steps: int) -> optax.Schedule:
-    rise = _steps(WARM_UP, steps)
-    fall = optax.cosine_decay_schedule(rate, max(1, steps - rise))
-    return optax.join_schedules([_warmup(rate, steps), fall], [rise])
-
-
-def _exponential(rate, steps: int) -> optax.Schedule:
-    return optax.exponential_decay(rate, steps, LAST)
+    peak = _step_at(0.1, steps)
+    decay = optax.cosine_decay_schedule(rate, max(1, steps - peak))
+    return optax.join_schedules([_warmup(rate, steps), decay], [peak])
 
 
 def _wsd(rate, steps: int) -> optax.Schedule:
-    fall = _steps(COOL_DOWN, steps)
-    down = optax.linear_schedule(rate, 0.0, fall)
-    return optax.join_schedules([_warmup(rate, steps), down], [max(1, steps - fall)])
+    length = _step_at(0.2, steps)
+    decay = optax.linear_schedule(rate, 0.0, length)
+    return optax.join_schedules([_warmup(rate, steps), decay], [max(1, steps - length)])
 
 
 POLICIES: dict[str, Callable[[Any, int], Any]] = {
     "static": lambda rate, steps: rate,
     "warmup": _warmup,
     "stairs_up": _stairs_up,
-    "stairs_down": _stairs_down,
+    "stairs_down": lambda rate, steps: _stairs(
+        [rate, rate / 10, rate / 100], [0.5, 0.75], steps
+    ),
     "cosine": optax.cosine_decay_schedule,
     "warmup_cosine": _warmup_cosine,
-    "exponential": _exponential,
+    "exponential": lambda rate, steps: optax.exponential_decay(rate, steps, 0.01),
     "wsd": _wsd,
 }

@@ -1,16 +1,15 @@
-"""How far a comparison has come: a bar where `rich` is installed, else a line each."""
+"""Progress on standard error: a bar with Rich, else one line per candidate."""
 
 import contextlib
 import importlib
 import sys
 from collections.abc import Callable, Iterator
 
-Tell = Callable[[str, float], None]  # candidate, share of it that is done
-
 
 @contextlib.contextmanager
-def progress(names: list[str], shown: bool) -> Iterator[Tell]:
-    """Gives a function to call with the candidate and its share, on standard error."""
+def progress(names: list[str], shown: bool) -> Iterator[Callable[[str, float], None]]:
+    """Yield a function to call with a candidate's name and its share that is done."""
+    title = lambda name: f"{name} ({names.index(name) + 1}/{len(names)})"
     if not shown:
         yield lambda name, share: None
         return
@@ -18,27 +17,11 @@ def progress(names: list[str], shown: bool) -> Iterator[Tell]:
         rich = importlib.import_module("rich.progress")
         console = importlib.import_module("rich.console").Console(stderr=True)
     except ImportError:
-        yield _lines(names)
+        yield lambda name, share: None if share else print(title(name), file=sys.stderr)
         return
     columns = [*rich.Progress.get_default_columns(), rich.TimeElapsedColumn()]
     with rich.Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=len(names))
-
-        def tell(name: str, share: float) -> None:
-            done = names.index(name)
-            words = f"{name} ({done + 1}/{len(names)})"
-            bar.update(task, completed=done + share, description=words)
-
-        yield tell
-
-
-def _lines(names: list[str]) -> Tell:
-    started = set()
-
-    def tell(name: str, share: float) -> None:
-        del share
-        if name not in started:
-            started.add(name)
-            print(f"{name} ({len(started)}/{len(names)})", file=sys.stderr)
-
-    return tell
+        yield lambda name, share: bar.update(
+            task, completed=names.index(name) + share, description=title(name)
+        )

@@ -1,106 +1,82 @@
-"""How much a method's result depends on the learning rate it was given.
+"""Scores of a method over learning rates.
 
-LR sensitivity is that of Wortsman et al. (2023), https://arxiv.org/abs/2309.14322:
-with l_0 the loss before training and l* the method's own best over the grid,
+The LR sensitivity of Wortsman et al. (2023), https://arxiv.org/abs/2309.14322, is
 
-    LRS = mean over rates of ( min(loss, l_0) - l* ),
+    LRS = mean over rates of ( min(loss, l_0) - l* )
 
-where a loss that is not finite counts as l_0.
+with l_0 the loss before training, which also replaces a loss that is not finite, and l*
+the method's lowest loss over the rates.
 """
 
 from typing import NamedTuple
 
 import numpy as np
 
-WITHIN = 0.02  # Of the best loss: the usable band.
-CLIFF = 0.1  # Above the best loss.
-TRIVIAL = 0.01  # Share of the trivial loss that must be gained on it.
-DEAD = 0.5  # Share of units that never fire.
+WITHIN = 0.02  # Loss above the best that is inside of the band.
+CLIFF = 0.1  # Loss above the best that is beyond the cliff.
+TRIVIAL = 0.01  # Smallest gain on the trivial loss, as a share of it.
+DEAD = 0.5  # Share of dead units that is flagged.
 
 
 class Mean(NamedTuple):
-    """A mean over seeds, and its standard error: nan of one seed."""
+    """Mean over seeds, and its standard error; the error is nan for one seed."""
 
     mean: float
     error: float
 
 
 class Scores(NamedTuple):
-    """One row of the table: arrays have one entry a rate."""
+    """Scores of one method; arrays have the shape (rates,)."""
 
-    loss: np.ndarray  # Mean over seeds of the capped losses.
-    broken: np.ndarray  # Seeds whose loss is not finite.
+    loss: np.ndarray  # Mean over seeds of min(loss, l_0).
+    broken: np.ndarray  # Number of seeds whose loss is not finite.
     accuracy: np.ndarray  # Mean over seeds.
     sensitivity: Mean
     normalised: Mean  # LRS / (l_0 - l*), in [0, 1].
-    best: float  # Lowest of `loss`.
+    best: float  # Lowest `loss`.
     best_rate: float
-    band: float  # Decades around the best rate whose loss is within WITHIN of it.
+    band: float  # Width in decades of the rates around the best within WITHIN of it.
     cliff: float  # Lowest rate above the best that is more than CLIFF off, or nan.
-    trivial: np.ndarray  # Whether a constant predictor is as good, in some seed.
+    trivial: np.ndarray  # Whether a constant predictor is as good for some seed.
     dead: np.ndarray  # Mean share of dead units.
 
 
 def capped(loss, initial) -> np.ndarray:
-    """min(loss, l_0), and l_0 where the loss is not finite."""
-    loss, initial = np.asarray(loss, np.float64), np.asarray(initial, np.float64)
+    """Return min(loss, l_0), or l_0 if the loss is not finite."""
     return np.where(np.isfinite(loss), np.minimum(loss, initial), initial)
 
 
-def sensitivity(loss, initial) -> float:
-    """LR sensitivity of one seed."""
-    kept = capped(loss, initial)
-    return float(np.mean(kept - kept.min()))
-
-
-def normalised(loss, initial) -> float:
-    """The same as a share of what training gains at best; nan if that is nothing."""
-    gain = float(np.max(initial) - capped(loss, initial).min())
-    return sensitivity(loss, initial) / gain if gain > 0 else np.nan
-
-
-def band(loss, rates) -> float:
-    """Decades from the lowest to the highest rate of the run around the best."""
-    near, best = loss <= loss.min() + WITHIN, int(loss.argmin())
-    low = high = best
-    while low > 0 and near[low - 1]:
-        low -= 1
-    while high < len(loss) - 1 and near[high + 1]:
-        high += 1
-    return float(np.log10(rates[high] / rates[low]))
-
-
-def cliff(loss, rates) -> float:
-    """Lowest rate above the best one where the loss is lost; nan if there is none."""
-    lost = (loss > loss.min() + CLIFF) & (np.arange(len(loss)) > loss.argmin())
-    return float(rates[lost.argmax()]) if lost.any() else np.nan
-
-
 def mean(values) -> Mean:
-    """Mean and standard error."""
+    """Return the mean and the standard error."""
     values = np.asarray(values, np.float64)
     error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
     return Mean(float(values.mean()), float(error))
 
 
 def score(rates, trivial_loss: float, curves) -> Scores:
-    """The scores of one method on one task, from one curve a seed."""
-    initial, final, accuracy, dead = (
-        np.stack([np.asarray(x, np.float64) for x in field])
-        for field in zip(*curves, strict=True)
-    )
+    """Score a method from (initial loss, final loss, accuracy, dead) of each seed."""
+    initial, final, accuracy, dead = np.asarray(curves, np.float64).swapaxes(0, 1)
     kept = capped(final, initial)
+    lowest = kept.min(axis=1)
+    sensitivity = (kept - lowest[:, None]).mean(axis=1)
+    gain = initial.max(axis=1) - lowest
+    gain = np.where(gain > 0, gain, np.nan)
     loss = kept.mean(axis=0)
+    best = int(loss.argmin())
+    outside = np.flatnonzero(~(loss <= loss.min() + WITHIN))
+    low = max(outside[outside < best], default=-1) + 1
+    high = min(outside[outside > best], default=len(loss)) - 1
+    beyond = np.flatnonzero(loss > loss.min() + CLIFF)
     return Scores(
         loss=loss,
         broken=np.sum(~np.isfinite(final), axis=0),
         accuracy=accuracy.mean(axis=0),
-        sensitivity=mean([sensitivity(*x) for x in zip(final, initial, strict=True)]),
-        normalised=mean([normalised(*x) for x in zip(final, initial, strict=True)]),
+        sensitivity=mean(sensitivity),
+        normalised=mean(sensitivity / gain),
         best=float(loss.min()),
-        best_rate=float(rates[loss.argmin()]),
-        band=band(loss, rates),
-        cliff=cliff(loss, rates),
+        best_rate=float(rates[best]),
+        band=float(np.log10(rates[high] / rates[low])),
+        cliff=float(min((rates[i] for i in beyond if i > best), default=np.nan)),
         trivial=np.any(~(final < (1 - TRIVIAL) * trivial_loss), axis=0),
         dead=dead.mean(axis=0),
     )

@@ -168,7 +168,7 @@ def test_convolutions_on_a_cpu_are_stepped_outside_of_a_loop_with_the_same_resul
     }
     alone = compare("momentum", **options).rows[0]
     together = compare("momentum", **options, at_once=2).rows[0]
-    monkeypatch.setattr(_compiled, "_slow_in_loops", lambda *given: False)
+    monkeypatch.setattr(_compiled, "_slow_in_loop", lambda *given: False)
     looped = compare("momentum", **options).rows[0]
     assert (alone.at_once, together.at_once, looped.at_once) == (1, 2, 2)
     for other in (together, looped):
@@ -187,7 +187,7 @@ def test_candidates_and_rates_see_the_same_batches_and_weights():
 
 
 def test_every_example_comes_once_an_epoch_in_an_order_of_the_seeds_own():
-    draws = sg.sweep._problem.draws_of(jnp.arange(10), batch_size=3)
+    draws = sg.sweep._experiment.sampler(jnp.arange(10), batch_size=3)
     drawn = np.asarray(draws(0, 0, 6))
     assert drawn.shape == (6, 3)
     for epoch in (drawn[:3], drawn[3:]):
@@ -429,7 +429,7 @@ def test_progress_is_told_with_and_without_rich(capsys, monkeypatch):
         ({"batch_size": None}, ValueError, "`batch_size` must be an integer >= 1"),
         ({"data": noisy, "batch_size": 4}, ValueError, "`batch_size` goes with"),
         ({"data": jnp.ones(())}, ValueError, "`data` must hold arrays"),
-        ({"data": (ROWS, ROWS[:3])}, ValueError, "as many in each"),
+        ({"data": (ROWS, ROWS[:3])}, ValueError, "same number of examples"),
         ({"hidden": loss_fn}, ValueError, "`hidden` needs `validation=`"),
         (
             {"validation": ROWS, "evaluate": lambda p, b: {"val_loss": 1.0}},
@@ -441,7 +441,11 @@ def test_progress_is_told_with_and_without_rich(capsys, monkeypatch):
             ValueError,
             "`evaluate` must return a scalar loss",
         ),
-        ({"loss_fn": lambda params: 0.0}, TypeError, "needs 1 arguments"),
+        (
+            {"loss_fn": lambda params: 0.0},
+            TypeError,
+            "must be a loss of .params, batch. or a",
+        ),
         (
             {"loss_fn": lambda a, b, c, d: 0.0, "validation": ROWS},
             ValueError,
