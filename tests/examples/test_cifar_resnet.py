@@ -20,6 +20,8 @@ from rich.progress import Progress
 
 import stablegrad as sg
 
+pytestmark = pytest.mark.slow
+
 SMALL = ["--width", "4", "--batch-size", "32", "--gradient-limit", "0.05"]
 
 

@@ -10,11 +10,13 @@ from pathlib import Path
 import data_parallel
 import numpy as np
 import pytest
-from launching import free_port, run_together
-from scenario import NAN, SKIPPED, Run, assert_same
+from helpers.launching import free_port, run_together
+from helpers.scenario import NAN, SKIPPED, Run, assert_same
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-WORKER = Path(__file__).parent / "worker.py"
+TESTS = ROOT / "tests"
 SLURM_PORTS = range(61440, 65536)  # JAX adds the job's number to the first.
 EXAMPLE = ROOT / "examples" / "data_parallel.py"
 
@@ -23,11 +25,13 @@ def run_workers(folder) -> dict[str, dict[str, np.ndarray]]:
     """What one process of four devices wrote, and each of two processes of two."""
     port = str(free_port())
     kinds = {"alone": ("1", "0"), "first": ("2", "0"), "second": ("2", "1")}
+    path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
     run_together(
         [
-            [sys.executable, str(WORKER), port, *kind, str(folder / name)]
+            [sys.executable, "-m", "helpers.worker", port, *kind, str(folder / name)]
             for name, kind in kinds.items()
-        ]
+        ],
+        [{"PYTHONPATH": path} for _ in kinds],
     )
     return {name: dict(np.load(folder / f"{name}.npz")) for name in kinds}
 
@@ -62,7 +66,6 @@ def test_two_processes_are_one_and_both_skip_what_is_nan_in_one(tmp_path):
             np.testing.assert_array_equal(written["second"][name], array, err_msg=name)
 
 
-@pytest.mark.usefixtures("quick")
 def test_the_example_runs_alike_on_one_machine_and_in_a_cluster(capfd):
     """Here two tasks of a SLURM step on one host, as far as the variables tell."""
     asked = ["--steps", "60", "--nan-step", "40"]
@@ -79,7 +82,6 @@ def test_the_example_runs_alike_on_one_machine_and_in_a_cluster(capfd):
         "SLURM_JOB_ID": str(job),
         "SLURM_STEP_NODELIST": "127.0.0.1",
         "SLURM_NTASKS": "2",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
     command = [sys.executable, str(EXAMPLE), *asked, "--cpu-devices", "2"]
     first, second = run_together(

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from thresholding import limits
+from helpers.thresholding import limits
 
 import stablegrad as sg
 from stablegrad.granularity._groups import independent

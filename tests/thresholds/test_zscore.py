@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from thresholding import limits, lognormal
+from helpers.thresholding import limits, lognormal
 
 import stablegrad as sg
 from stablegrad.granularity._groups import independent

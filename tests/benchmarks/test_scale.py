@@ -9,6 +9,8 @@ import pytest
 from _scale.collectives import collectives, executed
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
+pytestmark = pytest.mark.slow
+
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "scale.py"
 
 
