@@ -1,7 +1,5 @@
 """Steps that overflow in the optimizer, in parameters of a size as in practice."""
 
-import functools
-
 import chex
 import jax
 import jax.numpy as jnp

@@ -11,6 +11,8 @@ from jax.sharding import AxisType, PartitionSpec as P
 
 import stablegrad as sg
 
+pytestmark = pytest.mark.devices(DEVICES)
+
 
 def one_step(tx, grads, where, check_vma=True, **extra):
     """Metrics of one step from zero; `extra` has one number a device."""

@@ -21,6 +21,8 @@ from helpers.scenario import (
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec as P
 
+pytestmark = pytest.mark.devices(DEVICES)
+
 # Which axis of each parameter is split; `gain` can be whole where that can be told.
 SPLIT = {"bias": 0, "embed": 0, "gain": 0, "kernel": 1}
 WHOLE = {**SPLIT, "gain": None}

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import data_parallel
+import jax
 import numpy as np
 import pytest
 from helpers.launching import free_port, run_together
@@ -71,7 +72,8 @@ def test_the_example_runs_alike_on_one_machine_and_in_a_cluster(capfd):
     asked = ["--steps", "60", "--nan-step", "40"]
     assert data_parallel.main(asked) == 0
     alone = capfd.readouterr().out.splitlines()
-    assert alone[0].startswith("60 steps on 8 devices (cpu) of 1 processes")
+    devices = f"{jax.device_count()} devices ({jax.default_backend()})"
+    assert alone[0].startswith(f"60 steps on {devices} of 1 processes")
     assert alone[1] == "skipped steps, as each process counts: 1"
     assert alone[2].startswith("  step 40: skip (nonfinite gradient)")
     accuracy = float(alone[3].split()[1])
@@ -130,7 +132,11 @@ def test_a_hanging_process_is_not_waited_for():
             ["--coordinator", "a", "--processes", "2", "--process", "1"],
             "--coordinator must be HOST:PORT, got 'a'",
         ),
-        (["--batch-size", "12"], "must be a multiple of the 8 devices, got 12"),
+        pytest.param(
+            ["--batch-size", "12"],
+            "must be a multiple of the 8 devices, got 12",
+            marks=pytest.mark.devices(8),
+        ),
     ],
 )
 def test_a_bad_option_of_the_example_is_one_line_and_status_2(

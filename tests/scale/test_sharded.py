@@ -28,6 +28,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import stablegrad as sg
 from stablegrad import _together
 
+pytestmark = pytest.mark.devices(8)
+
 
 def assert_sharded_as(places, state):
     """Leaves shaped as a parameter lie as it does, all others on every device."""

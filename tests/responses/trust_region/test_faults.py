@@ -47,8 +47,10 @@ def test_steps_on_bad_gradients_are_rejected_and_the_others_go_down(name, rows):
         return jax.lax.scan(step, (params, tx.init(params)), faults)
 
     bad_steps = [7, 8, 20]
-    faults = jnp.zeros(STEPS).at[jnp.array(bad_steps)].set(
-        jnp.array([jnp.nan, 1e9, jnp.inf])
+    faults = (
+        jnp.zeros(STEPS)
+        .at[jnp.array(bad_steps)]
+        .set(jnp.array([jnp.nan, 1e9, jnp.inf]))
     )
     (params, state), (losses, skipped) = run(params, faults)
     assert jnp.flatnonzero(skipped).tolist() == bad_steps
