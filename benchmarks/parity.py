@@ -3,10 +3,10 @@
     python benchmarks/parity.py
 
 Every `published=True` face runs in float32 beside the independent restatement of
-`tests/oracles.py`, over 1,000 steps of gradients with outliers and a level that rises
-and falls, warm-up included. The table gives the largest relative error of a gradient
-(of an update, where the method is an optimizer), in units of the step's largest
-element. Half a minute on two CPU cores.
+`tests/helpers/oracles.py`, over 1,000 steps of gradients with outliers and a level that
+rises and falls, warm-up included. The table gives the largest relative error of a
+gradient (of an update, where the method is an optimizer), in units of the step's
+largest element. Half a minute on two CPU cores.
 """
 
 import sys
@@ -17,11 +17,10 @@ import optax
 
 import stablegrad as sg
 
-TESTS = Path(__file__).parents[1] / "tests"
-sys.path[:0] = [str(TESTS), str(TESTS / "clipping")]
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-import oracles  # noqa: E402
-from running import gradients, leaf_norms, run  # noqa: E402
+from helpers import oracles
+from helpers.clipping import gradients, leaf_norms, run
 
 STEPS = 1000
 FLAT = gradients(STEPS)

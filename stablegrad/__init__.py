@@ -1,6 +1,9 @@
 """Guards for training that blows up: bounded, loud and explained."""
 
-from importlib.metadata import version as _version
+from importlib.metadata import (
+    PackageNotFoundError as _PackageNotFoundError,
+    version as _version,
+)
 
 from . import sweep as sweep
 from ._observe import (
@@ -52,4 +55,7 @@ from .thresholds._percentile import percentile as percentile
 from .thresholds._window_zscore import window_zscore as window_zscore
 from .thresholds._zscore import zscore as zscore
 
-__version__ = _version("stablegrad")
+try:
+    __version__ = _version("stablegrad")
+except _PackageNotFoundError:  # A source tree that was never installed.
+    __version__ = "0+unknown"

@@ -1,21 +1,20 @@
-"""Shared by all tests: strict promotion, and runs of many steps in one scan."""
-
-import os
+"""Shared by all tests: strict promotion of ranks and dtypes, and eight devices."""
 
 import chex
 import jax
 import pytest
 
-# Compilation takes most of the tests' time, and XLA's older emitters halve it, on one
-# thread a test. A flag that a later JAX may have dropped would end the process.
-if jax.__version_info__ < (0, 11):
-    flags = (
-        "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-    )
-    os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}".strip()
-
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_num_cpu_devices", 8)  # For `tests/scale`; others use the first.
+if jax.config.jax_num_cpu_devices < 0:  # `JAX_NUM_CPU_DEVICES` is not set.
+    jax.config.update("jax_num_cpu_devices", 8)
+
+
+def pytest_runtest_setup(item):
+    """Skips a test marked `devices(count)` where there are fewer."""
+    for mark in item.iter_markers("devices"):
+        (needed,) = mark.args
+        if jax.device_count() < needed:
+            pytest.skip(f"needs {needed} devices, JAX has {jax.device_count()}")
 
 
 @pytest.fixture(autouse=True)

@@ -1,8 +1,8 @@
 """The published numbers of each method, reproduced by its restatement."""
 
 import numpy as np
-import oracles
 import pytest
+from helpers import oracles
 
 RTOL = 1e-9  # The same float64 formula, written in another order.
 ROUNDED = 5e-3  # The published value has three significant digits.

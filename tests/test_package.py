@@ -1,5 +1,6 @@
 """The package as it is installed: metadata, dependencies, public names."""
 
+import os
 import re
 import subprocess
 import sys
@@ -17,6 +18,38 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 def test_the_version_is_that_of_the_metadata():
     assert sg.__version__ == version("stablegrad") == PROJECT["version"]
+
+
+NOT_INSTALLED = """
+from importlib import metadata
+
+known = metadata.version
+
+def version(name):
+    if name == "stablegrad":
+        raise metadata.PackageNotFoundError(name)
+    return known(name)
+
+metadata.version = version
+import stablegrad
+
+print(stablegrad.__file__, stablegrad.__version__)
+"""
+
+
+def test_a_source_tree_that_was_never_installed_can_be_imported():
+    done = subprocess.run(
+        [sys.executable, "-c", NOT_INSTALLED],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [
+        str(ROOT / "stablegrad" / "__init__.py"),
+        "0+unknown",
+    ]
 
 
 def test_the_changelog_tells_of_the_current_version():

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from running import PARAMS, flatten, gradients, leaf_norms, run, tree
+from helpers.clipping import PARAMS, flatten, gradients, leaf_norms, run, tree
 
 import stablegrad as sg
 

@@ -3,7 +3,7 @@
 import chex
 import numpy as np
 import pytest
-from running import run
+from helpers.clipping import run
 
 import stablegrad as sg
 

@@ -5,9 +5,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import oracles
 import pytest
-from running import gradients, leaf_norms, run
+from helpers import oracles
+from helpers.clipping import gradients, leaf_norms, run
 
 import stablegrad as sg
 

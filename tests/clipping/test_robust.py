@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from running import PARAMS, run
+from helpers.clipping import PARAMS, run
 
 import stablegrad as sg
 

@@ -5,7 +5,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from composing import (
+from helpers.composing import (
     CLEAN,
     FAULTS,
     NAN_STEP,

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from composing import (
+from helpers.composing import (
     NAN_STEP,
     SPIKE_STEP,
     X,

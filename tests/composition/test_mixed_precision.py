@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from composing import guarded
+from helpers.composing import guarded
 from recipes import mixed_precision as recipe
 
 import stablegrad as sg

@@ -7,6 +7,8 @@ import cifar
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.slow
+
 DATA = os.environ.get("STABLEGRAD_DATA")
 
 

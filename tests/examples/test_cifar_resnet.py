@@ -20,6 +20,8 @@ from rich.progress import Progress
 
 import stablegrad as sg
 
+pytestmark = pytest.mark.slow
+
 SMALL = ["--width", "4", "--batch-size", "32", "--gradient-limit", "0.05"]
 
 
@@ -202,6 +204,7 @@ def learned_from(epoch, data_dir):
     return [np.concatenate(arrays) for arrays in zip(*batches, strict=True)]
 
 
+@pytest.mark.devices(4)
 def test_batches_depend_on_the_epoch_alone_and_only_photographs_are_changed():
     images, labels = learned_from(1, None)
     again, _ = learned_from(1, None)

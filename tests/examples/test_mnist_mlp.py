@@ -11,6 +11,8 @@ import mnist_mlp
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.slow
+
 DATA = os.environ.get("STABLEGRAD_DATA")
 LEAVES = {f"layers.{i}.{part}" for i in range(3) for part in ("kernel", "bias")}
 

@@ -8,6 +8,8 @@ import pytest
 
 import stablegrad as sg
 
+pytestmark = pytest.mark.slow
+
 SMALL = ["--steps", "60", "--seeds", "1", "--batch-size", "32"]
 
 

@@ -11,6 +11,8 @@ import schedules
 import structure
 import transformer
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     "script, arguments, message",

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import rescue
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import schedules
 
+pytestmark = pytest.mark.slow
+
 
 def lines_of(folder):
     return [

@@ -3,7 +3,10 @@
 import json
 
 import numpy as np
+import pytest
 import structure
+
+pytestmark = pytest.mark.slow
 
 CHOSEN = ("plain", "batch norm")
 

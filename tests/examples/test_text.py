@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import text
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_default_is_english_that_python_ships_cut_nine_to_one():
     whole = text.load(None)

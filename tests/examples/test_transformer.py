@@ -10,6 +10,8 @@ import pytest
 import text
 import transformer
 
+pytestmark = pytest.mark.slow
+
 TINY = ["--layers", "1", "--width", "16", "--context", "16", "--every", "40"]
 
 

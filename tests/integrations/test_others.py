@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-from training import of_norm
+from helpers.training import of_norm
 
 import stablegrad as sg
 

@@ -9,8 +9,8 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from helpers.training import of_norm, scan
 from hypothesis import given, settings, strategies as st
-from training import of_norm, scan
 
 import stablegrad as sg
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from training import of_norm, scan
+from helpers.training import of_norm, scan
 
 import stablegrad as sg
 

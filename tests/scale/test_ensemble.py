@@ -7,14 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from _scale.collectives import collectives
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from scenario import (
+from helpers.scenario import (
     HUGE,
     LOUD,
     MODES,
     NAN,
     OPTIMIZERS,
-    QUICK,
     SPIKE,
     Run,
     assert_same,
@@ -23,8 +21,11 @@ from scenario import (
     parameters,
     step_of,
 )
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import stablegrad as sg
+
+pytestmark = pytest.mark.devices(4)
 
 # For each member, the faults of the scenario that it gets; the rest is healthy.
 FAULTS = [{}, {NAN}, {SPIKE, HUGE}, {LOUD, NAN, SPIKE}]
@@ -63,7 +64,7 @@ def start(member):
 def test_each_member_of_an_ensemble_skips_on_its_own(optimizer, mode):
     tx, members = OPTIMIZERS[optimizer](), range(len(FAULTS))
     step = step_of(tx, mode)
-    alone = jax.jit(step, compiler_options=QUICK)
+    alone = jax.jit(step)
 
     # One member a device, where nothing at all has to be exchanged.
     mesh = jax.make_mesh((len(FAULTS),), ("member",), axis_types=(AxisType.Auto,))
@@ -71,9 +72,7 @@ def test_each_member_of_an_ensemble_skips_on_its_own(optimizer, mode):
     place = lambda trees: jax.device_put(stacked(trees), spread)
     params = place([start(i) for i in members])
     state = jax.device_put(jax.vmap(tx.init)(params), spread)
-    together = jax.jit(
-        jax.vmap(step, (0, 0, 0, None)), out_shardings=spread, compiler_options=QUICK
-    )
+    together = jax.jit(jax.vmap(step, (0, 0, 0, None)), out_shardings=spread)
     program = together.lower(params, state, params, jnp.float32(1)).compile()
     assert collectives(program) == []
     run = drive(

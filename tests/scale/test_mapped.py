@@ -5,10 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from _scale.collectives import collectives, payload
-from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec as P
-from mapping import AXIS, DEVICES, mapped, mesh
-from scenario import (
+from helpers.mapping import AXIS, DEVICES, mapped, mesh
+from helpers.scenario import (
     BYTES_PER_LEAF,
     OPTIMIZERS,
     Run,
@@ -20,6 +18,10 @@ from scenario import (
     parameters,
     step_of,
 )
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec as P
+
+pytestmark = pytest.mark.devices(DEVICES)
 
 # Which axis of each parameter is split; `gain` can be whole where that can be told.
 SPLIT = {"bias": 0, "embed": 0, "gain": 0, "kernel": 1}
@@ -109,7 +111,6 @@ def test_shards_under_shard_map_step_as_one_device_does(optimizer, mode, size, t
     assert_agreed(run.state)
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("optimizer, mode, size", [CASES[0], CASES[3]])
 def test_shards_under_pmap_step_as_one_device_does(optimizer, mode, size):
     tx = OPTIMIZERS[optimizer](axis_name=AXIS)

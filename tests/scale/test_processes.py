@@ -8,13 +8,16 @@ import time
 from pathlib import Path
 
 import data_parallel
+import jax
 import numpy as np
 import pytest
-from launching import free_port, run_together
-from scenario import NAN, SKIPPED, Run, assert_same
+from helpers.launching import free_port, run_together
+from helpers.scenario import NAN, SKIPPED, Run, assert_same
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-WORKER = Path(__file__).parent / "worker.py"
+TESTS = ROOT / "tests"
 SLURM_PORTS = range(61440, 65536)  # JAX adds the job's number to the first.
 EXAMPLE = ROOT / "examples" / "data_parallel.py"
 
@@ -23,11 +26,13 @@ def run_workers(folder) -> dict[str, dict[str, np.ndarray]]:
     """What one process of four devices wrote, and each of two processes of two."""
     port = str(free_port())
     kinds = {"alone": ("1", "0"), "first": ("2", "0"), "second": ("2", "1")}
+    path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
     run_together(
         [
-            [sys.executable, str(WORKER), port, *kind, str(folder / name)]
+            [sys.executable, "-m", "helpers.worker", port, *kind, str(folder / name)]
             for name, kind in kinds.items()
-        ]
+        ],
+        [{"PYTHONPATH": path} for _ in kinds],
     )
     return {name: dict(np.load(folder / f"{name}.npz")) for name in kinds}
 
@@ -62,13 +67,13 @@ def test_two_processes_are_one_and_both_skip_what_is_nan_in_one(tmp_path):
             np.testing.assert_array_equal(written["second"][name], array, err_msg=name)
 
 
-@pytest.mark.usefixtures("quick")
 def test_the_example_runs_alike_on_one_machine_and_in_a_cluster(capfd):
     """Here two tasks of a SLURM step on one host, as far as the variables tell."""
     asked = ["--steps", "60", "--nan-step", "40"]
     assert data_parallel.main(asked) == 0
     alone = capfd.readouterr().out.splitlines()
-    assert alone[0].startswith("60 steps on 8 devices (cpu) of 1 processes")
+    devices = f"{jax.device_count()} devices ({jax.default_backend()})"
+    assert alone[0].startswith(f"60 steps on {devices} of 1 processes")
     assert alone[1] == "skipped steps, as each process counts: 1"
     assert alone[2].startswith("  step 40: skip (nonfinite gradient)")
     accuracy = float(alone[3].split()[1])
@@ -79,7 +84,6 @@ def test_the_example_runs_alike_on_one_machine_and_in_a_cluster(capfd):
         "SLURM_JOB_ID": str(job),
         "SLURM_STEP_NODELIST": "127.0.0.1",
         "SLURM_NTASKS": "2",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
     command = [sys.executable, str(EXAMPLE), *asked, "--cpu-devices", "2"]
     first, second = run_together(
@@ -128,7 +132,11 @@ def test_a_hanging_process_is_not_waited_for():
             ["--coordinator", "a", "--processes", "2", "--process", "1"],
             "--coordinator must be HOST:PORT, got 'a'",
         ),
-        (["--batch-size", "12"], "must be a multiple of the 8 devices, got 12"),
+        pytest.param(
+            ["--batch-size", "12"],
+            "must be a multiple of the 8 devices, got 12",
+            marks=pytest.mark.devices(8),
+        ),
     ],
 )
 def test_a_bad_option_of_the_example_is_one_line_and_status_2(

@@ -8,12 +8,10 @@ import numpy as np
 import optax
 import pytest
 from _scale.collectives import collectives, payload
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from scenario import (
+from helpers.scenario import (
     BYTES_PER_LEAF,
     MODES,
     OPTIMIZERS,
-    QUICK,
     alone,
     assert_same,
     drive,
@@ -25,9 +23,12 @@ from scenario import (
     spread,
     step_of,
 )
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import stablegrad as sg
 from stablegrad import _together
+
+pytestmark = pytest.mark.devices(8)
 
 
 def assert_sharded_as(places, state):
@@ -61,7 +62,7 @@ def test_the_run_is_that_of_one_device_without_any_gather(
 ):
     tx, places = OPTIMIZERS[optimizer](), shardings(layout)
     params, state = spread(tx, parameters(size), places)
-    step = jax.jit(step_of(tx, mode), compiler_options=QUICK)
+    step = jax.jit(step_of(tx, mode))
     program = step.lower(params, state, params, jnp.float32(1)).compile()
     found = collectives(program)
     assert largest(found) <= biggest(size) / 16  # Numbers, never a parameter.
@@ -76,7 +77,7 @@ def test_on_accelerators_numbers_are_summed_and_nothing_is_gathered(size, monkey
     monkeypatch.setattr(_together, "_in_one_pass", _together._one_by_one)
     tx, places = OPTIMIZERS["stabilize"](), shardings("tensor")
     params, state = spread(tx, parameters(size), places)
-    step = jax.jit(step_of(tx, "apply"), compiler_options=QUICK)
+    step = jax.jit(step_of(tx, "apply"))
     program = step.lower(params, state, params, jnp.float32(1)).compile()
     found = collectives(program)
     assert {one.kind for one in found} == {"all-reduce"}

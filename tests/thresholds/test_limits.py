@@ -3,13 +3,9 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from thresholding import limits
+from helpers.thresholding import judged, limits
 
 import stablegrad as sg
-from stablegrad.granularity._groups import independent
-from stablegrad.thresholds._base import Scope, judge
-
-ONE = Scope(independent(1))
 
 
 def test_fixed_flags_what_is_above_its_limit_and_not_what_is_at_it():
@@ -25,8 +21,8 @@ def test_fixed_flags_what_is_above_its_limit_and_not_what_is_at_it():
     ids=lambda threshold: threshold.name,
 )
 def test_no_threshold_calls_a_nonfinite_signal_normal(threshold, bad):
-    signal = jnp.array([bad], jnp.float32)
-    assert judge(threshold, threshold.init(1), signal, ONE).nonfinite.item()
+    words, _ = judged(threshold, jnp.array([[bad]], jnp.float32))
+    assert words.nonfinite.all()
 
 
 def test_nonfinite_calls_every_finite_signal_normal():

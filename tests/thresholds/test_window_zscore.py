@@ -3,7 +3,7 @@
 import chex
 import numpy as np
 import pytest
-from thresholding import limits, lognormal
+from helpers.thresholding import limits, lognormal
 
 import stablegrad as sg
 

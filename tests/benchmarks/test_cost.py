@@ -13,6 +13,8 @@ from _cost.problems import optimizer_alone, training_step
 from _cost.report import size
 from _cost.steps import BARE, steps
 
+pytestmark = pytest.mark.slow
+
 SMALL = ["--sizes", "256", "--leaves", "2", "--width", "8", "--layers", "1"]
 
 

@@ -28,8 +28,6 @@ OPTIMIZERS: dict[str, Callable[..., sg.GuardedTransformation]] = {
     ),
 }
 MODES = ("update", "apply")
-# LLVM's optimizations take most of the time to compile, and XLA's own come before them.
-QUICK = {"xla_backend_optimization_level": 0}
 # All collectives of a guarded step together, those of rare branches included.
 BYTES_PER_LEAF = 128
 SPECS = {
@@ -129,7 +127,7 @@ def spread(tx, params, places):
         lambda path, _: places.get(parameter_of(path), everywhere),
         jax.eval_shape(tx.init, params),
     )
-    init = jax.jit(tx.init, out_shardings=where, compiler_options=QUICK)
+    init = jax.jit(tx.init, out_shardings=where)
     return params, init(params)
 
 
@@ -149,7 +147,7 @@ def drive(step, params, state, gradients_at) -> Run:
 def alone(optimizer: str, size: str) -> Run:
     """The run on one device, of arrays that are whole."""
     tx, params = OPTIMIZERS[optimizer](), parameters(size)
-    step = jax.jit(step_of(tx, "update"), compiler_options=QUICK)
+    step = jax.jit(step_of(tx, "update"))
     run = drive(step, params, tx.init(params), lambda t: gradients(size, t))
     assert np.flatnonzero(run.history["skipped"]).tolist() == SKIPPED
     assert run.history["clip_scale"][LOUD] < 1

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from thresholding import limits, lognormal
+from helpers.thresholding import limits, lognormal
 
 import stablegrad as sg
 from stablegrad.engine._families import batches_of

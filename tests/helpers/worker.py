@@ -1,6 +1,6 @@
 """One process of several, for `test_processes.py`: the scenario on its devices.
 
-    python worker.py PORT PROCESSES PROCESS OUT
+    python -m helpers.worker PORT PROCESSES PROCESS OUT
 
 Writes parameters, metrics, and how many gradients of its own were nan, to OUT.
 """
@@ -8,17 +8,14 @@ Writes parameters, metrics, and how many gradients of its own were nan, to OUT.
 import os
 import sys
 import threading
-from pathlib import Path
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-sys.path.insert(0, str(Path(__file__).parent))
-from scenario import (
+from helpers.scenario import (
     NAN,
     OPTIMIZERS,
-    QUICK,
     drive,
     gradients,
     loss,
@@ -51,7 +48,7 @@ def main(port: str, processes: int, process: int, out: str) -> None:
         tx, places = OPTIMIZERS[optimizer](), shardings("fsdp")
         grads_at = lambda t, size=size, places=places: place(gradients(size, t), places)
         params, state = spread(tx, parameters(size), places)
-        step = jax.jit(step_of(tx, mode), compiler_options=QUICK)
+        step = jax.jit(step_of(tx, mode))
         program = step.lower(params, state, params, loss(0)).compile()
         run = drive(program, params, state, grads_at)
         params = multihost_utils.process_allgather(run.params, tiled=True)

@@ -2,7 +2,6 @@
 
 import jax
 from jax.sharding import AxisType
-from scenario import QUICK
 
 AXIS, DEVICES = "shard", 8
 
@@ -19,6 +18,5 @@ def mapped(function, in_specs, out_specs, check_vma=True):
             in_specs=in_specs,
             out_specs=out_specs,
             check_vma=check_vma,
-        ),
-        compiler_options=QUICK,
+        )
     )

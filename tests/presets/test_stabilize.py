@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from training import of_norm, scan
+from helpers.training import of_norm, scan
 
 import stablegrad as sg
 from stablegrad.responses.trust_region._response import optional_trust_region

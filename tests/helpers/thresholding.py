@@ -18,22 +18,30 @@ def limits(threshold, signals):
     """
     signals = jnp.asarray(signals, jnp.float32)
     table = signals if signals.ndim == 2 else signals[:, None]
-    groups = table.shape[1]
-    state, (limit, exceeded) = _run(threshold, groups)(threshold.init(groups), table)
+    words, state = _compiled(threshold)(table)
     shape = signals.shape
-    return np.reshape(limit, shape), np.reshape(exceeded, shape), state
+    return np.reshape(words.limit, shape), np.reshape(words.exceeded, shape), state
 
 
-@functools.lru_cache(64)
-def _run(threshold, groups):
-    """Compiled once for each number of steps."""
-    scope = Scope(independent(groups))
+def judged(threshold, table):
+    """What a threshold, maybe traced, says of each step, and the final state.
+
+    `table` has shape (steps, groups).
+    """
+    scope = Scope(independent(table.shape[1]))
 
     def step(state, signal):
         word = judge(threshold, state, signal, scope)
-        return learn(threshold, state, word), (word.limit, word.exceeded)
+        return learn(threshold, state, word), word
 
-    return jax.jit(lambda state, xs: jax.lax.scan(step, state, xs))
+    state, words = jax.lax.scan(step, threshold.init(table.shape[1]), table)
+    return words, state
+
+
+@functools.lru_cache(64)
+def _compiled(threshold):
+    """Compiled once for each shape of a table."""
+    return jax.jit(functools.partial(judged, threshold))
 
 
 def lognormal(steps, sigma=0.2, level=1.0, seed=0):

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from training import scan
+from helpers.training import scan
 
 import stablegrad as sg
 from stablegrad._norms import measure

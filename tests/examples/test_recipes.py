@@ -17,6 +17,8 @@ from recipes import (
 
 import stablegrad as sg
 
+pytestmark = pytest.mark.slow
+
 RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
 LONGEST = 85
 

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import oracles
 import pytest
-from training import of_norm, scan
+from helpers import oracles
+from helpers.training import of_norm, scan
 
 import stablegrad as sg
 

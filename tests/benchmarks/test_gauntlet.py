@@ -12,7 +12,9 @@ import numpy as np
 import optax
 import pytest
 
-GAUNTLET = Path(__file__).parents[1] / "benchmarks" / "gauntlet.py"
+pytestmark = pytest.mark.slow
+
+GAUNTLET = Path(__file__).parents[2] / "benchmarks" / "gauntlet.py"
 # One factor for all leaves: a leaf that explodes shrinks the others. Not per leaf.
 OPEN = {"stabilize": {"one_leaf"}, "stabilize per leaf": set()}
 OURS = tuple(OPEN)

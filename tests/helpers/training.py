@@ -1,16 +1,11 @@
 """Runs of many steps, compiled once, for tests that look at every step."""
 
 import functools
-import os
 
 import jax
 import jax.numpy as jnp
 
 import stablegrad as sg
-
-# Compiles as for users; `conftest.py` says why the other tests do not.
-FLAG = "xla_cpu_use_fusion_emitters"
-AS_USERS = {FLAG: True} if FLAG in os.environ.get("XLA_FLAGS", "") else {}
 
 
 def scan(tx, grads, params, values=None, apply=False):

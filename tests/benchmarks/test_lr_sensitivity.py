@@ -15,7 +15,9 @@ import pytest
 import stablegrad as sg
 from stablegrad.sweep import _scores as scores
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "lr_sensitivity.py"
+pytestmark = pytest.mark.slow
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "lr_sensitivity.py"
 METHODS = ("optimizer alone", "Polyak step")
 SMALL = ["--quick", "--tasks", "B-adam", "--steps", "2", "--rounds", "0"]
 LOSSES, INITIAL = np.array([3.2, 3, 2.9, 3, 4, 12, np.nan]), 10.0

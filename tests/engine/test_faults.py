@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from helpers.training import scan
 from hypothesis import HealthCheck, example, given, settings
-from training import scan
 
 import stablegrad as sg
 

@@ -1,0 +1,169 @@
+"""Steps of many parameters, which are taken in place: numbers, memory, ensembles."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers.training import scan
+
+import stablegrad as sg
+
+STEPS = 40
+ROWS = 8256  # Of 8 columns: more than 2**16 elements.
+SHAPES = {"b": (8,), "w": (ROWS, 8)}
+INNER = {
+    "sgd": optax.sgd(0.1, momentum=0.9),
+    "adamw": optax.adamw(0.05),
+    "clipped": optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.05)),
+    "muon": optax.contrib.muon(0.05),
+}
+
+
+def guarded(inner):
+    return sg.guard(
+        inner,
+        sg.clip(sg.fixed(300.0)),
+        sg.clip(sg.fixed(0.5, of="update_norm")),
+        sg.skip(sg.nonfinite(), sg.fixed(1e4)),
+        sg.halt(after=5),
+    )
+
+
+def params_of(seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        name: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+        for name, shape in SHAPES.items()
+    }
+
+
+def gradients(faults=()):
+    """Healthy gradients of slowly varying size, with single elements replaced."""
+    rng = np.random.default_rng(0)
+    size = 1 + np.sin(np.arange(STEPS)) ** 2
+    grads = {
+        name: rng.standard_normal((STEPS, *shape)) * size.reshape(-1, *[1] * len(shape))
+        for name, shape in SHAPES.items()
+    }
+    for step, value in faults:
+        grads["w"][step, 3, 4] = value
+    return {name: jnp.asarray(leaf, jnp.float32) for name, leaf in grads.items()}
+
+
+@pytest.mark.parametrize("name", INNER)
+def test_apply_decides_as_update_does_and_gives_the_same(name):
+    faults = [(5, np.nan), (9, 1e5), (10, np.inf), (20, 50.0), (30, -np.inf)]
+    grads, tx = gradients(faults), guarded(INNER[name])
+    separate, other, (_, updated, _) = scan(tx, grads, params_of())
+    fused, state, (_, applied, _) = scan(tx, grads, params_of(), apply=True)
+    assert applied["skipped"].sum() == 4 and applied["clipped_steps"][-1] > 20
+    for key in updated:
+        chex.assert_trees_all_close(applied[key], updated[key], rtol=1e-4)
+    chex.assert_trees_all_close(fused, separate, rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(
+        state.guarded_inner, other.guarded_inner, rtol=1e-4, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("apply", [False, True], ids=["update", "apply"])
+def test_members_of_an_ensemble_decide_alone_in_one_trace(apply):
+    tx = guarded(INNER["adamw"])
+
+    @jax.jit
+    @chex.assert_max_traces(1)
+    def step(params, state, grads):
+        def one(params, state, grads):
+            if apply:
+                return sg.apply(tx, grads, state, params)
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        return jax.vmap(one)(params, state, grads)
+
+    members = range(3)
+    params = jax.tree.map(lambda *x: jnp.stack(x), *[params_of(i) for i in members])
+    state = jax.vmap(tx.init)(params)
+    healthy = jax.tree.map(lambda x: x[:3], gradients())
+    faulty = {**healthy, "b": healthy["b"].at[1, 2].set(jnp.nan)}
+    for grads, skipped in ((healthy, 0), (faulty, 1), (healthy, 1)):
+        before = params
+        params, state = step(params, state, grads)
+        assert sg.metrics(state)["skipped_steps"].tolist() == [0, skipped, 0]
+        moved = jnp.any(params["w"] != before["w"], axis=(1, 2))
+        assert moved.tolist() == [True, grads is healthy, True]
+
+
+def test_the_norm_of_the_update_is_right_within_a_few_percent():
+    rng = np.random.default_rng(0)
+    shapes = {
+        "dense": (512, 300),
+        "layers": (12, 96, 64),
+        "filters": (3, 3, 64, 128),
+        "table": (20_000, 8),
+        "vector": (100_003,),
+        "wide": (2, 50_000),
+        "small": (64, 64),
+        "scalar": (),
+    }
+    grads = {
+        name: jnp.asarray(
+            rng.standard_t(5, shape) * 10.0 ** rng.uniform(-2, 2), jnp.float32
+        )
+        for name, shape in shapes.items()
+    }
+    tx = sg.guard(optax.sgd(0.1))
+    step = jax.jit(lambda g: sg.metrics(sg.apply(tx, g, tx.init(g), g)[1]))
+    for kept in (grads, *[{name: leaf} for name, leaf in grads.items()]):
+        rest = {name: jnp.zeros(shape) for name, shape in shapes.items()}
+        only = {**rest, **kept}
+        exact = 0.1 * np.sqrt(
+            sum(np.sum(np.asarray(x, np.float64) ** 2) for x in jax.tree.leaves(only))
+        )
+        seen = step(only)
+        np.testing.assert_allclose(seen["raw_update_norm"], exact, rtol=0.08)
+        np.testing.assert_allclose(seen["update_norm"], exact, rtol=0.08)
+
+
+@pytest.mark.parametrize("shape", [(1024, 256), (316, 316)])
+def test_nothing_of_the_size_of_a_parameter_is_held_or_copied(shape):
+    tx = sg.stabilize(optax.adamw(1e-3))
+    params = {"w": jnp.ones(shape), "b": jnp.ones(shape[1])}
+    state = tx.init(params)
+
+    def step(params, state, grads):
+        return sg.apply(tx, grads, state, params, value=1.0)
+
+    jitted = jax.jit(step, donate_argnums=(0, 1))
+    program = jitted.lower(params, state, params).compile()
+    # JAX before 0.10.2 stores the squares of a leaf on a CPU while it adds them up.
+    size = params["w"].nbytes
+    least = size / 8 if jax.__version_info__ >= (0, 10, 2) else 1.1 * size
+    assert program.memory_analysis().temp_size_in_bytes < least
+    copies = [
+        line
+        for line in program.as_text().splitlines()
+        if f"= f32[{shape[0]},{shape[1]}]" in line and " copy(" in line
+    ]
+    assert not copies
+
+
+@pytest.mark.parametrize("rows", [4, ROWS])
+def test_optax_can_map_over_what_is_shaped_as_the_parameters(rows):
+    tx = sg.stabilize(optax.adamw(1e-3))
+    params = {"w": jnp.ones((rows, 8)), "b": jnp.ones(3)}
+    state = tx.init(params)
+    marked = optax.tree.map_params(
+        tx, lambda x: "param", state, transform_non_params=lambda x: "other"
+    )
+    kinds = {
+        (np.shape(leaf) in {(rows, 8), (3,)}, mark)
+        for leaf, mark in zip(
+            jax.tree.leaves(state.guarded_inner),
+            jax.tree.leaves(marked.guarded_inner),
+            strict=True,
+        )
+    }
+    assert kinds == {(True, "param"), (False, "other")}
+    assert set(jax.tree.leaves(marked.record)) == {"other"}

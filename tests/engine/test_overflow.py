@@ -1,0 +1,177 @@
+"""Steps that overflow in the optimizer, in parameters of a size as in practice."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers.training import scan
+
+import stablegrad as sg
+
+STEPS = 20
+BAD_STEP = 7
+SHAPES = {"b": (8,), "w": (8256, 8)}  # More than 2**16 elements.
+LARGEST = float(np.finfo(np.float32).max)
+
+
+def params_of(seed=0, dtype=jnp.float32):
+    rng = np.random.default_rng(seed)
+    return {
+        name: jnp.asarray(rng.standard_normal(shape), dtype)
+        for name, shape in SHAPES.items()
+    }
+
+
+def gradients(value=None, dtype=jnp.float32):
+    """Healthy gradients of slowly varying size, one element of one of them replaced."""
+    rng = np.random.default_rng(0)
+    size = 1 + np.sin(np.arange(STEPS)) ** 2
+    grads = {
+        name: rng.standard_normal((STEPS, *shape)) * size.reshape(-1, *[1] * len(shape))
+        for name, shape in SHAPES.items()
+    }
+    if value is not None:
+        grads["w"][BAD_STEP, 3, 4] = value
+    return {name: jnp.asarray(leaf, dtype) for name, leaf in grads.items()}
+
+
+OPTIMIZERS = {
+    "sgd": optax.sgd(0.1),
+    "momentum": optax.sgd(0.1, momentum=0.9, nesterov=True),
+    "adam": optax.adam(1e-3),
+    "adamw": optax.adamw(optax.cosine_decay_schedule(1e-3, 100)),
+    "adamw with bfloat16 moments": optax.adamw(1e-3, mu_dtype=jnp.bfloat16),
+    "amsgrad": optax.amsgrad(1e-3),
+    "nadamw": optax.nadamw(1e-3),
+    "lion": optax.lion(1e-3),
+    "rmsprop": optax.rmsprop(1e-3),
+    "adagrad": optax.adagrad(0.1),
+    "injected": optax.inject_hyperparams(optax.adamw)(1e-3),
+    "masked": optax.masked(optax.adam(1e-3), {"b": False, "w": True}),
+    "accumulating": optax.MultiSteps(optax.adam(1e-3), 4),
+    "muon": optax.contrib.muon(1e-3),
+    "noise": optax.add_noise(0.1, 0.5, jax.random.key(0)),
+}
+
+
+def stepper(tx):
+    """Guarded steps from one state, a gradient at a time: what each of them leaves."""
+
+    @jax.jit
+    def run(params, state, sizes):
+        def step(carry, size):
+            params, state = carry
+            grads = jax.tree.map(lambda x: size * jnp.cos(x), params)
+            params, state = sg.apply(tx, grads, state, params)
+            return (params, state), sg.metrics(state)["skipped"]
+
+        return jax.lax.scan(step, (params, state), sizes)
+
+    return run
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_healthy_steps_of_every_size_are_taken(name):
+    tx, params = sg.guard(OPTIMIZERS[name], sg.skip()), params_of()
+    sizes = 10.0 ** (jnp.arange(12) % 5 - 2)
+    (after, _), skipped = stepper(tx)(params, tx.init(params), sizes)
+    assert not skipped.any()
+    chex.assert_tree_all_finite(after)
+    assert (after["w"] != params["w"]).mean() > 0.9
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "rmsprop", "adagrad"])
+def test_a_step_is_rejected_exactly_where_it_breaks_the_bare_optimizer(name):
+    inner = OPTIMIZERS[name]
+    tx, params = sg.guard(inner, sg.skip()), params_of()
+    direction = jax.tree.map(lambda x: jnp.clip(x, -1, 1), params_of(1))
+    finite = lambda tree: jnp.all(
+        jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)])
+    )
+
+    def taken(size):
+        grads = jax.tree.map(lambda x: size * x, direction)
+        new, state = sg.apply(tx, grads, tx.init(params), params)
+        bare = sg.apply(inner, grads, inner.init(params), params)
+        whole = finite((new, state.guarded_inner))
+        return ~sg.metrics(state)["skipped"], finite(bare), whole
+
+    sizes = 10.0 ** jnp.array([5.0, 15, 18, 19, 20, 25, 30, 38])
+    accepted, sound, whole = jax.jit(lambda sizes: jax.lax.map(taken, sizes))(sizes)
+    assert whole.all()
+    np.testing.assert_array_equal(accepted, sound)
+    assert sound.any() and (name == "sgd" or not sound.all())
+
+
+ADAMW = sg.guard(optax.adamw(0.05), sg.skip())
+
+
+def run(tx, value, *, dtype=jnp.float32, start=None):
+    """The parameters, state and metrics of a run with one element replaced."""
+    params = start or params_of(dtype=dtype)
+    params, state, (_, seen, _) = scan(tx, gradients(value, dtype), params, apply=True)
+    chex.assert_tree_all_finite((params, state.guarded_inner))
+    return params, state, seen
+
+
+def assert_one_rejected(params, state, seen, reason):
+    expected = [step == BAD_STEP for step in range(STEPS)]
+    assert seen["skipped"].tolist() == expected
+    (event,) = sg.events(state, params)
+    assert (event.step, event.reason) == (BAD_STEP, reason)
+    return event
+
+
+@pytest.mark.parametrize("value", [1e15, 1e17, 1e18])
+def test_a_huge_gradient_that_the_optimizer_bears_is_taken(value):
+    assert run(ADAMW, value)[2]["skipped_steps"][-1] == 0
+
+
+@pytest.mark.parametrize("value", [1e20, 1e30, 3e38])
+def test_a_gradient_that_breaks_a_moment_is_rejected_and_the_next_step_taken(value):
+    assert_one_rejected(*run(ADAMW, value), "nonfinite_state")
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_rejected_step_leaves_parameters_and_state_bit_for_bit(bad):
+    params = params_of()
+    _, state, (every, _, inner) = scan(ADAMW, gradients(bad), params, apply=True)
+    at = lambda step: jax.tree.map(lambda x: x[step], (every, inner))
+    chex.assert_trees_all_equal(at(BAD_STEP), at(BAD_STEP - 1))
+    (event,) = sg.events(state, params)
+    assert (event.reason, event.leaf) == ("nonfinite_gradient", "w")
+
+
+def test_an_update_that_overflows_is_rejected_with_its_leaf():
+    tx = sg.guard(optax.sgd(1e3), sg.skip())
+    event = assert_one_rejected(*run(tx, 1e38), "nonfinite_update")
+    assert event.leaf == "w"
+
+
+def test_parameters_that_would_overflow_are_held():
+    tx = sg.guard(optax.sgd(1.0), sg.skip())
+    start = {name: jnp.full(shape, -3e38) for name, shape in SHAPES.items()}
+    assert_one_rejected(*run(tx, 2e38, start=start), "nonfinite_parameters")
+
+
+@pytest.mark.parametrize("dtype, count", [("bfloat16", 0), ("float16", 1)])
+def test_what_overflows_depends_on_the_dtype(dtype, count):
+    tx = sg.guard(optax.sgd(1.9), sg.skip())
+    assert run(tx, 6e4, dtype=dtype)[2]["skipped_steps"][-1] == count
+
+
+def test_a_state_that_keeps_an_inf_on_purpose_stops_no_step():
+    def update(updates, state, params=None):
+        return updates, jax.tree.map(lambda x: x * 0.5, state)
+
+    inner = optax.GradientTransformation(
+        lambda params: jax.tree.map(lambda x: x.at[0].set(jnp.inf), params), update
+    )
+    params, grads = params_of(), gradients()
+    tx = sg.guard(inner, sg.skip())
+    _, state, (_, seen, _) = scan(tx, grads, params, apply=True)
+    assert seen["skipped_steps"][-1] == 0
+    assert jnp.isinf(state.guarded_inner["w"][0]).all()
+    assert jnp.isfinite(state.guarded_inner["w"][1:]).all()

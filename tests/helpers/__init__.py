@@ -1,0 +1,1 @@
+"""What several tests share: oracles, runs of many steps, devices and processes."""
