@@ -1,10 +1,10 @@
-"""A loss as a function of what an optimizer moves, with everything else bound."""
+"""A loss as a function of the parameters that an optimizer updates."""
 
 import dataclasses
 import math
 import sys
 from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,107 +14,93 @@ import optax
 from .. import _checks, _trees
 
 
-class Problem(NamedTuple):
-    """A loss, and where it is looked at; `loss(point, (held, batch))`."""
-
-    loss: "Loss"
-    point: Any  # The floating-point leaves, float32 at least; None for the others.
-    held: tuple  # What the loss needs besides, and no optimizer moves: pytrees.
-
-
 @dataclasses.dataclass(frozen=True)
 class Loss:
-    """`loss(point, data)`: a rank-0 float32, or float64.
+    """`loss(params, (frozen, batch))`: a rank-0 array, float32 or wider.
 
-    Hashable, so that the programs which measure a loss are compiled once for it.
+    It is hashable, so that `jax.jit` compiles once for each loss.
     """
 
     function: Callable
-    structure: Any  # Of the parameters.
-    moves: tuple[bool, ...]  # Leaf by leaf.
-    constants: tuple[Hashable, ...]  # Leaves that are no arrays, such as functions.
+    treedef: Any  # The structure of the user's parameters.
+    constants: tuple[Hashable, ...]  # Leaves that are not arrays; None for the others.
+    graphdef: Any  # The static part of a Flax NNX module; None for other pytrees.
 
-    def __call__(self, point, data) -> jax.Array:
-        """Puts the parameters together again, and calls the user's function."""
-        (arrays, rest), batch = data
-        moving = iter(jax.tree.leaves(point))
-        held = iter(arrays)
-        constants = iter(self.constants)
-        leaves = []
-        for moves in self.moves:
-            if moves:
-                leaves.append(next(moving))
-            else:
-                array = next(held)
-                leaves.append(next(constants) if array is None else array)
-        params = self.structure.unflatten(leaves)
-        given = (params, batch) if rest is None else (params, rest, batch)
-        value = self.function(*given)
-        if not hasattr(value, "dtype") and not isinstance(value, float):
-            raise TypeError(
-                "`loss_fn` must return the loss alone, a scalar array, got "
-                f"{type(value).__name__}. With auxiliary outputs, pass "
-                "`lambda params, batch: loss_fn(params, batch)[0]`."
-            )
-        value = jnp.asarray(value)
-        if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
-            raise TypeError(
-                "`loss_fn` must return a real scalar, got an array of shape "
-                f"{value.shape} and dtype {value.dtype}."
-            )
-        return value.astype(np.promote_types(np.float32, value.dtype))
+    def __call__(self, params, data) -> jax.Array:
+        """Reassembles the user's parameters and calls the user's function."""
+        (frozen, other_state), batch = data
+        trained = self.treedef.flatten_up_to(params)
+        rows = zip(trained, frozen, self.constants, strict=True)
+        leaves = [next(x for x in row if x is not None) for row in rows]
+        model = self.treedef.unflatten(leaves)
+        if self.graphdef is not None:
+            # A new module in each call: the user's module and its random streams
+            # keep their state.
+            model = _nnx().merge(self.graphdef, model, other_state)
+        value = self.function(model, batch)
+        got = type(value).__name__
+        if hasattr(value, "dtype") or isinstance(value, float):
+            value = jnp.asarray(value)
+            if value.shape == () and jnp.issubdtype(value.dtype, jnp.floating):
+                return value.astype(np.promote_types(np.float32, value.dtype))
+            got = f"an array of shape {value.shape} and dtype {value.dtype}"
+        raise TypeError(
+            f"`loss_fn` must return the loss alone, a real scalar, got {got}. If it "
+            "also returns auxiliary outputs, pass "
+            "`lambda params, batch: loss_fn(params, batch)[0]`."
+        )
 
 
-@dataclasses.dataclass(frozen=True)
-class _OfModule:
-    """A loss of a Flax NNX module, as a function of its parameters' state.
+def problem(loss_fn: Callable, params) -> tuple[Loss, Any, tuple]:
+    """Separates the leaves that an optimizer updates from all others.
 
-    Every call works on a copy, so that the user's module stays as it is, and its random
-    streams give the same numbers every time.
-    """
-
-    function: Callable
-    merge: Callable
-    graphdef: Hashable
-
-    def __call__(self, state, rest, batch) -> jax.Array:
-        return self.function(self.merge(self.graphdef, state, rest), batch)
-
-
-def problem(loss_fn: Callable, params) -> Problem:
-    """Splits parameters, or a Flax NNX module, into what moves and what is held.
-
-    Half precision moves as float32: a step at a small rate would be lost in rounding.
+    Returns:
+        The loss; the floating-point parameters, in float32 or wider and with None for
+        the other leaves; and the frozen arrays, which `loss` takes beside the batch.
     """
     if not callable(loss_fn):
         raise TypeError(
             "`loss_fn` must be a function of (params, batch), got "
             f"{type(loss_fn).__name__}."
         )
-    function, rest = _hashable(loss_fn), None
-    nnx: Any = sys.modules.get("flax.nnx")  # Who holds a module has imported it.
+    graphdef, other_state, nnx = None, None, _nnx()
     if nnx is not None and isinstance(params, nnx.Module):
         graphdef, *states = nnx.split(params, nnx.Param, ...)
         pure = getattr(nnx, "as_pure", None) or nnx.pure  # The older name.
-        params, rest = map(pure, states)
-        function = _OfModule(function, nnx.merge, graphdef)
-    leaves, structure = jax.tree.flatten(params)
-    arrays = [_is_array(leaf) for leaf in leaves]
-    pairs = list(zip(leaves, arrays, strict=True))
-    moves = tuple(array and _trees.is_inexact(leaf) for leaf, array in pairs)
-    if not any(moves):
+        params, other_state = map(pure, states)
+    leaves, treedef = jax.tree.flatten(params)
+    trained, frozen, constants = [], [], []
+    for leaf in leaves:
+        # Python integers and flags may be settings of a module: they stay constants.
+        is_array = hasattr(leaf, "dtype") or isinstance(leaf, float | complex)
+        is_trained = is_array and _trees.is_inexact(leaf)
+        trained.append(_widened(leaf) if is_trained else None)
+        frozen.append(leaf if is_array and not is_trained else None)
+        constants.append(None if is_array else leaf)
+    if all(leaf is None for leaf in trained):
         raise ValueError("`params` must have a floating-point leaf, got none.")
-    point = structure.unflatten(
-        _widened(leaf) if moving else None
-        for leaf, moving in zip(leaves, moves, strict=True)
+    loss = Loss(_hashable(loss_fn), treedef, tuple(constants), graphdef)
+    return loss, treedef.unflatten(trained), (tuple(frozen), other_state)
+
+
+def optimizer(tx, asker: str) -> optax.GradientTransformationExtraArgs:
+    """The same transformation, as a static argument of `jax.jit`."""
+    _checks.require_optimizer(asker, tx)
+    tx = optax.with_extra_args_support(tx)
+    return optax.GradientTransformationExtraArgs(
+        _hashable(tx.init), _hashable(tx.update)
     )
-    constants = tuple(leaf for leaf, array in pairs if not array)
-    held = tuple(
-        leaf if array else None
-        for (leaf, array), moving in zip(pairs, moves, strict=True)
-        if not moving
-    )
-    return Problem(Loss(function, structure, moves, constants), point, (held, rest))
+
+
+def step(loss: Loss, tx, params, state, data, scale):
+    """The loss before an optimizer step, and the parameters and state after it.
+
+    `scale` multiplies the update. The state keeps its dtypes, as loops need it.
+    """
+    value, grads = jax.value_and_grad(loss)(params, data)
+    updates, new = tx.update(grads, state, params, value=value)
+    state = jax.tree.map(lambda x, old: jnp.asarray(x, old.dtype), new, state)
+    return value, optax.apply_updates(params, optax.tree.scale(scale, updates)), state
 
 
 def require_finite(value, gradient_norm) -> None:
@@ -128,19 +114,15 @@ def require_finite(value, gradient_norm) -> None:
 
 
 def outline(tree) -> str:
-    """A pytree's shapes on one line."""
+    """The shapes of a pytree, on one line."""
     if hasattr(tree, "dtype"):
         return f"an array of shape {tuple(tree.shape)}"
     return " ".join(repr(jax.tree.map(np.shape, tree)).split())[:100]
 
 
-def optimizer(tx, asker: str) -> optax.GradientTransformationExtraArgs:
-    """The same transformation, fit to be a static argument of `jax.jit`."""
-    _checks.require_optimizer(asker, tx)
-    tx = optax.with_extra_args_support(tx)
-    return optax.GradientTransformationExtraArgs(
-        _hashable(tx.init), _hashable(tx.update)
-    )
+def _nnx() -> Any:
+    """Flax NNX if it is loaded, as it is wherever there is an NNX module."""
+    return sys.modules.get("flax.nnx")
 
 
 def _hashable(function: Callable) -> Callable:
@@ -151,12 +133,8 @@ def _hashable(function: Callable) -> Callable:
     return function
 
 
-def _is_array(leaf) -> bool:
-    """Arrays and floats; Python's integers and flags may be settings of a module."""
-    return hasattr(leaf, "dtype") or isinstance(leaf, float | complex)
-
-
 def _widened(leaf) -> jax.Array:
+    """A leaf in float32 or wider; half precision would round small steps away."""
     leaf = jnp.asarray(leaf)
     if jnp.iscomplexobj(leaf):
         raise TypeError("`params` must be real, got a complex leaf.")

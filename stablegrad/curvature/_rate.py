@@ -1,8 +1,6 @@
 """The learning rate that an optimizer was built with."""
 
-import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,50 +10,46 @@ from .. import _checks
 _ROUNDING = 1e-2  # Relative: hyperparameters may be kept in bfloat16.
 
 
-def built_rate(tx, point, told: float | None) -> float:
-    """What is told, else what `optax.inject_hyperparams` keeps in the state, else 1.
+def built_rate(tx, params, learning_rate: float | None) -> float:
+    """The given rate, else that in the state of `optax.inject_hyperparams`, else 1.
 
-    Raises ValueError if the state keeps another rate than is told.
+    Raises ValueError if the state holds another rate than the given one.
     """
-    if told is not None:
+    if learning_rate is not None:
         _checks.require(
-            "learning_rate", told, "finite and > 0", lambda x: 0 < x < math.inf
+            "learning_rate", learning_rate, "finite and > 0", lambda x: 0 < x < math.inf
         )
-    if not _injected(jax.eval_shape(tx.init, point)):
-        return 1.0 if told is None else told
-    kept = [float(rate) for rate in _kept(tx, point)]
-    if not all(0 < rate < math.inf for rate in kept):
+    # Under `jax.jit` nothing else of the state is computed.
+    rates = [float(rate) for rate in jax.jit(lambda x: _rates(tx.init(x)))(params)]
+    if not rates:
+        return 1.0 if learning_rate is None else learning_rate
+    if not (0 < min(rates) < math.inf and _close(min(rates), max(rates))):
         raise ValueError(
-            f"`tx` must be built with a learning rate > 0, got {min(kept):g} in its "
-            "state. A schedule with a warm-up starts at rate 0: build it without one."
+            "`tx` must have one learning rate > 0, got "
+            f"{', '.join(f'{rate:.6g}' for rate in rates)} in its state. A schedule "
+            "with a warm-up starts at rate 0: build it without one."
         )
-    if not _close(max(kept), min(kept)):
-        among = ", ".join(f"{rate:.6g}" for rate in kept)
-        raise ValueError(f"`tx` must have one learning rate, got {among} in its state.")
-    if told is not None and not _close(told, kept[0]):
+    if learning_rate is None:
+        return rates[0]
+    if not _close(learning_rate, rates[0]):
         raise ValueError(
             "`learning_rate` must be the rate that `tx` was built with, which is "
-            f"{kept[0]:.6g} by its state, got {told:.6g}. Leave it out to have it read."
+            f"{rates[0]:.6g} by its state, got {learning_rate:.6g}. Leave it out to "
+            "use the rate in the state."
         )
-    return kept[0] if told is None else told
+    return learning_rate
 
 
 def _close(one: float, other: float) -> bool:
     return math.isclose(one, other, rel_tol=_ROUNDING)
 
 
-@functools.partial(jax.jit, static_argnames="tx")
-def _kept(tx, point) -> list[jax.Array]:
-    """The rates in a fresh state, of which nothing else is computed."""
-    rates = [node.hyperparams["learning_rate"] for node in _injected(tx.init(point))]
-    return [jnp.asarray(rate).astype(jnp.float32) for rate in rates]
+def _rates(state) -> list[jax.Array]:
+    """The learning rates in the states of `optax.inject_hyperparams`."""
 
-
-def _injected(state) -> list[Any]:
-    """The states of `optax.inject_hyperparams` that hold a learning rate."""
-
-    def holds(node) -> bool:
+    def has_rate(node) -> bool:
         return "learning_rate" in (getattr(node, "hyperparams", None) or ())
 
-    nodes = jax.tree.leaves(state, is_leaf=holds)
-    return [node for node in nodes if holds(node)]
+    nodes = jax.tree.leaves(state, is_leaf=has_rate)
+    rates = [node.hyperparams["learning_rate"] for node in nodes if has_rate(node)]
+    return [jnp.asarray(rate, jnp.float32) for rate in rates]
