@@ -10,7 +10,6 @@ import optax
 from .. import _checks
 from . import _hessian, _loss
 from ._estimates import Estimates, cross_batch, estimate
-from ._rate import built_rate
 from ._report import CriticalLearningRate, report
 
 METHODS = ("auto", "jvp", "vjp", "difference", "forward")
@@ -33,7 +32,7 @@ def critical_learning_rate(
     """Estimates the learning rate at which training would spike, before training.
 
     With L the loss on the batch, g its gradient, H its Hessian and u the optimizer's
-    first update per unit of learning rate, it computes four limits and two guides:
+    first update per unit of learning rate, there are four limits and two guides:
 
         directional = -2 g.u / u.Hu               twice the minimum along the update
         forward     = min {eta: L(x + eta u) > L(x) + tolerance |L(x)|}
@@ -43,58 +42,51 @@ def critical_learning_rate(
         parameter   = 1e-3 min_leaf rms(x) / rms(u)
 
     `directional` uses the curvature at one point and is exact on a quadratic. `forward`
-    evaluates the loss along the first update, but a loss that saturates can hide a
-    spike of the next step. `probe` takes real optimizer steps and is the most reliable.
-    `critical` is `probe`, or the smaller of the other two without probe steps;
-    `safe_start` is half of the smallest of the three. On the 36 small networks of
-    `benchmarks/critical_lr.py`, `probe` is within a factor 1.4 of the first observed
-    spike in 94 %, `forward` is off by up to 13, and `directional` finds no limit in
-    two. The limits end the stable range on these batches. They are not the best rate,
-    and do not include instabilities that build up over thousands of steps.
+    follows the loss along the first update, and misses the spikes of later steps.
+    `probe` takes real optimizer steps and is the most reliable: `critical` is `probe`,
+    or the smaller of the other two without it. `safe_start` is half of the smallest of
+    the three. On the 36 networks of `benchmarks/critical_lr.py`, `probe` is within a
+    factor 1.4 of the first spike in 94 %, and `forward` is off by up to 13. A limit is
+    not the best rate, and ignores instabilities that build up over thousands of steps.
 
     The cost is about 20 forward passes, one Hessian product and 15 times `steps`
-    gradients, all in one compiled program. No argument is modified.
+    gradients, in one compiled program. No argument is modified.
 
     Args:
-        loss_fn: `loss_fn(params, batch)`, a scalar. It must be deterministic: freeze
-            dropout keys, and keep batch normalisation in training mode.
-        params: A pytree, or a Flax NNX module, which `loss_fn` then gets in its place
-            and whose `nnx.Param` are updated. Leaves that are not floating point stay
-            constant; the optimizer gets None for them. Half precision becomes float32.
-        batch: Pytree of arrays for `loss_fn`. The critical rate depends on the batch
-            size: use that of training.
+        loss_fn: `loss_fn(params, batch)`, a deterministic scalar: freeze dropout keys,
+            and keep batch normalisation in training mode.
+        params: A pytree, or a Flax NNX module, whose `nnx.Param` are updated. Leaves
+            that are not floating point are constant; the optimizer gets None for them.
+            Half precision is converted to float32.
+        batch: Pytree of arrays for `loss_fn`, of the batch size of training.
         tx: An optimizer whose update is proportional to its learning rate, built with
-            rate 1 (`optax.adamw(1.0)`) or with `learning_rate`. No schedule: a warm-up
-            starts at rate 0. No trust region or line search, which set their own step.
-            It receives `value=`.
+            rate 1 (`optax.adamw(1.0)`) or with `learning_rate`. It gets `value=`. No
+            schedule, as a warm-up starts at rate 0; no trust region or line search.
         learning_rate: The rate that `tx` was built with, > 0. None: the rate in the
             state of `optax.inject_hyperparams`, else 1.
-        more_batches: An iterable of further batches of the same shape. The estimates
-            become geometric means over all batches, and `cross_batch` tries each update
-            on the next batch.
+        more_batches: Further batches of the same shape. The estimates become geometric
+            means over all batches, and each update is also tried on the next batch.
         steps: Optimizer steps of the probe, >= 0: about the time scale of the momentum,
             1 / (1 - b). 0 omits the probe, for large models.
         curvature: How u.Hu is computed: `"jvp"`, `"vjp"` or `"difference"` of
             gradients, `"auto"` for the first of them that the loss supports, or
-            `"forward"` for a difference of three losses, over a distance at which the
-            slope changes by about a tenth.
+            `"forward"` for a difference of three losses.
         tolerance: Relative rise of the loss that counts for `forward`, > 0.
         spike: Relative rise of the loss that counts for `probe`, > 0.
         best_loss: The smallest possible loss, for `polyak`.
 
     Returns:
-        `CriticalLearningRate`: plain floats, and advice under `str()`. A rate at which
-        the loss is nan or infinite counts as a spike. A limit is 0 if the update does
-        not descend, and inf if the loss rises at no rate; `flags` then contain a
-        warning.
+        `CriticalLearningRate`: plain floats, and advice under `str()`. A nan or
+        infinite loss counts as a spike. A limit is 0 if the update does not descend,
+        and inf if the loss rises at no rate; `flags` then contain a warning.
 
     Raises:
         TypeError: If `loss_fn` does not return a real scalar.
         ValueError: If an argument is out of range, `params` has no floating-point leaf,
-            `more_batches` differ from `batch` in structure, `learning_rate` differs
-            from the rate in the state of `tx`, or `loss_fn` lacks the derivative for
-            `curvature`; if the loss, its gradient or the update is not finite at
-            `params`, or the first update is zero but the gradient is not.
+            `more_batches` differ from `batch` in structure, `learning_rate` from the
+            rate in the state of `tx`; if the loss, its gradient or the first update is
+            not finite, or only the update is zero; or if `loss_fn` lacks the derivative
+            for `curvature`.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -115,19 +107,18 @@ def critical_learning_rate(
         training dynamics of LLMs (2026), https://arxiv.org/abs/2601.16979, for
         `forward`. `probe` and `safe_start` are original to stablegrad.
     """
-    positive = ("finite and > 0", lambda x: 0 < x < math.inf)
-    _checks.require("tolerance", tolerance, *positive)
-    _checks.require("spike", spike, *positive)
+    for name, value in ("tolerance", tolerance), ("spike", spike):
+        _checks.require(name, value, "finite and > 0", lambda x: 0 < x < math.inf)
     _checks.require("best_loss", best_loss, "finite", math.isfinite)
     _checks.require_count("steps", steps, 0)
     _checks.require("curvature", curvature, f"one of {METHODS}", lambda x: x in METHODS)
     loss, trained, frozen = _loss.problem(loss_fn, params)
     optimizer = _loss.optimizer(tx, "critical_learning_rate")
-    rate = built_rate(optimizer, trained, learning_rate)
+    rate = _loss.built_rate(optimizer, trained, learning_rate)
     data = [(frozen, one) for one in (batch, *_further(more_batches, batch))]
     with jax.default_matmul_precision("highest"):
         method = _hessian.choose(curvature, loss, trained, data[0])
-        settings = dict(steps=steps, built_rate=rate, tolerance=tolerance, spike=spike)
+        settings = dict(steps=steps, rate=rate, tolerance=tolerance, spike=spike)
         found = [
             estimate(loss, optimizer, trained, one, method, steps > 0, **settings)
             for one in data
@@ -145,14 +136,14 @@ def critical_learning_rate(
 def _further(more_batches, batch) -> list[Any]:
     """A list of `more_batches`; ValueError unless each has the structure of `batch`."""
     is_array = hasattr(more_batches, "dtype")
-    others = [] if is_array else list(more_batches)
+    found = more_batches if is_array else list(more_batches)
     expected = jax.tree.structure(batch)
-    if is_array or any(jax.tree.structure(one) != expected for one in others):
+    if is_array or any(jax.tree.structure(one) != expected for one in found):
         raise ValueError(
             "`more_batches` must be a list of batches with the structure of `batch`, "
-            f"even for a single one, got {_loss.outline(others or more_batches)}."
+            f"even for a single one, got {_loss.outline(found)}."
         )
-    return others
+    return found
 
 
 def _require_usable(found: Estimates) -> None:

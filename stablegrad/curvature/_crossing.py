@@ -18,8 +18,7 @@ def crossing(
     The search divides `start` by four until the condition fails, multiplies by `growth`
     until it holds, then bisects the logarithm. It approaches from below because a loss
     that saturates crosses its limit several times, and the first rise may be narrow.
-    The result is inf if the condition never holds within 12 decades, 0 if it always
-    does.
+    The result is inf if the condition never holds within 12 decades, 0 if always.
     """
     usable = jnp.isfinite(start) & (start > 0)
     start = jnp.where(usable, start, 1).astype(jnp.float32)

@@ -1,15 +1,22 @@
-"""The decay rates of an optimizer, inferred from its first two steps."""
+"""The decay rates and the preconditioner of Adam and RMSProp, read from their state."""
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from ._moments import Decays, nodes_with, second_moment
-
 _TOLERANCE = 1e-4  # Largest difference between two readings of one decay.
 _ADAM_FIELDS = {"count", "mu", "nu"}  # Other fields belong to other update rules.
+
+
+class Decays(NamedTuple):
+    """The decay rates of an optimizer's moments."""
+
+    momentum: float
+    b2: float
+    averaged: bool  # Whether m = b m + (1 - b) g, kept as `mu`, and not m = b m + g.
 
 
 def decays(tx, params, momentum: float | None, b2: float | None) -> Decays:
@@ -19,7 +26,7 @@ def decays(tx, params, momentum: float | None, b2: float | None) -> Decays:
     b x after a gradient of zeros. If the two readings disagree, the optimizer follows
     another rule, which raises ValueError: a guess could give a wrong limit.
     """
-    adam = second_moment(jax.eval_shape(tx.init, params), params)
+    adam = _second_moment(jax.eval_shape(tx.init, params), params)
     averaged = hasattr(adam, "mu")
     if momentum is not None and b2 is not None:
         return Decays(momentum, b2, averaged)
@@ -38,11 +45,32 @@ def decays(tx, params, momentum: float | None, b2: float | None) -> Decays:
     return Decays(momentum, b2, averaged)
 
 
+def preconditioner(tx, state, grads, params, decays: Decays, eps) -> jax.Array:
+    """The diagonal P of the next step, flat and positive, without a floor.
+
+        P = (1 - b1^t) (sqrt(v_t / (1 - b2^t)) + eps)
+
+    v_t includes the current gradient. There is no bias correction if the state has no
+    step count (as in RMSProp); b1 is 0 if the momentum is not averaged.
+    """
+    before = tx.init(params) if state is None else state
+    value = jnp.zeros((), jnp.float32)
+    _, after = tx.update(grads, before, params, value=value)
+    adam = _second_moment(after, params)
+    moments = ravel_pytree(adam.nu)[0].astype(jnp.float32)
+    count = getattr(adam, "count", None)
+    if count is None or callable(count):  # Every tuple has a method of that name.
+        return jnp.sqrt(moments) + eps
+    steps = jnp.asarray(count).astype(jnp.float32)
+    root = jnp.sqrt(moments / (1 - decays.b2**steps)) + eps
+    return root * (1 - decays.momentum**steps) if decays.averaged else root
+
+
 @functools.partial(jax.jit, static_argnames="tx")
 def _readings(tx, params):
-    """Readings of b2 and of the momentum, and whether the first and last step move.
+    """Readings of b2 and the momentum, and whether two steps move the parameters.
 
-    The first gradient is of ones, the last one of zeros.
+    These are the first step, on a gradient of ones, and the second one, on zeros.
     """
     # All parameters are zero, so that weight decay adds nothing to the gradient.
     zeros = jax.tree.map(jnp.zeros_like, params)
@@ -58,7 +86,7 @@ def _readings(tx, params):
 
     def read(field: str) -> jax.Array:
         start, one, two, rest = (
-            ravel_pytree(getattr(nodes_with(field, state)[0], field))[0]
+            ravel_pytree(getattr(_nodes_with(field, state)[0], field))[0]
             for state in (fresh, once, twice, rested)
         )
         shrinkage, growth = rest / one, (two - one) / (one - start)
@@ -66,7 +94,7 @@ def _readings(tx, params):
             [f(x) for x in (shrinkage, growth) for f in (jnp.min, jnp.max)]
         )
 
-    averages, sums = nodes_with("mu", fresh), nodes_with("trace", fresh)
+    averages, sums = _nodes_with("mu", fresh), _nodes_with("trace", fresh)
     if len(averages) + len(sums) > 1:
         momentum = jnp.full(1, jnp.nan)
     elif averages:
@@ -92,3 +120,28 @@ def _not_shown(name: str) -> ValueError:
         f"in Adam and RMSProp, got `{name}=None`. `sharpness` supports optimizers that "
         "divide by the root of an average of squared gradients."
     )
+
+
+def _second_moment(state, params) -> Any:
+    """The only node of a state that holds the second moments of all parameters."""
+    size = sum(leaf.size for leaf in jax.tree.leaves(params))
+    found = _nodes_with("nu", state)
+    sizes = [sum(leaf.size for leaf in jax.tree.leaves(node.nu)) for node in found]
+    if sizes != [size]:
+        of = f" of {' and '.join(map(str, sizes))}" if sizes else ""
+        raise ValueError(
+            "`tx` must hold one second moment, a state with `nu` as in Adam and "
+            f"RMSProp, of all {size} parameters, got {len(sizes)}{of}. Leave `tx` out "
+            "for the plain Hessian, or pass only the parameters of one optimizer."
+        )
+    return found[0]
+
+
+def _nodes_with(field: str, state) -> list[Any]:
+    """The nodes of a state that have a field of this name; methods do not count."""
+
+    def has_field(node) -> bool:
+        return hasattr(node, field) and not callable(getattr(node, field))
+
+    leaves = jax.tree.leaves(state, is_leaf=has_field)
+    return [node for node in leaves if has_field(node)]

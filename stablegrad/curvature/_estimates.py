@@ -1,7 +1,6 @@
 """Estimates of the largest stable learning rate from one batch."""
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -25,10 +24,9 @@ _ROUNDING = 8 * float(np.finfo(np.float32).eps)  # Relative, of a second differe
 
 
 class Estimates(NamedTuple):
-    """Estimates from one batch; every field but `direction` is a rank-0 float32.
+    """Estimates from one batch; every field but `direction` is a rank-0 array.
 
-    A length is `update_norm` times a learning rate. Lengths along a unit vector
-    overflow only if the loss itself does.
+    A length is a learning rate times `update_norm`: it overflows only if the loss does.
     """
 
     loss: jax.Array
@@ -45,43 +43,35 @@ class Estimates(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("loss", "tx", "method", "probed"))
 def estimate(
-    loss, tx, params, data, method, probed, *, steps, built_rate, tolerance, spike
+    loss, tx, params, data, method, probed, *, steps, rate, tolerance, spike
 ) -> Estimates:
-    """Computes all estimates for one batch, with `tx` built at `built_rate`."""
+    """Computes all estimates for one batch; `rate` is the one `tx` was built with."""
     value, grads = jax.value_and_grad(loss)(params, data)
     updates, _ = tx.update(grads, tx.init(params), params, value=value)
-    update = jax.tree.map(
-        lambda u, x: (u / built_rate).astype(x.dtype), updates, params
-    )
+    update = jax.tree.map(lambda u, x: (u / rate).astype(x.dtype), updates, params)
     measured = measure(update)
     size = jnp.where(measured.norm > 0, measured.norm, 1)
     direction = jax.tree.map(lambda u: u / size, update)
     slope = jnp.asarray(optax.tree.vdot(grads, direction), jnp.float32)
     scale = measure(params).norm + 1
-    loss_at = _line(loss, params, data, direction)
+    loss_at = lambda h: loss(_hessian.move(params, h, direction), data)
     if method == "forward":
         curvature = _second_difference(loss_at, value, slope, scale)
     else:
         product = _hessian.product(loss, method, params, data, direction)
         curvature = jnp.asarray(optax.tree.vdot(direction, product), jnp.float32)
-    curved = curvature > 0
-    directional = jnp.where(
-        curved, -2 * slope / jnp.where(curved, curvature, 1), jnp.inf
-    )
+    directional = jnp.where(curvature > 0, -2 * slope / curvature, jnp.inf)
     forward = _first_rise(loss_at, value, slope, scale, directional, tolerance)
     probe = jnp.full((), jnp.nan)
     if probed:
         guess = jnp.minimum(directional, forward)
         start = _start(value, slope, scale, guess) * 8 / measured.norm
         limit = value + spike * jnp.abs(value)
-        spikes = functools.partial(
-            _spikes, loss, tx, params, data, built_rate, steps, limit
-        )
+        spikes = lambda r: _spikes(loss, tx, params, data, steps, limit, r / rate)
         probe = crossing(spikes, start, _PROBE_GROWTH, _PROBE_PRECISION)
     # Leaves that start at zero do not count: they would make the rate zero.
     sizes, moves = measure(params).leaf_norms, measured.leaf_norms
-    counted = (sizes > 0) & (moves > 0)
-    ratios = jnp.where(counted, sizes / jnp.where(counted, moves, 1), jnp.inf)
+    ratios = jnp.where((sizes > 0) & (moves > 0), sizes / moves, jnp.inf)
     return Estimates(
         loss=value,
         gradient_norm=measure(grads).norm,
@@ -102,15 +92,9 @@ def cross_batch(loss, params, data, direction, forward, tolerance) -> jax.Array:
     value, grads = jax.value_and_grad(loss)(params, data)
     slope = jnp.asarray(optax.tree.vdot(grads, direction), jnp.float32)
     scale = measure(params).norm + 1
-    loss_at = _line(loss, params, data, direction)
+    loss_at = lambda h: loss(_hessian.move(params, h, direction), data)
     length = _first_rise(loss_at, value, slope, scale, forward, tolerance)
     return jnp.where(slope < 0, length, 0.0)
-
-
-def _line(loss, params, data, direction) -> Callable:
-    """The loss as a function of the length of a step along `direction`."""
-    move = lambda h: optax.apply_updates(params, optax.tree.scale(h, direction))
-    return lambda h: loss(move(h), data)
 
 
 def _first_rise(loss_at, value, slope, scale, guess, tolerance) -> jax.Array:
@@ -143,8 +127,7 @@ def _second_difference(loss_at, value, slope, scale) -> jax.Array:
         second = (ahead - value) + (behind - value)
         return jnp.where(jnp.abs(second) <= _ROUNDING * largest, 0, second)
 
-    def ratio(h, second) -> jax.Array:
-        return jnp.abs(second / (h * slope))
+    ratio = lambda h, second: jnp.abs(second / (h * slope))
 
     def unsuitable(carry) -> jax.Array:
         h, second, tries = carry
@@ -161,7 +144,7 @@ def _second_difference(loss_at, value, slope, scale) -> jax.Array:
     return second / jnp.square(h)
 
 
-def _spikes(loss, tx, params, data, built_rate, steps, limit, rate) -> jax.Array:
+def _spikes(loss, tx, params, data, steps, limit, scale) -> jax.Array:
     """Whether the loss exceeds a limit, or is nan, within some optimizer steps."""
 
     def below(carry) -> jax.Array:
@@ -170,7 +153,10 @@ def _spikes(loss, tx, params, data, built_rate, steps, limit, rate) -> jax.Array
 
     def advance(carry):
         _, params, state, taken = carry
-        return *step(loss, tx, params, state, data, rate / built_rate), taken + 1
+        value, params, new = step(loss, tx, params, state, data, scale)
+        # The loop needs constant dtypes; those of a state may change after `init`.
+        state = jax.tree.map(lambda x, old: jnp.asarray(x, old.dtype), new, state)
+        return value, params, state, taken + 1
 
     start = limit, params, _trees.strongly_typed(tx.init(params)), 0
     return ~(lax.while_loop(below, advance, start)[0] <= limit)

@@ -25,9 +25,13 @@ def product(loss, method: str, params, data, vector):
         return jax.grad(lambda x: optax.tree.vdot(gradient(x), vector))(params)
     size = jnp.maximum(measure(vector).norm, jnp.finfo(jnp.float32).tiny)
     h = _RELATIVE_STEP * jnp.maximum(measure(params).norm, 1e-3) / size
-    move = lambda step: optax.apply_updates(params, optax.tree.scale(step, vector))
-    ahead, behind = gradient(move(h)), gradient(move(-h))
+    ahead, behind = (gradient(move(params, step, vector)) for step in (h, -h))
     return jax.tree.map(lambda a, b: (a - b) / (2 * h), ahead, behind)
+
+
+def move(params, length, direction):
+    """`params + length * direction`, in the dtypes of `params`."""
+    return optax.apply_updates(params, optax.tree.scale(length, direction))
 
 
 def choose(method: str, loss, params, data) -> str:

@@ -26,7 +26,7 @@ class Spectrum(NamedTuple):
     participation: float  # 1 / (size sum v^4): share of coordinates in v.
 
 
-def lanczos(loss, method, root, params, data, iterations: int, key) -> Spectrum:
+def lanczos(loss, method, root, params, data, iterations: int, seed) -> Spectrum:
     """Lanczos with full reorthogonalisation on A = R H R, R diagonal, in float32.
 
         w = A q_j;  a_j = w.q_j;  w -= Q^T Q w, twice;  b_j = ||w||;  q_{j+1} = w / b_j
@@ -37,7 +37,7 @@ def lanczos(loss, method, root, params, data, iterations: int, key) -> Spectrum:
     """
     size = root.size
     most = min(iterations + iterations // 2, size)
-    start = jax.random.normal(key, (size,), jnp.float32)
+    start = jax.random.normal(jax.random.key(seed), (size,), jnp.float32)
     vectors = jnp.zeros((most + 1, size), jnp.float32)
     vectors = vectors.at[0].set(start / jnp.linalg.norm(start))
     basis = vectors, jnp.zeros(most, jnp.float32), jnp.zeros(most, jnp.float32)
@@ -52,10 +52,9 @@ def lanczos(loss, method, root, params, data, iterations: int, key) -> Spectrum:
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
 def _extend(loss, method, basis, begin, end, root, params, data):
-    """Adds the vectors `begin` to `end` to a basis, and their coefficients.
+    """Runs the iterations `begin` to `end`.
 
-    The basis holds orthonormal rows (most + 1, size), the diagonal of the tridiagonal
-    matrix (most,) and the elements beside the diagonal (most,).
+    A basis is orthonormal rows, and the two diagonals of the tridiagonal matrix.
     """
     flat, unravel = ravel_pytree(params)
 

@@ -1,6 +1,7 @@
-"""A loss as a function of the parameters that an optimizer updates."""
+"""The loss, parameters and optimizer of a measurement, in a form for `jax.jit`."""
 
 import dataclasses
+import functools
 import math
 import sys
 from collections.abc import Callable, Hashable
@@ -13,13 +14,13 @@ import optax
 
 from .. import _checks, _trees
 
+# Hyperparameters may be kept in bfloat16.
+_close = functools.partial(math.isclose, rel_tol=1e-2)
+
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
-    """`loss(params, (frozen, batch))`: a rank-0 array, float32 or wider.
-
-    It is hashable, so that `jax.jit` compiles once for each loss.
-    """
+    """`loss(params, (frozen, batch))`, a static argument of `jax.jit`."""
 
     function: Callable
     treedef: Any  # The structure of the user's parameters.
@@ -27,16 +28,15 @@ class Loss:
     graphdef: Any  # The static part of a Flax NNX module; None for other pytrees.
 
     def __call__(self, params, data) -> jax.Array:
-        """Reassembles the user's parameters and calls the user's function."""
+        """Calls the user's function: a rank-0 array, float32 or wider."""
         (frozen, other_state), batch = data
         trained = self.treedef.flatten_up_to(params)
         rows = zip(trained, frozen, self.constants, strict=True)
         leaves = [next(x for x in row if x is not None) for row in rows]
         model = self.treedef.unflatten(leaves)
         if self.graphdef is not None:
-            # A new module in each call: the user's module and its random streams
-            # keep their state.
-            model = _nnx().merge(self.graphdef, model, other_state)
+            # This is a new module, so the user's module keeps its state.
+            model = sys.modules["flax.nnx"].merge(self.graphdef, model, other_state)
         value = self.function(model, batch)
         got = type(value).__name__
         if hasattr(value, "dtype") or isinstance(value, float):
@@ -59,11 +59,10 @@ def problem(loss_fn: Callable, params) -> tuple[Loss, Any, tuple]:
         the other leaves; and the frozen arrays, which `loss` takes beside the batch.
     """
     if not callable(loss_fn):
-        raise TypeError(
-            "`loss_fn` must be a function of (params, batch), got "
-            f"{type(loss_fn).__name__}."
-        )
-    graphdef, other_state, nnx = None, None, _nnx()
+        kind = type(loss_fn).__name__
+        raise TypeError(f"`loss_fn` must be a function of (params, batch), got {kind}.")
+    graphdef, other_state = None, None
+    nnx: Any = sys.modules.get("flax.nnx")  # It is loaded if `params` is its module.
     if nnx is not None and isinstance(params, nnx.Module):
         graphdef, *states = nnx.split(params, nnx.Param, ...)
         pure = getattr(nnx, "as_pure", None) or nnx.pure  # The older name.
@@ -92,14 +91,50 @@ def optimizer(tx, asker: str) -> optax.GradientTransformationExtraArgs:
     )
 
 
-def step(loss: Loss, tx, params, state, data, scale):
-    """The loss before an optimizer step, and the parameters and state after it.
+def built_rate(tx, params, learning_rate: float | None) -> float:
+    """The given rate, else that in the state of `optax.inject_hyperparams`, else 1.
 
-    `scale` multiplies the update. The state keeps its dtypes, as loops need it.
+    Raises ValueError if the state holds another rate than the given one.
     """
+    if learning_rate is not None:
+        _checks.require(
+            "learning_rate", learning_rate, "finite and > 0", lambda x: 0 < x < math.inf
+        )
+    # Under `jax.jit` nothing else of the state is computed.
+    rates = [float(rate) for rate in jax.jit(lambda x: _rates(tx.init(x)))(params)]
+    if not rates:
+        return 1.0 if learning_rate is None else learning_rate
+    positive = all(0 < rate < math.inf for rate in rates)
+    if not (positive and _close(min(rates), max(rates))):
+        raise ValueError(
+            "`tx` must have one learning rate > 0, got "
+            f"{', '.join(f'{rate:.6g}' for rate in rates)} in its state. A schedule "
+            "with a warm-up starts at rate 0: build it without one."
+        )
+    if not (learning_rate is None or _close(learning_rate, rates[0])):
+        raise ValueError(
+            "`learning_rate` must be the rate that `tx` was built with, which is "
+            f"{rates[0]:.6g} by its state, got {learning_rate:.6g}. Leave it out to "
+            "use the rate in the state."
+        )
+    return rates[0] if learning_rate is None else learning_rate
+
+
+def _rates(state) -> list[jax.Array]:
+    """The learning rates in the states of `optax.inject_hyperparams`."""
+
+    def has_rate(node) -> bool:
+        return "learning_rate" in (getattr(node, "hyperparams", None) or ())
+
+    nodes = jax.tree.leaves(state, is_leaf=has_rate)
+    rates = [node.hyperparams["learning_rate"] for node in nodes if has_rate(node)]
+    return [jnp.asarray(rate, jnp.float32) for rate in rates]
+
+
+def step(loss: Loss, tx, params, state, data, scale):
+    """The loss, and the parameters and state after a step with the scaled update."""
     value, grads = jax.value_and_grad(loss)(params, data)
-    updates, new = tx.update(grads, state, params, value=value)
-    state = jax.tree.map(lambda x, old: jnp.asarray(x, old.dtype), new, state)
+    updates, state = tx.update(grads, state, params, value=value)
     return value, optax.apply_updates(params, optax.tree.scale(scale, updates)), state
 
 
@@ -118,11 +153,6 @@ def outline(tree) -> str:
     if hasattr(tree, "dtype"):
         return f"an array of shape {tuple(tree.shape)}"
     return " ".join(repr(jax.tree.map(np.shape, tree)).split())[:100]
-
-
-def _nnx() -> Any:
-    """Flax NNX if it is loaded, as it is wherever there is an NNX module."""
-    return sys.modules.get("flax.nnx")
 
 
 def _hashable(function: Callable) -> Callable:

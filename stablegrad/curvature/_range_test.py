@@ -14,7 +14,6 @@ import optax
 
 from .. import _checks
 from . import _loss
-from ._rate import built_rate
 
 _FIRST, _LAST = 10, 5  # Steps at both ends where the slope is not used.
 
@@ -33,28 +32,25 @@ class RangeTest:
 
     def __str__(self) -> str:
         """A rate to start with, and where the test ended."""
-        tried = len(self.rates)
-        diverged = math.isfinite(self.divergence)
+        tried, diverged = len(self.rates), math.isfinite(self.divergence)
         cut_short = not diverged and tried < self.steps
         if math.isfinite(self.suggestion):
-            advice = (
+            text = (
                 f"The loss fell fastest at {self.suggestion:.2g}; a tenth of the rate "
                 f"of its minimum is {self.minimum_tenth:.2g}. Start no higher than "
                 "the smaller."
             )
         elif cut_short:
-            advice = "There were too few steps to suggest a rate."
+            text = "There were too few steps to suggest a rate."
         else:
-            advice = "The loss never fell: there is no rate to suggest."
+            text = "The loss never fell: there is no rate to suggest."
         if diverged:
-            return f"{advice} It blew up at {self.divergence:.2g}."
-        end = f"It had not blown up at {self.rates[-1]:.2g}."
+            return f"{text} It blew up at {self.divergence:.2g}."
+        text += f" It had not blown up at {self.rates[-1]:.2g}."
         if cut_short:
-            end += (
-                f" The batches ran out there, after {tried} of {self.steps} rates: "
-                f"pass {self.steps} of them to see the rest."
-            )
-        return f"{advice} {end}"
+            text += f" The batches ran out there, after {tried} of {self.steps} rates: "
+            text += f"pass {self.steps} of them to see the rest."
+        return text
 
     def figure(self) -> Any:
         """Plots the losses over the rates.
@@ -109,20 +105,19 @@ def learning_rate_range_test(
         s_i = (1 - d) sum_j d^(i - j) L_j / (1 - d^(i + 1))
         suggestion = argmin ds / d log(eta), before the minimum of s
 
-    The slope is taken over the logarithm of the rate, as the slope over the rate itself
-    is always steepest at the low end. The first ten and last five steps are not used.
-    The test ends at the first loss that is not finite, or when s_i exceeds `blow_up`
-    times its smallest value so far; the average lags some steps behind the instability.
-    Later rates start from parameters that earlier rates have trained, so the result is
-    a rough guide: `critical_learning_rate` is more precise.
+    The slope is taken over the logarithm of the rate, as that over the rate itself is
+    always steepest at the low end; the first ten and last five steps are not used. The
+    test ends at the first loss that is not finite, or when s_i exceeds `blow_up` times
+    its smallest value so far, some steps after the instability starts. Later rates
+    start from parameters that earlier rates have trained, so the result is a rough
+    guide: `critical_learning_rate` is more precise.
 
     Args:
         loss_fn: As for `critical_learning_rate`.
         params: As for `critical_learning_rate`. They are not modified.
         batches: A tuple, dict or array is one batch, used in every step. Any other
             iterable gives one batch a step; the test ends if it runs out.
-        tx: As for `critical_learning_rate`: its update is proportional to its rate,
-            without a schedule.
+        tx: As for `critical_learning_rate`.
         low: The first rate, > 0.
         high: The last rate, > `low`.
         steps: The number of rates, >= 20.
@@ -163,7 +158,7 @@ def learning_rate_range_test(
     _checks.require("blow_up", blow_up, "finite and > 1", lambda x: 1 < x < math.inf)
     loss, trained, frozen = _loss.problem(loss_fn, params)
     optimizer = _loss.optimizer(tx, "learning_rate_range_test")
-    built = built_rate(optimizer, trained, learning_rate)
+    built = _loss.built_rate(optimizer, trained, learning_rate)
     is_batch = isinstance(batches, tuple | dict) or hasattr(batches, "dtype")
     if is_batch or not isinstance(batches, Iterable):
         batches = itertools.repeat(batches)
@@ -172,25 +167,20 @@ def learning_rate_range_test(
     losses: list[float] = []
     smoothed: list[float] = []
     for rate, batch in zip(rates, batches, strict=False):
-        scale = jnp.float32(rate / built)
-        data = (frozen, batch)
+        scale, data = jnp.float32(rate / built), (frozen, batch)
         value, trained, state = _step(loss, optimizer, trained, state, data, scale)
-        value = float(value)
-        if not math.isfinite(value):
-            divergence = float(rate)
-            break
-        losses.append(value)
-        average = smoothing * average + (1 - smoothing) * value
-        smoothed.append(average / (1 - smoothing ** len(losses)))
-        best = min(smoothed)
-        if smoothed[-1] - best > (blow_up - 1) * abs(best):
-            divergence = float(rate)
-            break
+        if math.isfinite(value):
+            losses.append(float(value))
+            average = smoothing * average + (1 - smoothing) * losses[-1]
+            smoothed.append(average / (1 - smoothing ** len(losses)))
+            best = min(smoothed)
+            if smoothed[-1] - best <= (blow_up - 1) * abs(best):
+                continue
+        divergence = float(rate)
+        break
     if not losses:
-        raise ValueError(
-            "`batches` must hold a batch whose loss is finite, got "
-            + ("a first loss that is not." if math.isfinite(divergence) else "none.")
-        )
+        got = "a first loss that is not." if math.isfinite(divergence) else "none."
+        raise ValueError(f"`batches` must hold a batch whose loss is finite, got {got}")
     tried = rates[: len(losses)]
     return RangeTest(
         rates=tuple(tried.tolist()),

@@ -96,13 +96,9 @@ def report(
     slope = float(np.mean(each.slope * size))
     curvature = float(np.mean(each.curvature * size**2))
     with np.errstate(divide="ignore", invalid="ignore"):
-        lengths = [each.directional, each.forward, np.array(cross_lengths, np.float64)]
-        directional, forward, cross_batch = (
-            _geometric_mean(np.where(size > 0, length / size, np.inf))
-            if len(length)
-            else math.nan
-            for length in lengths
-        )
+        rate = lambda length: _geometric_mean(np.where(size > 0, length / size, np.inf))
+        directional, forward = rate(each.directional), rate(each.forward)
+        cross_batch = rate(np.array(cross_lengths)) if cross_lengths else math.nan
         probe = _geometric_mean(each.probe)
         polyak = _geometric_mean((each.loss - best_loss) / (-each.slope * size))
     no_gradient, descends = not each.gradient_norm.any(), slope < 0
@@ -118,10 +114,11 @@ def report(
     if no_gradient or not descends:
         directional = forward = math.inf if no_gradient else 0.0
         probe = math.nan if math.isnan(probe) else forward
-    limits = [x for x in (directional, forward, probe) if not math.isnan(x)]
+    one_step = min(directional, forward)
+    critical = one_step if math.isnan(probe) else probe
     return CriticalLearningRate(
-        critical=min(directional, forward) if math.isnan(probe) else probe,
-        safe_start=0.5 * min(limits),
+        critical=critical,
+        safe_start=0.5 * min(one_step, critical),
         directional=directional,
         forward=forward,
         probe=probe,

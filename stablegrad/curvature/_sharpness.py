@@ -13,10 +13,9 @@ import optax
 from .. import _checks
 from .._norms import measure
 from . import _hessian, _loss
-from ._decays import decays
+from ._decays import Decays, decays, preconditioner
 from ._lanczos import lanczos
 from ._limits import stable_limit
-from ._moments import Decays, preconditioner
 
 _FLOOR = 1e-2  # Smallest element of P, relative to their root mean square.
 _FEW = 1e-2  # Share of coordinates: a top eigenvector on fewer is an artefact.
@@ -43,32 +42,28 @@ class Sharpness:
                 "second derivatives overflow or are nan at these parameters."
             )
         preconditioned = not math.isnan(self.unfloored)
-        what = "preconditioned loss" if preconditioned else "loss"
-        stable = (
-            f"the optimizer is stable below a learning rate of {self.stable_rate:.3g}."
-            if math.isfinite(self.stable_rate)
-            else "nothing limits the learning rate: no eigenvalue is positive."
+        limit = "nothing limits the learning rate: no eigenvalue is positive"
+        if math.isfinite(self.stable_rate):
+            rate = f"{self.stable_rate:.3g}"
+            limit = f"the optimizer is stable below a learning rate of {rate}"
+        text = (
+            f"The {'preconditioned ' if preconditioned else ''}loss curves by "
+            f"{self.largest:.4g} at most and {self.smallest:.4g} at least (residual "
+            f"{self.residual:.1g} after {self.iterations} iterations). On this "
+            f"quadratic {limit}."
         )
-        parts = [
-            f"The {what} curves by {self.largest:.4g} at most and {self.smallest:.4g} "
-            f"at least (residual {self.residual:.1g} after {self.iterations} "
-            f"iterations). On this quadratic {stable}"
-        ]
         if self.residual > 1e-2 * abs(self.largest):
-            parts.append("Not converged: pass more `iterations`.")
+            text += " Not converged: pass more `iterations`."
         if preconditioned:
-            share = self.unfloored_participation
-            artefact = (
-                f", an artefact of vanishing gradients: {100 * share:.2g} % of the "
-                "coordinates carry it"
-            )
-            parts.append(
-                "Without a floor under the second moments the largest is "
-                f"{self.unfloored:.4g}{artefact if share < _FEW else ''}. Before "
-                "training, the limit is often 10 to 100 times too low: trust "
-                "`critical_learning_rate`."
-            )
-        return " ".join(parts)
+            text += " Without a floor under the second moments the largest is "
+            text += f"{self.unfloored:.4g}"
+            if self.unfloored_participation < _FEW:
+                share = f"{100 * self.unfloored_participation:.2g} %"
+                text += ", an artefact of vanishing gradients: "
+                text += f"{share} of the coordinates carry it"
+            text += ". Before training, the limit is often 10 to 100 times too low: "
+            text += "trust `critical_learning_rate`."
+        return text
 
 
 def sharpness(
@@ -91,9 +86,8 @@ def sharpness(
         lambda = eigenvalues of H,  or of  P^-1/2 H P^-1/2,  P = max(P, 0.01 rms(P))
         P = (1 - b1^t) (sqrt(v_t / (1 - b2^t)) + eps),  v_t with this gradient included
 
-    by the Lanczos method with full reorthogonalisation, in float32 with the highest
-    precision of matrix products. With momentum b and weight decay w, steps are stable
-    for
+    by the Lanczos method in float32. With momentum b and weight decay w, steps are
+    stable for
 
         eta (lambda k + w) < 2,    k = (1 + 2b if nesterov else 1) / (1 + b)
 
@@ -109,16 +103,14 @@ def sharpness(
         batch: As for `critical_learning_rate`; one batch for all products.
         tx: An optimizer that keeps one second moment `nu` of all parameters, as Adam
             and RMSProp do, for the preconditioner P. None: the plain Hessian.
-        state: The state of `tx` during training, such as `optimizer.opt_state` of Flax
-            NNX. None: the initial state.
-        momentum: b, in [0, 1); b1 of Adam. None: 0 without `tx`; with `tx` the value
-            that two steps on artificial gradients show.
+        state: The state of `tx` during training. None: the initial state.
+        momentum: b, in [0, 1); b1 of Adam. None: 0 without `tx`, else the value that
+            two steps on artificial gradients show.
         nesterov: Whether the momentum is Nesterov's. It is not inferred from `tx`.
         weight_decay: w, decoupled, as in AdamW, >= 0. It is not inferred from `tx`.
         b2: Decay of the second moment of `tx`, in (0, 1). None: as for `momentum`.
         eps: Constant that `tx` adds to the root, >= 0. It is not inferred from `tx`.
-        iterations: Lanczos steps, >= 1. Half as many more follow if the residual is
-            above 1 % of the result.
+        iterations: Lanczos steps, >= 1; half as many more if the residual is above 1 %.
         seed: Seed of the start vector.
 
     Returns:
@@ -170,9 +162,8 @@ def sharpness(
         )
         _loss.require_finite(value, gradient_norm)
         method = _hessian.choose("auto", loss, trained, data)
-        key = jax.random.key(seed)
         spectra = [
-            lanczos(loss, method, root, trained, data, iterations, key)
+            lanczos(loss, method, root, trained, data, iterations, seed)
             for root in roots
         ]
     bare = spectra[1] if tx is not None else None
