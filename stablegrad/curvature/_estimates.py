@@ -49,11 +49,11 @@ def estimate(
     value, grads = jax.value_and_grad(loss)(params, data)
     updates, _ = tx.update(grads, tx.init(params), params, value=value)
     update = jax.tree.map(lambda u, x: (u / rate).astype(x.dtype), updates, params)
-    measured = measure(update)
-    size = jnp.where(measured.norm > 0, measured.norm, 1)
+    before, moved = measure(params), measure(update)
+    size = jnp.where(moved.norm > 0, moved.norm, 1)
     direction = jax.tree.map(lambda u: u / size, update)
     slope = jnp.asarray(optax.tree.vdot(grads, direction), jnp.float32)
-    scale = measure(params).norm + 1
+    scale = before.norm + 1
     loss_at = lambda h: loss(_hessian.move(params, h, direction), data)
     if method == "forward":
         curvature = _second_difference(loss_at, value, slope, scale)
@@ -65,17 +65,17 @@ def estimate(
     probe = jnp.full((), jnp.nan)
     if probed:
         guess = jnp.minimum(directional, forward)
-        start = _start(value, slope, scale, guess) * 8 / measured.norm
+        start = _start(value, slope, scale, guess) * 8 / moved.norm
         limit = value + spike * jnp.abs(value)
         spikes = lambda r: _spikes(loss, tx, params, data, steps, limit, r / rate)
         probe = crossing(spikes, start, _PROBE_GROWTH, _PROBE_PRECISION)
     # Leaves that start at zero do not count: they would make the rate zero.
-    sizes, moves = measure(params).leaf_norms, measured.leaf_norms
-    ratios = jnp.where((sizes > 0) & (moves > 0), sizes / moves, jnp.inf)
+    counted = (before.leaf_norms > 0) & (moved.leaf_norms > 0)
+    ratios = jnp.where(counted, before.leaf_norms / moved.leaf_norms, jnp.inf)
     return Estimates(
         loss=value,
         gradient_norm=measure(grads).norm,
-        update_norm=measured.norm,
+        update_norm=moved.norm,
         slope=slope,
         curvature=curvature,
         directional=directional,

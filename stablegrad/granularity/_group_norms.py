@@ -1,54 +1,46 @@
-"""The norms of groups, and back from one number a group to the leaves.
+"""The norms of groups, and the factors of groups spread over the leaves.
 
-Whatever the granularity, the norms of a step are one vector with one number a group,
-so that a thousand leaves cost one small kernel.
+For every granularity the norms of a step are one vector (groups,), so that many leaves
+cost one small kernel.
 """
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import _trees
-from .._norms import Measurement, measure, measure_parts, norm_of_norms, norms_over
+from .. import _norms, _trees
+from .._norms import Measurement
 from ._groups import Grouping
 
 
 def group_norms(
-    grouping: Grouping, measured: Measurement, leaves, over=norms_over
+    grouping: Grouping, measured: Measurement, leaves, over=_norms.norms_over
 ) -> jax.Array:
-    """The L2 norm of each group, float32 (groups,); nan where the group is not finite.
+    """The L2 norm of each group, float32 (groups,); nan where a group is not finite.
 
-    `over` takes the norms within leaves, as `norms_over` does.
+    `over(leaves, axes)` computes the norms within leaves, as `norms_over` does.
     """
-    norms = measured.leaf_norms
     if grouping.whole:
         return measured.norm[None]
     if grouping.leafwise:
-        return norms
-    if not grouping.by_leaf:
-        judged = [
-            (leaf, axes)
-            for leaf, axes, first in zip(
-                leaves, grouping.axes, grouping.first, strict=True
-            )
-            if first is not None
-        ]
-        parts = over([leaf for leaf, _ in judged], [axes for _, axes in judged])
-        return _flat(parts)
-    return _norms_by_label(norms, grouping)
+        return measured.leaf_norms
+    if grouping.axes is None:
+        return _norms_by_label(measured.leaf_norms, grouping)
+    pairs = [(leaves[i], grouping.axes[i]) for i in grouping.members]
+    return _flat(over([leaf for leaf, _ in pairs], [axes for _, axes in pairs]))
 
 
 def measure_groups(grouping: Grouping, tree) -> tuple[Measurement, jax.Array]:
-    """A tree's measurement and the norm of each group, from one pass over each leaf."""
+    """A tree's measurement and the norm of each group, in one pass over each leaf."""
     leaves = _trees.inexact_leaves(tree)
-    if grouping.by_leaf or not leaves:
-        measured = measure(tree)
+    if grouping.axes is None or not leaves:
+        measured = _norms.measure(tree)
         return measured, group_norms(grouping, measured, leaves)
-    measured, parts = measure_parts(leaves, grouping.axes)
-    pairs = zip(parts, grouping.first, strict=True)
-    return measured, _flat([part for part, first in pairs if first is not None])
+    measured, parts = _norms.measure_parts(leaves, grouping.axes)
+    return measured, _flat([parts[i] for i in grouping.members])
 
 
 def scaled_groups_norm(
@@ -57,34 +49,28 @@ def scaled_groups_norm(
     """The norm of a tree after each group is multiplied by its factor."""
     if grouping.whole:
         return factors[0] * measured.norm
-    if grouping.leafwise:
-        return norm_of_norms(factors * norms)
-    scales = leaf_factors(grouping, factors)
-    if grouping.by_leaf:
-        return norm_of_norms(scales * measured.leaf_norms)
-    outside = [first is None for first in grouping.first]
-    others = measured.leaf_norms[np.flatnonzero(outside)]
-    return norm_of_norms(jnp.concatenate([factors * norms, others]))
+    if grouping.axes is None:
+        scaled = leaf_factors(grouping, factors) * measured.leaf_norms
+        return _norms.norm_of_norms(scaled)
+    outside = [i for i, first in enumerate(grouping.first) if first is None]
+    others = measured.leaf_norms[np.array(outside, np.int32)]
+    return _norms.norm_of_norms(jnp.concatenate([factors * norms, others]))
 
 
 def leaf_factors(grouping: Grouping, factors) -> Any:
-    """Factors (groups,) as `scale_leaves` takes them: (), (leaves,), or a tuple."""
+    """Factors (groups,) as `scale_leaves` takes them; 1 for a leaf without a group."""
     if grouping.whole:
         return factors[0]
     if grouping.leafwise:
         return factors
-    if grouping.by_leaf:
-        places = [0 if first is None else first + 1 for first in grouping.first]
-        with_one = jnp.concatenate([jnp.ones((1,), factors.dtype), factors])
-        return with_one[np.array(places, np.int32)]
-    spread = []
-    for first, kept in zip(grouping.first, grouping.kept, strict=True):
-        if first is None:
-            spread.append(jnp.ones((), factors.dtype))
-        else:
-            last = first + int(np.prod(kept, dtype=np.int64))
-            spread.append(factors[first:last].reshape(kept))
-    return tuple(spread)
+    one = jnp.ones((), factors.dtype)
+    if grouping.axes is None:
+        places = [grouping.count if i is None else i for i in grouping.first]
+        return jnp.append(factors, one)[np.array(places, np.int32)]
+    return tuple(
+        one if i is None else factors[i : i + math.prod(shape)].reshape(shape)
+        for i, shape in zip(grouping.first, grouping.shapes, strict=True)
+    )
 
 
 def _flat(parts) -> jax.Array:
@@ -92,15 +78,15 @@ def _flat(parts) -> jax.Array:
 
 
 def _norms_by_label(norms, grouping: Grouping) -> jax.Array:
-    """Norms of groups of leaves, each with its own unit so that none overflows."""
-    members = [i for i, first in enumerate(grouping.first) if first is not None]
+    """Norms of groups of leaves, each scaled by its largest so that none overflows."""
+    members = np.array(grouping.members, np.int32)
     label = np.array([grouping.first[i] for i in members], np.int32)
-    norms = norms[np.array(members, np.int32)]
+    norms = norms[members]
     finite = jnp.isfinite(norms)
     known = jnp.where(finite, norms, 0.0)
-    unit = jax.ops.segment_max(known, label, grouping.count)
-    unit = jnp.where(unit > 0, unit, 1.0)
-    total = jax.ops.segment_sum(jnp.square(known / unit[label]), label, grouping.count)
+    peak = jax.ops.segment_max(known, label, grouping.count)
+    peak = jnp.where(peak > 0, peak, 1.0)
+    total = jax.ops.segment_sum(jnp.square(known / peak[label]), label, grouping.count)
     bad = jax.ops.segment_sum((~finite).astype(jnp.int32), label, grouping.count)
-    largest = float(np.finfo(np.float32).max)
-    return jnp.where(bad > 0, jnp.nan, jnp.minimum(unit * jnp.sqrt(total), largest))
+    found = jnp.minimum(peak * jnp.sqrt(total), _norms.LARGEST)
+    return jnp.where(bad > 0, jnp.nan, found)
