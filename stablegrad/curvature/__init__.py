@@ -1,1 +1,1 @@
-"""How far a step may go: curvature of the loss, measured before training."""
+"""Learning-rate limits from the curvature of the loss, measured before training."""

@@ -1,59 +1,46 @@
-"""The smallest rate at which something happens, found from below."""
+"""Search for the smallest rate at which a condition holds."""
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-_FARTHEST = 2.0**40  # How far from its start a search goes, up or down.
-_EXTREME = 1e20  # A search starts no farther from 1, lest its rates overflow.
-
-
-class _Bracket(NamedTuple):
-    """Rates between which the crossing lies; float32."""
-
-    low: jax.Array  # The largest tried at which it does not happen, 0 if none.
-    high: jax.Array  # The smallest tried at which it does, inf if none.
+_RANGE = 2.0**40  # The search covers this factor below and above its start.
+_LARGEST_START = 1e20  # The start is clipped to this, so that no rate overflows.
 
 
 def crossing(
-    happens: Callable, start: jax.Array, growth: float, precision: float
+    holds: Callable, start: jax.Array, growth: float, precision: float
 ) -> jax.Array:
-    """The smallest rate for which `happens(rate)`, within a factor `precision`.
+    """The smallest rate for which `holds(rate)`, within a factor `precision`.
 
-    Down from `start` by factors of four while it happens there already, then up by
-    factors of `growth` until it does, then halves the logarithm. Coming from below
-    matters: a loss that saturates has several crossings, and the first may be narrow.
-    Returns inf, or 0, if it never happens, or always, within 12 decades.
+    The search divides `start` by four until the condition fails, multiplies by `growth`
+    until it holds, then bisects the logarithm. It approaches from below because a loss
+    that saturates crosses its limit several times, and the first rise may be narrow.
+    The result is inf if the condition never holds within 12 decades, 0 if always.
     """
     usable = jnp.isfinite(start) & (start > 0)
     start = jnp.where(usable, start, 1).astype(jnp.float32)
-    start = jnp.clip(start, 1 / _EXTREME, _EXTREME)
+    start = jnp.clip(start, 1 / _LARGEST_START, _LARGEST_START)
 
+    # low: the largest rate tried at which the condition fails, 0 if there is none.
+    # high: the smallest rate tried at which it holds, inf if there is none.
     def searching(bracket) -> jax.Array:
         low, high = bracket
         found = (low > 0) & (high <= precision * low)
-        lost = (low > start * _FARTHEST) | (high < start / _FARTHEST)
+        lost = (low > start * _RANGE) | (high < start / _RANGE)
         return ~(found | lost)
 
-    def following(low, high) -> jax.Array:
+    def narrow(bracket) -> tuple[jax.Array, jax.Array]:
+        low, high = bracket
         up = jnp.minimum(growth * low, jnp.sqrt(low) * jnp.sqrt(high))
         down = jnp.where(jnp.isinf(high), start, high / 4)
-        return jnp.where(low > 0, up, down)
+        rate = jnp.where(low > 0, up, down)
+        held = holds(rate)
+        return jnp.where(held, low, rate), jnp.where(held, rate, high)
 
-    def look(bracket) -> _Bracket:
-        rate = following(*bracket)
-        yes = happens(rate)
-        return _Bracket(
-            jnp.where(yes, bracket.low, rate), jnp.where(yes, rate, bracket.high)
-        )
-
-    nothing = jnp.zeros((), jnp.float32)
-    low, high = lax.while_loop(searching, look, _Bracket(nothing, nothing + jnp.inf))
-    return jnp.where(
-        jnp.isinf(high),
-        jnp.inf,
-        jnp.where(low > 0, jnp.sqrt(low) * jnp.sqrt(high), 0.0),
-    )
+    zero = jnp.zeros((), jnp.float32)
+    low, high = lax.while_loop(searching, narrow, (zero, zero + jnp.inf))
+    middle = jnp.where(low > 0, jnp.sqrt(low) * jnp.sqrt(high), 0.0)
+    return jnp.where(jnp.isinf(high), jnp.inf, middle)

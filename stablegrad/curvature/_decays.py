@@ -1,101 +1,147 @@
-"""How an optimizer averages, seen from two steps on made-up gradients."""
+"""The decay rates and the preconditioner of Adam and RMSProp, read from their state."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from ._moments import Decays, holding, second_moment
-
-_AGREE = 1e-4  # Absolute: two readings of one decay.
-_KNOWN = {"count", "mu", "nu"}  # A state with more than these has a rule of its own.
+_TOLERANCE = 1e-4  # Largest difference between two readings of one decay.
+_ADAM_FIELDS = {"count", "mu", "nu"}  # Other fields belong to other update rules.
 
 
-class _Shown(NamedTuple):
-    b2: jax.Array  # Several readings, which agree if it is one decay.
-    momentum: jax.Array  # The same.
-    moves: jax.Array  # bool: whether the first step is one; it is not in a warm-up.
-    drifts: jax.Array  # bool: whether a step is one when the gradient is zero again.
+class Decays(NamedTuple):
+    """The decay rates of an optimizer's moments."""
+
+    momentum: float
+    b2: float
+    averaged: bool  # Whether m = b m + (1 - b) g, kept as `mu`, and not m = b m + g.
 
 
-def decays(tx, point, momentum: float | None, b2: float | None) -> Decays:
-    """Those given, and for None those that a fresh state shows.
+def decays(tx, params, momentum: float | None, b2: float | None) -> Decays:
+    """The given decays, where None is replaced by what a new state shows.
 
-    A moment becomes x after a gradient of ones, (1 + b) x after another, and b x if one
-    of zeros follows instead. Where the two disagree it follows another rule, and
-    guessing would give a wrong limit without a word: ValueError.
+    A moment that is x after a gradient of ones becomes (1 + b) x after another one, and
+    b x after a gradient of zeros. If the two readings disagree, the optimizer follows
+    another rule, which raises ValueError: a guess could give a wrong limit.
     """
-    node = second_moment(jax.eval_shape(tx.init, point), point)
-    averaged = hasattr(node, "mu")
+    adam = _second_moment(jax.eval_shape(tx.init, params), params)
+    averaged = hasattr(adam, "mu")
     if momentum is not None and b2 is not None:
         return Decays(momentum, b2, averaged)
-    shown = _shown(tx, point)
+    b2_readings, momentum_readings, first_moves, last_moves = _readings(tx, params)
     if b2 is None:
-        b2 = _agreed(shown.b2)
-        if not b2 or not set(getattr(node, "_fields", ())) <= _KNOWN:
-            raise _hidden("b2")
+        b2 = _agreed(b2_readings)
+        if not b2 or not set(getattr(adam, "_fields", ())) <= _ADAM_FIELDS:
+            raise _not_shown("b2")
     if momentum is None:
-        momentum = _agreed(shown.momentum)
-        # What moves on has a momentum, and a mean without effect is none.
-        fits = not shown.moves or bool(shown.drifts) == bool(momentum)
-        if momentum is None or not fits:
-            raise _hidden("momentum")
+        momentum = _agreed(momentum_readings)
+        # With momentum a step without a gradient moves, without momentum it does not.
+        # A first step that does not move, as in a warm-up, shows nothing.
+        consistent = not first_moves or bool(last_moves) == bool(momentum)
+        if momentum is None or not consistent:
+            raise _not_shown("momentum")
     return Decays(momentum, b2, averaged)
 
 
+def preconditioner(tx, state, grads, params, decays: Decays, eps) -> jax.Array:
+    """The diagonal P of the next step, flat and positive, without a floor.
+
+        P = (1 - b1^t) (sqrt(v_t / (1 - b2^t)) + eps)
+
+    v_t includes the current gradient. There is no bias correction if the state has no
+    step count (as in RMSProp); b1 is 0 if the momentum is not averaged.
+    """
+    before = tx.init(params) if state is None else state
+    value = jnp.zeros((), jnp.float32)
+    _, after = tx.update(grads, before, params, value=value)
+    adam = _second_moment(after, params)
+    moments = ravel_pytree(adam.nu)[0].astype(jnp.float32)
+    count = getattr(adam, "count", None)
+    if count is None or callable(count):  # Every tuple has a method of that name.
+        return jnp.sqrt(moments) + eps
+    steps = jnp.asarray(count).astype(jnp.float32)
+    root = jnp.sqrt(moments / (1 - decays.b2**steps)) + eps
+    return root * (1 - decays.momentum**steps) if decays.averaged else root
+
+
 @functools.partial(jax.jit, static_argnames="tx")
-def _shown(tx, point) -> _Shown:
-    # At parameters of zero, so that no decay of them counts as a gradient.
-    nothing = jax.tree.map(jnp.zeros_like, point)
-    ones = jax.tree.map(jnp.ones_like, point)
+def _readings(tx, params):
+    """Readings of b2 and the momentum, and whether two steps move the parameters.
+
+    These are the first step, on a gradient of ones, and the second one, on zeros.
+    """
+    # All parameters are zero, so that weight decay adds nothing to the gradient.
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    ones = jax.tree.map(jnp.ones_like, params)
 
     def step(grads, state):
-        return tx.update(grads, state, nothing, value=jnp.zeros((), jnp.float32))
+        return tx.update(grads, state, zeros, value=jnp.zeros((), jnp.float32))
 
-    fresh = tx.init(nothing)
+    fresh = tx.init(zeros)
     first, once = step(ones, fresh)
     _, twice = step(ones, once)
-    last, rested = step(nothing, once)
+    last, rested = step(zeros, once)
 
-    def readings(field: str, of_growth: bool) -> jax.Array:
+    def read(field: str) -> jax.Array:
         start, one, two, rest = (
-            ravel_pytree(getattr(holding(field, state)[0], field))[0]
+            ravel_pytree(getattr(_nodes_with(field, state)[0], field))[0]
             for state in (fresh, once, twice, rested)
         )
-        seen = [rest / one]
-        if of_growth:
-            seen.append((two - one) / (one - start))
-        return jnp.stack([end(x) for x in seen for end in (jnp.min, jnp.max)])
+        shrinkage, growth = rest / one, (two - one) / (one - start)
+        return jnp.stack(
+            [f(x) for x in (shrinkage, growth) for f in (jnp.min, jnp.max)]
+        )
 
-    means, sums = holding("mu", fresh), holding("trace", fresh)
-    if len(means) + len(sums) > 1:
+    averages, sums = _nodes_with("mu", fresh), _nodes_with("trace", fresh)
+    if len(averages) + len(sums) > 1:
         momentum = jnp.full(1, jnp.nan)
-    elif means:
-        momentum = readings("mu", of_growth=True)
-    elif sums:  # Behind the second moment, where no gradient stays the same.
-        momentum = readings("trace", of_growth=False)
+    elif averages:
+        momentum = read("mu")
+    elif sums:  # The input follows the second moment: its growth shows no decay.
+        momentum = read("trace")[:2]
     else:
         momentum = jnp.zeros(1)
-    return _Shown(
-        b2=readings("nu", of_growth=True),
-        momentum=momentum,
-        moves=jnp.any(ravel_pytree(first)[0] != 0),
-        drifts=jnp.any(ravel_pytree(last)[0] != 0),
-    )
+    first_moves, last_moves = (jnp.any(ravel_pytree(u)[0] != 0) for u in (first, last))
+    return read("nu"), momentum, first_moves, last_moves
 
 
 def _agreed(readings) -> float | None:
-    """The decay that all readings give, if they do."""
+    """The decay if all readings give the same one, else None."""
     read = [float(reading) for reading in readings]
-    agree = all(0 <= x < 1 for x in read) and max(read) - min(read) <= _AGREE
+    agree = all(0 <= x < 1 for x in read) and max(read) - min(read) <= _TOLERANCE
     return read[0] if agree else None
 
 
-def _hidden(name: str) -> ValueError:
+def _not_shown(name: str) -> ValueError:
     return ValueError(
-        f"`{name}` must be given for this `tx`, whose state does not show it as Adam's "
-        f"and RMSProp's do, got `{name}=None`. Only what divides by the root of an "
-        "average of squares can be measured."
+        f"`{name}` must be given for this `tx`, because its state does not show it as "
+        f"in Adam and RMSProp, got `{name}=None`. `sharpness` supports optimizers that "
+        "divide by the root of an average of squared gradients."
     )
+
+
+def _second_moment(state, params) -> Any:
+    """The only node of a state that holds the second moments of all parameters."""
+    size = sum(leaf.size for leaf in jax.tree.leaves(params))
+    found = _nodes_with("nu", state)
+    sizes = [sum(leaf.size for leaf in jax.tree.leaves(node.nu)) for node in found]
+    if sizes != [size]:
+        of = f" of {' and '.join(map(str, sizes))}" if sizes else ""
+        raise ValueError(
+            "`tx` must hold one second moment, a state with `nu` as in Adam and "
+            f"RMSProp, of all {size} parameters, got {len(sizes)}{of}. Leave `tx` out "
+            "for the plain Hessian, or pass only the parameters of one optimizer."
+        )
+    return found[0]
+
+
+def _nodes_with(field: str, state) -> list[Any]:
+    """The nodes of a state that have a field of this name; methods do not count."""
+
+    def has_field(node) -> bool:
+        return hasattr(node, field) and not callable(getattr(node, field))
+
+    leaves = jax.tree.leaves(state, is_leaf=has_field)
+    return [node for node in leaves if has_field(node)]

@@ -1,75 +1,62 @@
-"""Products of the Hessian with a vector, for losses that differentiate twice or not."""
-
-from collections.abc import Callable
+"""Products of the Hessian of a loss with a vector, by three methods."""
 
 import jax
 import jax.numpy as jnp
+import optax
 
-from . import _vectors
+from .._norms import measure
 
-METHODS = ("jvp", "vjp", "difference")
-_SHORT = 1e-3  # Of the parameters' norm: what a central difference moves them by.
+_RELATIVE_STEP = 1e-3  # Step of the central difference, relative to ||x||.
 
 
-def product(loss, method: str) -> Callable:
-    """A function (point, data, vector) -> H vector.
+def product(loss, method: str, params, data, vector):
+    """The product H v of the Hessian at `params` with a vector.
 
-    `"jvp"` is forward over reverse, the cheapest; `"vjp"` is reverse over reverse, for
-    functions with a `custom_vjp`; `"difference"` is the central difference of two
-    gradients, for whatever has one, such as a Pallas kernel:
+    `"jvp"` is forward over reverse differentiation and the cheapest; `"vjp"` is reverse
+    over reverse, for functions with a `custom_vjp`; `"difference"` takes two gradients,
+    for functions without a second derivative, such as a Pallas kernel:
 
         H v = (g(x + h v) - g(x - h v)) / 2h,    h = 1e-3 ||x|| / ||v||
     """
-    gradient = jax.grad(loss)
-
-    def by_jvp(point, data, vector):
-        return jax.jvp(lambda x: gradient(x, data), (point,), (vector,))[1]
-
-    def by_vjp(point, data, vector):
-        return jax.grad(lambda x: _vectors.dot(gradient(x, data), vector))(point)
-
-    def by_difference(point, data, vector):
-        size = jnp.maximum(_vectors.norm(vector), jnp.finfo(jnp.float32).tiny)
-        length = jnp.maximum(_vectors.norm(point), 1e-3)
-        h = _SHORT * length / size
-        ahead = gradient(_vectors.moved(point, h, vector), data)
-        behind = gradient(_vectors.moved(point, -h, vector), data)
-        return jax.tree.map(
-            lambda a, b: ((a - b) / (2 * h).astype(a.dtype)).astype(a.dtype),
-            ahead,
-            behind,
-        )
-
-    return {"jvp": by_jvp, "vjp": by_vjp, "difference": by_difference}[method]
+    gradient = jax.grad(lambda x: loss(x, data))
+    if method == "jvp":
+        return jax.jvp(gradient, (params,), (vector,))[1]
+    if method == "vjp":
+        return jax.grad(lambda x: optax.tree.vdot(gradient(x), vector))(params)
+    size = jnp.maximum(measure(vector).norm, jnp.finfo(jnp.float32).tiny)
+    h = _RELATIVE_STEP * jnp.maximum(measure(params).norm, 1e-3) / size
+    ahead, behind = (gradient(move(params, step, vector)) for step in (h, -h))
+    return jax.tree.map(lambda a, b: (a - b) / (2 * h), ahead, behind)
 
 
-def cheapest(loss, point, data) -> str:
-    """The first method that this loss allows; an error of the loss itself is raised."""
-    jax.eval_shape(jax.grad(loss), point, data)
-    for method in METHODS[:-1]:
-        if _refusal(method, loss, point, data) is None:
-            return method
-    return METHODS[-1]
+def move(params, length, direction):
+    """`params + length * direction`, in the dtypes of `params`."""
+    return optax.apply_updates(params, optax.tree.scale(length, direction))
 
 
-def require_allowed(method: str, loss, point, data) -> None:
-    """Raises ValueError unless this loss allows the method."""
-    jax.eval_shape(jax.grad(loss), point, data)
-    error = _refusal(method, loss, point, data)
-    if error is not None:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(
-            f"`curvature` must be one that `loss_fn` can be differentiated for, got "
-            f"{method!r} ({reason}). Pass 'auto', 'difference', or 'forward', which "
-            "takes losses only."
-        ) from error
+def choose(method: str, loss, params, data) -> str:
+    """The method itself, or for `"auto"` the cheapest one that the loss supports.
 
-
-def _refusal(method: str, loss, point, data) -> Exception | None:
-    """What stands in the way of a method."""
-    try:
-        # Tracing is not enough: some missing rules show on lowering only.
-        jax.jit(product(loss, method)).lower(point, data, point)
-    except Exception as error:
-        return error
-    return None
+    Raises ValueError if the loss lacks the derivative that `method` takes. An error of
+    the loss itself is raised as it is.
+    """
+    if method in ("difference", "forward"):
+        return method
+    jax.eval_shape(jax.grad(loss), params, data)
+    cause = None
+    for candidate in ("jvp", "vjp") if method == "auto" else (method,):
+        try:
+            # Tracing is not enough: JAX reports some missing rules at lowering only.
+            jax.jit(product, static_argnums=(0, 1)).lower(
+                loss, candidate, params, data, params
+            )
+            return candidate
+        except Exception as error:
+            cause = error
+    if method == "auto":
+        return "difference"
+    reason = str(cause).strip().split("\n")[0]
+    raise ValueError(
+        f"`curvature` must be a derivative that `loss_fn` supports, got {method!r} "
+        f"({reason}). Pass 'auto', 'difference', or 'forward', which takes losses only."
+    ) from cause

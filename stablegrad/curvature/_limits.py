@@ -11,23 +11,13 @@ def stable_limit(
     averaged: bool = False,
     weight_decay: float = 0.0,
 ) -> float:
-    """The rate eta below which the step contracts along an eigenvalue `curvature`.
+    """The learning rate eta below which steps contract along an eigenvector.
 
         eta (curvature k + w) < 2,    k = (1 + 2b if nesterov else 1) / (1 + b)
 
-    with k times (1 - b) where the momentum is an average, as in Adam with its
-    preconditioner frozen. w is decoupled weight decay, which the rate multiplies.
-    Gives 2, 2 + 2b, (2 + 2b) / (1 + 2b) and (2 + 2b) / (1 - b) over the curvature.
-
-    Args:
-        curvature: The largest eigenvalue, of P^-1 H where there is a preconditioner.
-        momentum: b, in [0, 1).
-        nesterov: Whether the step looks ahead.
-        averaged: Whether m = b m + (1 - b) g, not m = b m + g.
-        weight_decay: w, >= 0.
-
-    Returns:
-        inf where nothing limits the rate.
+    `curvature` is the largest eigenvalue, of P^-1 H with a constant preconditioner P; b
+    is the momentum, w the decoupled weight decay. `averaged` means m = b m + (1 - b) g,
+    as in Adam, which multiplies k by (1 - b). The limit is inf if no rate is unstable.
     """
     ahead = 1 + 2 * momentum if nesterov else 1.0
     gain = ahead / (1 + momentum) * (1 - momentum if averaged else 1.0)

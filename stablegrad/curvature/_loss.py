@@ -1,10 +1,11 @@
-"""A loss as a function of what an optimizer moves, with everything else bound."""
+"""The loss, parameters and optimizer of a measurement, in a form for `jax.jit`."""
 
 import dataclasses
+import functools
 import math
 import sys
 from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,108 +14,128 @@ import optax
 
 from .. import _checks, _trees
 
-
-class Problem(NamedTuple):
-    """A loss, and where it is looked at; `loss(point, (held, batch))`."""
-
-    loss: "Loss"
-    point: Any  # The floating-point leaves, float32 at least; None for the others.
-    held: tuple  # What the loss needs besides, and no optimizer moves: pytrees.
+# Hyperparameters may be kept in bfloat16.
+_close = functools.partial(math.isclose, rel_tol=1e-2)
 
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
-    """`loss(point, data)`: a rank-0 float32, or float64.
-
-    Hashable, so that the programs which measure a loss are compiled once for it.
-    """
+    """`loss(params, (frozen, batch))`, a static argument of `jax.jit`."""
 
     function: Callable
-    structure: Any  # Of the parameters.
-    moves: tuple[bool, ...]  # Leaf by leaf.
-    constants: tuple[Hashable, ...]  # Leaves that are no arrays, such as functions.
+    treedef: Any  # The structure of the user's parameters.
+    constants: tuple[Hashable, ...]  # Leaves that are not arrays; None for the others.
+    graphdef: Any  # The static part of a Flax NNX module; None for other pytrees.
 
-    def __call__(self, point, data) -> jax.Array:
-        """Puts the parameters together again, and calls the user's function."""
-        (arrays, rest), batch = data
-        moving = iter(jax.tree.leaves(point))
-        held = iter(arrays)
-        constants = iter(self.constants)
-        leaves = []
-        for moves in self.moves:
-            if moves:
-                leaves.append(next(moving))
-            else:
-                array = next(held)
-                leaves.append(next(constants) if array is None else array)
-        params = self.structure.unflatten(leaves)
-        given = (params, batch) if rest is None else (params, rest, batch)
-        value = self.function(*given)
-        if not hasattr(value, "dtype") and not isinstance(value, float):
-            raise TypeError(
-                "`loss_fn` must return the loss alone, a scalar array, got "
-                f"{type(value).__name__}. With auxiliary outputs, pass "
-                "`lambda params, batch: loss_fn(params, batch)[0]`."
-            )
-        value = jnp.asarray(value)
-        if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
-            raise TypeError(
-                "`loss_fn` must return a real scalar, got an array of shape "
-                f"{value.shape} and dtype {value.dtype}."
-            )
-        return value.astype(np.promote_types(np.float32, value.dtype))
+    def __call__(self, params, data) -> jax.Array:
+        """Calls the user's function: a rank-0 array, float32 or wider."""
+        (frozen, other_state), batch = data
+        trained = self.treedef.flatten_up_to(params)
+        rows = zip(trained, frozen, self.constants, strict=True)
+        leaves = [next(x for x in row if x is not None) for row in rows]
+        model = self.treedef.unflatten(leaves)
+        if self.graphdef is not None:
+            # This is a new module, so the user's module keeps its state.
+            model = sys.modules["flax.nnx"].merge(self.graphdef, model, other_state)
+        value = self.function(model, batch)
+        got = type(value).__name__
+        if hasattr(value, "dtype") or isinstance(value, float):
+            value = jnp.asarray(value)
+            if value.shape == () and jnp.issubdtype(value.dtype, jnp.floating):
+                return value.astype(np.promote_types(np.float32, value.dtype))
+            got = f"an array of shape {value.shape} and dtype {value.dtype}"
+        raise TypeError(
+            f"`loss_fn` must return the loss alone, a real scalar, got {got}. If it "
+            "also returns auxiliary outputs, pass "
+            "`lambda params, batch: loss_fn(params, batch)[0]`."
+        )
 
 
-@dataclasses.dataclass(frozen=True)
-class _OfModule:
-    """A loss of a Flax NNX module, as a function of its parameters' state.
+def problem(loss_fn: Callable, params) -> tuple[Loss, Any, tuple]:
+    """Separates the leaves that an optimizer updates from all others.
 
-    Every call works on a copy, so that the user's module stays as it is, and its random
-    streams give the same numbers every time.
-    """
-
-    function: Callable
-    merge: Callable
-    graphdef: Hashable
-
-    def __call__(self, state, rest, batch) -> jax.Array:
-        return self.function(self.merge(self.graphdef, state, rest), batch)
-
-
-def problem(loss_fn: Callable, params) -> Problem:
-    """Splits parameters, or a Flax NNX module, into what moves and what is held.
-
-    Half precision moves as float32: a step at a small rate would be lost in rounding.
+    Returns:
+        The loss; the floating-point parameters, in float32 or wider and with None for
+        the other leaves; and the frozen arrays, which `loss` takes beside the batch.
     """
     if not callable(loss_fn):
-        raise TypeError(
-            "`loss_fn` must be a function of (params, batch), got "
-            f"{type(loss_fn).__name__}."
-        )
-    function, rest = _hashable(loss_fn), None
-    nnx: Any = sys.modules.get("flax.nnx")  # Who holds a module has imported it.
+        kind = type(loss_fn).__name__
+        raise TypeError(f"`loss_fn` must be a function of (params, batch), got {kind}.")
+    graphdef, other_state = None, None
+    nnx: Any = sys.modules.get("flax.nnx")  # It is loaded if `params` is its module.
     if nnx is not None and isinstance(params, nnx.Module):
         graphdef, *states = nnx.split(params, nnx.Param, ...)
         pure = getattr(nnx, "as_pure", None) or nnx.pure  # The older name.
-        params, rest = map(pure, states)
-        function = _OfModule(function, nnx.merge, graphdef)
-    leaves, structure = jax.tree.flatten(params)
-    arrays = [_is_array(leaf) for leaf in leaves]
-    pairs = list(zip(leaves, arrays, strict=True))
-    moves = tuple(array and _trees.is_inexact(leaf) for leaf, array in pairs)
-    if not any(moves):
+        params, other_state = map(pure, states)
+    leaves, treedef = jax.tree.flatten(params)
+    trained, frozen, constants = [], [], []
+    for leaf in leaves:
+        # Python integers and flags may be settings of a module: they stay constants.
+        is_array = hasattr(leaf, "dtype") or isinstance(leaf, float | complex)
+        is_trained = is_array and _trees.is_inexact(leaf)
+        trained.append(_widened(leaf) if is_trained else None)
+        frozen.append(leaf if is_array and not is_trained else None)
+        constants.append(None if is_array else leaf)
+    if all(leaf is None for leaf in trained):
         raise ValueError("`params` must have a floating-point leaf, got none.")
-    point = structure.unflatten(
-        _widened(leaf) if moving else None
-        for leaf, moving in zip(leaves, moves, strict=True)
+    loss = Loss(_hashable(loss_fn), treedef, tuple(constants), graphdef)
+    return loss, treedef.unflatten(trained), (tuple(frozen), other_state)
+
+
+def optimizer(tx, asker: str) -> optax.GradientTransformationExtraArgs:
+    """The same transformation, as a static argument of `jax.jit`."""
+    _checks.require_optimizer(asker, tx)
+    tx = optax.with_extra_args_support(tx)
+    return optax.GradientTransformationExtraArgs(
+        _hashable(tx.init), _hashable(tx.update)
     )
-    constants = tuple(leaf for leaf, array in pairs if not array)
-    held = tuple(
-        leaf if array else None
-        for (leaf, array), moving in zip(pairs, moves, strict=True)
-        if not moving
-    )
-    return Problem(Loss(function, structure, moves, constants), point, (held, rest))
+
+
+def built_rate(tx, params, learning_rate: float | None) -> float:
+    """The given rate, else that in the state of `optax.inject_hyperparams`, else 1.
+
+    Raises ValueError if the state holds another rate than the given one.
+    """
+    if learning_rate is not None:
+        _checks.require(
+            "learning_rate", learning_rate, "finite and > 0", lambda x: 0 < x < math.inf
+        )
+    # Under `jax.jit` nothing else of the state is computed.
+    rates = [float(rate) for rate in jax.jit(lambda x: _rates(tx.init(x)))(params)]
+    if not rates:
+        return 1.0 if learning_rate is None else learning_rate
+    positive = all(0 < rate < math.inf for rate in rates)
+    if not (positive and _close(min(rates), max(rates))):
+        raise ValueError(
+            "`tx` must have one learning rate > 0, got "
+            f"{', '.join(f'{rate:.6g}' for rate in rates)} in its state. A schedule "
+            "with a warm-up starts at rate 0: build it without one."
+        )
+    if not (learning_rate is None or _close(learning_rate, rates[0])):
+        raise ValueError(
+            "`learning_rate` must be the rate that `tx` was built with, which is "
+            f"{rates[0]:.6g} by its state, got {learning_rate:.6g}. Leave it out to "
+            "use the rate in the state."
+        )
+    return rates[0] if learning_rate is None else learning_rate
+
+
+def _rates(state) -> list[jax.Array]:
+    """The learning rates in the states of `optax.inject_hyperparams`."""
+
+    def has_rate(node) -> bool:
+        return "learning_rate" in (getattr(node, "hyperparams", None) or ())
+
+    nodes = jax.tree.leaves(state, is_leaf=has_rate)
+    rates = [node.hyperparams["learning_rate"] for node in nodes if has_rate(node)]
+    return [jnp.asarray(rate, jnp.float32) for rate in rates]
+
+
+def step(loss: Loss, tx, params, state, data, scale):
+    """The loss, and the parameters and state after a step with the scaled update."""
+    value, grads = jax.value_and_grad(loss)(params, data)
+    updates, state = tx.update(grads, state, params, value=value)
+    return value, optax.apply_updates(params, optax.tree.scale(scale, updates)), state
 
 
 def require_finite(value, gradient_norm) -> None:
@@ -128,19 +149,10 @@ def require_finite(value, gradient_norm) -> None:
 
 
 def outline(tree) -> str:
-    """A pytree's shapes on one line."""
+    """The shapes of a pytree, on one line."""
     if hasattr(tree, "dtype"):
         return f"an array of shape {tuple(tree.shape)}"
     return " ".join(repr(jax.tree.map(np.shape, tree)).split())[:100]
-
-
-def optimizer(tx, asker: str) -> optax.GradientTransformationExtraArgs:
-    """The same transformation, fit to be a static argument of `jax.jit`."""
-    _checks.require_optimizer(asker, tx)
-    tx = optax.with_extra_args_support(tx)
-    return optax.GradientTransformationExtraArgs(
-        _hashable(tx.init), _hashable(tx.update)
-    )
 
 
 def _hashable(function: Callable) -> Callable:
@@ -151,12 +163,8 @@ def _hashable(function: Callable) -> Callable:
     return function
 
 
-def _is_array(leaf) -> bool:
-    """Arrays and floats; Python's integers and flags may be settings of a module."""
-    return hasattr(leaf, "dtype") or isinstance(leaf, float | complex)
-
-
 def _widened(leaf) -> jax.Array:
+    """A leaf in float32 or wider; half precision would round small steps away."""
     leaf = jnp.asarray(leaf)
     if jnp.iscomplexobj(leaf):
         raise TypeError("`params` must be real, got a complex leaf.")

@@ -1,9 +1,14 @@
-"""What `critical_learning_rate` found, in numbers and in sentences."""
+"""The result of `critical_learning_rate`."""
 
 import dataclasses
 import math
 
-_NOISE = 2.0  # Same-batch over cross-batch rate: above it, noise decides.
+import jax
+import numpy as np
+
+from ._estimates import Estimates
+
+_NOISE = 2.0  # A larger ratio of same-batch to cross-batch rate is due to noise.
 
 EXPLAINED = {
     "no descent": "The update does not lower the loss at any rate: check its sign, and "
@@ -11,26 +16,26 @@ EXPLAINED = {
     "no gradient": "The gradient is zero here: nothing limits the rate, and nothing "
     "will be learned either.",
     "negative curvature": "The loss curves downwards along the update, so the "
-    "directional estimate says nothing.",
+    "directional estimate gives no limit.",
     "no curvature": "The loss is straight along the update: its curvature is 0, which "
     "limits no rate.",
     "no rise": "The loss did not rise at any rate that was tried: it saturates, or "
-    "falls for ever, and no limit was found.",
+    "decreases without bound, and no limit was found.",
     "rises everywhere": "The loss rose at every rate that was tried: is `loss_fn` the "
     "same function at every call? Freeze its random keys.",
-    "noise": "On another batch the limit is less than half as high: noise decides. Use "
-    "a larger batch, or start lower.",
+    "noise": "On another batch the limit is less than half as high: the gradient noise "
+    "is too large. Use a larger batch, or start lower.",
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class CriticalLearningRate:
-    """Rates at which training spikes; `str()` says what to do.
+    """Learning rates at which training spikes; `str()` gives advice.
 
-    Rates are in [0, inf], nan where they were not measured.
+    Rates are in [0, inf], or nan where they were not measured.
     """
 
-    critical: float  # The probe; without it the smaller of the two below.
+    critical: float  # `probe`; without it the smaller of `directional` and `forward`.
     safe_start: float  # Half of the smallest of the three limits.
     directional: float
     forward: float
@@ -39,86 +44,97 @@ class CriticalLearningRate:
     polyak: float  # A guide, not a limit.
     parameter: float  # A guide, not a limit.
     loss: float  # On the batch, or the mean over several.
-    slope: float  # g.u: what the first step gains, per unit of learning rate.
-    curvature: float  # u.Hu.
-    method: str  # Where the curvature came from.
-    flags: tuple[str, ...]  # What to be wary of, in a word or two.
+    slope: float  # g.u: first derivative of the loss in the learning rate.
+    curvature: float  # u.Hu: second derivative of the loss in the learning rate.
+    method: str  # How the curvature was computed.
+    flags: tuple[str, ...]  # Warnings, in a word or two.
 
     def margin(self, rate: float) -> float:
-        """A rate as a fraction of the critical one; above 1 it spikes."""
+        """The rate divided by the critical one; training spikes above 1."""
         return rate / self.critical if self.critical else math.inf
 
     def __str__(self) -> str:
-        """The limit, where to start, and what to be wary of."""
-        limits = [
-            f"{name} {value:.3g}"
-            for name, value in (
-                ("probe", self.probe),
-                ("forward", self.forward),
-                ("directional", self.directional),
-                ("other batch", self.cross_batch),
-            )
-            if not math.isnan(value)
-        ]
-        told = f"({', '.join(limits)})"
+        """The limits, a rate to start with, and the warnings."""
+        limits = {
+            "probe": self.probe,
+            "forward": self.forward,
+            "directional": self.directional,
+            "other batch": self.cross_batch,
+        }
+        known = [f"{k} {x:.3g}" for k, x in limits.items() if not math.isnan(x)]
+        found = f"({', '.join(known)})"
         if not {"no gradient", "no descent", "rises everywhere"}.isdisjoint(self.flags):
-            first = f"No learning rate can be recommended {told}."
+            first = f"No learning rate can be recommended {found}."
         elif math.isinf(self.critical):
-            first = f"No critical learning rate was found {told}."
+            first = f"No critical learning rate was found {found}."
             if math.isfinite(self.safe_start):
                 first += f" Start at {self.safe_start:.2g} or below."
         else:
             first = (
                 f"Training spikes at a learning rate of about {self.critical:.3g} "
-                f"{told}: start at {self.safe_start:.2g} or below."
+                f"{found}: start at {self.safe_start:.2g} or below."
             )
-        guides = [
-            f"{guide} is {value:.2g}"
-            for guide, value in (
-                ("Polyak's step", self.polyak),
-                ("a step of a thousandth of the parameters", self.parameter),
-            )
-            if math.isfinite(value)
-        ]
-        second = [f"For comparison: {', and '.join(guides)}."] if guides else []
+        guides = {
+            "Polyak's step": self.polyak,
+            "a step of a thousandth of the parameters": self.parameter,
+        }
+        known = [f"{k} is {x:.2g}" for k, x in guides.items() if math.isfinite(x)]
+        second = [f"For comparison: {', and '.join(known)}."] if known else []
         return " ".join([first, *second, *(EXPLAINED[flag] for flag in self.flags)])
 
 
 def report(
-    *,
-    directional: float,
-    forward: float,
-    probe: float,
-    cross_batch: float,
-    slope: float,
-    curvature: float,
-    gradient_norm: float,
-    **others,
+    estimates: list[Estimates], cross_lengths, best_loss: float, method: str
 ) -> CriticalLearningRate:
-    """Combines the limits, and flags what to be wary of."""
+    """Combines the batches: geometric means of the rates, and means of the rest."""
+    # One number a batch, in float64 on the host, where no product overflows.
+    each = jax.tree.map(
+        lambda *numbers: np.array(numbers, np.float64),
+        *[one._replace(direction=None) for one in estimates],
+    )
+    size = each.update_norm
+    slope = float(np.mean(each.slope * size))
+    curvature = float(np.mean(each.curvature * size**2))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        rate = lambda length: _geometric_mean(np.where(size > 0, length / size, np.inf))
+        directional, forward = rate(each.directional), rate(each.forward)
+        cross_batch = rate(np.array(cross_lengths)) if cross_lengths else math.nan
+        probe = _geometric_mean(each.probe)
+        polyak = _geometric_mean((each.loss - best_loss) / (-each.slope * size))
+    no_gradient, descends = not each.gradient_norm.any(), slope < 0
     checks = {
-        "no gradient": gradient_norm == 0,
-        "no descent": gradient_norm > 0 and not slope < 0,
-        "negative curvature": slope < 0 and curvature < 0,
-        "no curvature": slope < 0 and curvature == 0,
-        "no rise": slope < 0 and math.inf in (forward, probe),
-        "rises everywhere": slope < 0 and 0 in (forward, probe),
-        "noise": slope < 0 and forward > _NOISE * cross_batch,
+        "no gradient": no_gradient,
+        "no descent": not no_gradient and not descends,
+        "negative curvature": descends and curvature < 0,
+        "no curvature": descends and curvature == 0,
+        "no rise": descends and math.inf in (forward, probe),
+        "rises everywhere": descends and 0 in (forward, probe),
+        "noise": descends and forward > _NOISE * cross_batch,
     }
-    if gradient_norm == 0 or not slope < 0:
-        nothing = math.inf if gradient_norm == 0 else 0.0
-        directional = forward = nothing
-        probe = math.nan if math.isnan(probe) else nothing
-    measured = [x for x in (directional, forward, probe) if not math.isnan(x)]
+    if no_gradient or not descends:
+        directional = forward = math.inf if no_gradient else 0.0
+        probe = math.nan if math.isnan(probe) else forward
+    one_step = min(directional, forward)
+    critical = one_step if math.isnan(probe) else probe
     return CriticalLearningRate(
-        critical=min(directional, forward) if math.isnan(probe) else probe,
-        safe_start=0.5 * min(measured),
+        critical=critical,
+        safe_start=0.5 * min(one_step, critical),
         directional=directional,
         forward=forward,
         probe=probe,
         cross_batch=cross_batch,
+        polyak=polyak,
+        parameter=_geometric_mean(each.parameter),
+        loss=float(np.mean(each.loss)),
         slope=slope,
         curvature=curvature,
+        method=method,
         flags=tuple(flag for flag, holds in checks.items() if holds),
-        **others,
     )
+
+
+def _geometric_mean(rates: np.ndarray) -> float:
+    """The geometric mean; 0 if any rate is <= 0, also beside an infinite one."""
+    if rates.min() <= 0:
+        return 0.0
+    return math.exp(np.mean(np.log(rates)))

@@ -1,1 +1,1 @@
-"""Granularity: into which groups the numbers of a step fall."""
+"""Granularity: the groups of elements whose norms a rule judges separately."""

@@ -4,6 +4,8 @@ Whatever the granularity, the norms of a step are one vector with one number a g
 that a thousand leaves cost as many kernels as one.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,41 +21,33 @@ def group_norms(grouping: Grouping, measured: Measurement, leaves) -> jax.Array:
 
     The norm is nan or inf where the group is not finite.
     """
-    if grouping.by_leaf:
+    if grouping.axes is None:
         return jnp.sqrt(_squares_by_leaf(grouping, measured.leaf_squares))
-    judged = [
-        (leaf, axes)
-        for leaf, axes, first in zip(leaves, grouping.axes, grouping.first, strict=True)
-        if first is not None
-    ]
-    _, parts = measure_parts([x for x, _ in judged], [axes for _, axes in judged])
+    pairs = [(leaves[i], grouping.axes[i]) for i in grouping.members]
+    _, parts = measure_parts([leaf for leaf, _ in pairs], [axes for _, axes in pairs])
     return jnp.sqrt(_flat(parts))
 
 
 def measure_groups(grouping: Grouping, tree) -> tuple[Measurement, jax.Array]:
     """Measure a tree and the norm of each group in one pass over each leaf."""
     leaves = _trees.inexact_leaves(tree)
-    if grouping.by_leaf or not leaves:
+    if grouping.axes is None or not leaves:
         measured = measure(tree)
         return measured, group_norms(grouping, measured, leaves)
     measured, parts = measure_parts(leaves, grouping.axes)
-    pairs = zip(parts, grouping.first, strict=True)
-    flat = _flat([part for part, first in pairs if first is not None])
-    return measured, jnp.sqrt(flat)
+    return measured, jnp.sqrt(_flat([parts[i] for i in grouping.members]))
 
 
 def scaled_groups_norm(
     grouping: Grouping, measured: Measurement, norms, factors
 ) -> jax.Array:
     """Return the norm of a tree after each group is multiplied by its factor."""
-    squares = jnp.square(factors * norms)
-    if grouping.by_leaf:
-        scales = group_scales(grouping, factors)
-        squares = jnp.square(scales.by_leaf) * measured.leaf_squares
-        return jnp.sqrt(jnp.sum(squares))
-    outside = np.flatnonzero([first is None for first in grouping.first])
-    others = measured.leaf_squares[outside]
-    return jnp.sqrt(jnp.sum(squares) + jnp.sum(others))
+    if grouping.axes is None:
+        factors = group_scales(grouping, factors).by_leaf
+        return jnp.sqrt(jnp.sum(jnp.square(factors) * measured.leaf_squares))
+    outside = [i for i, first in enumerate(grouping.first) if first is None]
+    others = measured.leaf_squares[np.array(outside, np.int32)]
+    return jnp.sqrt(jnp.sum(jnp.square(factors * norms)) + jnp.sum(others))
 
 
 def group_scales(grouping: Grouping, factors: jax.Array) -> Scales:
@@ -63,18 +57,14 @@ def group_scales(grouping: Grouping, factors: jax.Array) -> Scales:
     if grouping.leafwise:
         return Scales(factors)
     one = jnp.ones((), factors.dtype)
-    if grouping.by_leaf:
-        places = [0 if first is None else first + 1 for first in grouping.first]
-        with_one = jnp.concatenate([one[None], factors])
-        return Scales(with_one[np.array(places, np.int32)])
-    spread = []
-    for first, kept in zip(grouping.first, grouping.kept, strict=True):
-        if first is None:
-            spread.append(one)
-        else:
-            last = first + int(np.prod(kept, dtype=np.int64))
-            spread.append(factors[first:last].reshape(kept))
-    return Scales(jnp.ones((), jnp.float32), tuple(spread))
+    if grouping.axes is None:
+        places = [grouping.count if i is None else i for i in grouping.first]
+        return Scales(jnp.append(factors, one)[np.array(places, np.int32)])
+    parts = tuple(
+        one if i is None else factors[i : i + math.prod(shape)].reshape(shape)
+        for i, shape in zip(grouping.first, grouping.shapes, strict=True)
+    )
+    return Scales(jnp.ones((), jnp.float32), parts)
 
 
 def _squares_by_leaf(grouping: Grouping, squares) -> jax.Array:

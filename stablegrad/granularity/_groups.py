@@ -1,9 +1,10 @@
-"""Granularity: into which groups the numbers of a step fall.
+"""Granularity: how the elements of a pytree are divided into groups.
 
 global: one group     label: leaves that share a label     leaf: each leaf
-unit: within each leaf, the fan-in of one output neuron
+unit: the weights of one output neuron, within each leaf
 """
 
+import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from . import _units
 
 
 class Units(NamedTuple):
-    """The granularity that `units` builds."""
+    """The granularity that `units` returns."""
 
     axis: _units.AxisRule
     stacked: _units.StackRule
@@ -32,29 +33,29 @@ NAMES = ("global", "leaf", "unit")
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class Grouping:
-    """Which group each element of a pytree belongs to; static, without arrays."""
+    """The group of each element of a pytree; static, without arrays."""
 
-    count: int  # How many groups there are.
-    # For each leaf: its first group, None if it has none; and the axes that one group
-    # spans, None for all of them.
-    first: tuple[int | None, ...]
-    axes: tuple[tuple[int, ...] | None, ...]
-    kept: tuple[tuple[int, ...], ...]  # Shape of the leaf's groups, rank of the leaf.
-
-    @property
-    def by_leaf(self) -> bool:
-        """Whether no group is smaller than a leaf."""
-        return all(axes is None for axes in self.axes)
+    count: int  # The number of groups.
+    first: tuple[int | None, ...]  # The first group of each leaf, None without one.
+    # For units: the axes of each leaf that a unit spans, and the leaf's shape with
+    # these axes of size 1. None and () if no group is smaller than a leaf.
+    axes: tuple[_units.Axes, ...] | None = None
+    shapes: tuple[_units.Axes, ...] = ()
 
     @property
     def whole(self) -> bool:
         """Whether all leaves are one group."""
-        return self.count == 1 and self.by_leaf and set(self.first) <= {0}
+        return self.axes is None and self.count == 1 and set(self.first) <= {0}
 
     @property
     def leafwise(self) -> bool:
         """Whether every leaf is a group."""
-        return self.by_leaf and self.first == tuple(range(self.count))
+        return self.axes is None and self.first == tuple(range(self.count))
+
+    @property
+    def members(self) -> list[int]:
+        """The indices of the leaves that belong to a group."""
+        return [i for i, first in enumerate(self.first) if first is not None]
 
 
 def units(
@@ -62,24 +63,25 @@ def units(
     stacked: _units.StackRule = None,
     exclude: str | Callable[[Any, Any], bool] | None = None,
 ) -> Units:
-    """Judges each output neuron by itself: the granularity "unit", with settings.
+    """Judges each output neuron separately: the granularity "unit", with settings.
 
-    A unit is what feeds one output: the column of a dense kernel (in, out), one filter
-    of a convolution (..., in, out), one head's output of an attention projection, the
-    row of an embedding, the whole of a gain or bias. Layers stacked by `nn.scan` or
-    `nnx.scan` count one by one.
+    A unit is the weights of one output: a column of a dense kernel (in, out), a filter
+    of a convolution (..., in, out), one feature of one head of an attention projection,
+    a row of an embedding, a whole gain or bias. In layers stacked by `nn.scan` or
+    `nnx.scan`, each layer has its own units.
 
     Args:
-        axis: The axes that one unit spans, where they cannot be told from names and
-            shapes: an integer, a tuple, or a function `(path, leaf)` that returns one,
-            or None to infer them.
-        stacked: Which leaves have a leading layer axis: the name of the module that
-            holds them, or a function `(path, leaf) -> bool`. None: inferred.
-        exclude: Which leaves are left alone: a name in their path, such as "head", or a
-            function `(path, leaf) -> bool`.
+        axis: The axes of a unit: an integer or tuple for all leaves of rank >= 2, or a
+            function `(path, leaf)` that returns either, or None to infer them. Axes are
+            counted without the layer axes that `stacked` declares. None: inferred.
+        stacked: The leaves with a leading layer axis: the name of a module that holds
+            them, such as "layers", or a function `(path, leaf)` that returns a bool, or
+            the number of layer axes for nested scans. None: inferred.
+        exclude: The leaves that are not judged: a name in their path, such as "head",
+            or a function `(path, leaf) -> bool`.
 
     Returns:
-        A granularity, for the `per=` of a threshold.
+        A value for `per=` of a threshold. A nan affects the norm of its own unit only.
 
     Raises:
         ValueError: When the optimizer is initialised, if a layout is unknown; the
@@ -99,7 +101,7 @@ def units(
 
 
 def check_granularity(per: Granularity) -> None:
-    """Raises ValueError unless `per` is one."""
+    """Raises ValueError unless `per` is a granularity."""
     _checks.require(
         "per",
         per,
@@ -109,69 +111,59 @@ def check_granularity(per: Granularity) -> None:
 
 
 def check_sharded(per: Granularity) -> None:
-    """Raises ValueError unless a device can judge by `per` from its shards alone."""
+    """Raises ValueError if a device cannot measure the groups from its shards."""
     if isinstance(per, Units) or per == "unit":
         raise ValueError(
-            'per="unit" cannot be used with `axis_name`: a device cannot tell which '
+            'per="unit" cannot be used with `axis_name`: a device does not know which '
             'part of a unit it holds. Use per="leaf", or `jax.jit` with sharded '
             "arrays, where every unit is whole."
         )
 
 
 def independent(count: int) -> Grouping:
-    """One group for each of `count` numbers."""
-    return Grouping(count, tuple(range(count)), (None,) * count, ((),) * count)
+    """One group for each of `count` leaves."""
+    return Grouping(count, tuple(range(count)))
 
 
 def group(per: Granularity, tree) -> Grouping:
-    """The groups of a pytree; only names, shapes and dtypes are looked at."""
+    """The groups of a pytree, from its names, shapes and dtypes."""
     leaves = _trees.paths_and_leaves(tree)
-    shapes = [tuple(np.shape(leaf)) for _, leaf in leaves]
-    kept = tuple((1,) * len(shape) for shape in shapes)
-    every: tuple[None, ...] = (None,) * len(leaves)
     if isinstance(per, Units) or per == "unit":
         return _unit_groups(per if isinstance(per, Units) else units(), tree, leaves)
-    if callable(per):
-        labels = [_label(per, path, leaf) for path, leaf in leaves]
-        known = dict.fromkeys(label for label in labels if label is not None)
-        order = {label: i for i, label in enumerate(known)}
-        first = tuple(None if label is None else order[label] for label in labels)
-        return Grouping(len(order), first, every, kept)
     if per == "leaf":
-        return Grouping(len(leaves), tuple(range(len(leaves))), every, kept)
-    return Grouping(1, (0,) * len(leaves), every, kept)
+        return independent(len(leaves))
+    if per == "global":
+        return Grouping(1, (0,) * len(leaves))
+    labels = [_label(per, path, leaf) for path, leaf in leaves]
+    known = dict.fromkeys(label for label in labels if label is not None)
+    order = {label: i for i, label in enumerate(known)}
+    return Grouping(len(order), tuple(order.get(label) for label in labels))
 
 
 def _unit_groups(settings: Units, tree, leaves) -> Grouping:
-    axes = list(_units.unit_axes(tree, settings.axis, settings.stacked))
-    first: list[int | None] = []
-    kept, count = [], 0
+    axes = _units.unit_axes(tree, settings.axis, settings.stacked)
+    first, shapes, count = [], [], 0
     for (path, leaf), spanned in zip(leaves, axes, strict=True):
-        shape = tuple(np.shape(leaf))
-        rest = tuple(1 if i in spanned else n for i, n in enumerate(shape))
-        kept.append(rest)
-        if _excluded(settings.exclude, path, leaf):
-            first.append(None)
-            continue
-        first.append(count)
-        count += int(np.prod(rest, dtype=np.int64))
-    return Grouping(count, tuple(first), tuple(axes), tuple(kept))
+        size = enumerate(np.shape(leaf))
+        shapes.append(tuple(1 if i in spanned else n for i, n in size))
+        excluded = _excluded(settings.exclude, path, leaf)
+        first.append(None if excluded else count)
+        count += 0 if excluded else math.prod(shapes[-1])
+    return Grouping(count, tuple(first), axes, tuple(shapes))
 
 
 def _excluded(exclude, path, leaf) -> bool:
-    if exclude is None:
-        return False
     if callable(exclude):
         return bool(exclude(path, leaf))
-    return exclude in _trees.path_name(path).split(".")
+    return exclude is not None and exclude in _trees.path_name(path).split(".")
 
 
 def _label(per, path, leaf) -> Hashable:
     label = per(path, leaf)
     if not isinstance(label, Hashable):
         raise ValueError(
-            "the function given as `per` must return a label that can be hashed, such "
-            f"as a string, or None to leave the leaf out; for "
-            f"{_trees.path_name(path)!r} it returned {label!r}."
+            "the function `per` must return a label that can be hashed, such as a "
+            "string, or None to leave the leaf out, got "
+            f"{label!r} for {_trees.path_name(path)!r}."
         )
     return label

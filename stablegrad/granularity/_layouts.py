@@ -1,13 +1,13 @@
-"""What its name, its shape and its neighbours tell of a parameter's layout.
+"""The layout of a parameter, as its name, its shape and its module show it.
 
-Flax and Equinox call their parameters kernel or weight, bias, scale and embedding; a
+Flax and Equinox name their parameters kernel or weight, bias, scale and embedding. A
 bias has the shape of the outputs of the weight beside it.
 """
 
 from typing import NamedTuple
 
 Axes = tuple[int, ...]
-Parts = tuple[str, ...]  # Of a name: `layers.0.kernel` has three.
+Parts = tuple[str, ...]  # The parts of a name: `layers.0.kernel` has three.
 
 BIAS_OF = {"kernel": "bias", "weight": "bias", "w": "b"}
 OUTPUTS_FIRST = ("weight", "weight_ih", "weight_hh")  # In Equinox and PyTorch.
@@ -15,20 +15,20 @@ PROJECTIONS = ("query", "key", "value")
 
 
 class Leaf(NamedTuple):
-    """A leaf, and what its own module says about it."""
+    """A parameter, and what its own module shows of its layout."""
 
     module: Parts
-    kind: str  # The last part of the name, as `kernel`.
+    kind: str  # The last part of the name, such as `kernel`.
     shape: Axes
-    gain: bool  # A gain or bias: all of it is one unit.
-    bias: Axes  # The shape of the bias beside a weight, () without; a bias has its own.
-    outputs: int | None  # The number of output axes, as far as the layer's name tells.
-    readings: dict[int, Axes]  # The unit by number of layer axes, where the bias fits.
-    depth: int | None  # The number of layer axes, where the module settles it.
+    gain: bool  # Whether it is a gain or bias, which is one unit.
+    bias: Axes  # The shape of the bias beside a weight, or (); a bias has its own.
+    outputs: int | None  # The number of output axes, if the layer's name shows it.
+    readings: dict[int, Axes]  # Axes of a unit by number of layer axes, from the bias.
+    depth: int | None  # The number of layer axes, if the module determines it.
 
 
 def described(name: Parts, shapes: dict[Parts, Axes]) -> Leaf:
-    """A leaf as its module shows it; a bias has as many layers as its weight."""
+    """Describes a parameter; a bias has as many layer axes as its weight."""
     module, kind, shape = name[:-1], name[-1], shapes[name]
     rank = len(shape)
     for weight, bias in BIAS_OF.items():
@@ -37,7 +37,7 @@ def described(name: Parts, shapes: dict[Parts, Axes]) -> Leaf:
             whole = {depth: tuple(range(depth, rank)) for depth in owner.readings}
             return owner._replace(kind=kind, shape=shape, gain=True, readings=whole)
     bias = shapes.get((*module, BIAS_OF.get(kind, "")), ())
-    # Equinox's normalisations have a `weight` of the shape of their bias.
+    # The normalisations of Equinox have a `weight` of the shape of their bias.
     gain = kind in ("scale", "bias") or (kind == "weight" and shape == bias)
     readings = _bias_readings(kind, shape, bias)
     depth = None
@@ -54,7 +54,7 @@ def described(name: Parts, shapes: dict[Parts, Axes]) -> Leaf:
 
 
 def _bias_readings(kind: str, shape: Axes, bias: Axes) -> dict[int, Axes]:
-    """The fan-in axes by number of layer axes, where the bias fits the outputs."""
+    """The input axes for each number of layer axes with which the bias agrees."""
     rank, outputs_first, outputs_last = len(shape), {}, {}
     for depth in range(len(bias) if rank > len(bias) else 0):
         outputs = bias[depth:]
@@ -62,30 +62,29 @@ def _bias_readings(kind: str, shape: Axes, bias: Axes) -> dict[int, Axes]:
             break
         if shape[-len(outputs) :] == outputs:
             outputs_last[depth] = tuple(range(depth, rank - len(outputs)))
-        # Equinox has (out, 1, 1) beside (out, in, height, width). The first fit will
-        # do: a second one differs by an axis of size 1.
+        # Equinox has (out, 1, 1) beside (out, in, height, width). Only the first match
+        # is used: a second one differs by an axis of size 1.
         if not outputs_first and outputs == (shape[depth], *(1,) * (len(outputs) - 1)):
             outputs_first[depth] = tuple(range(depth + 1, rank))
     return (kind in OUTPUTS_FIRST and outputs_first) or outputs_last
 
 
 def _is_attention(module: Parts, kind: str, shapes: dict[Parts, Axes]) -> bool:
-    """Whether `out` takes in the (heads, features) that `value` puts out."""
-    if not (module and module[-1] in (*PROJECTIONS, "out")):
+    """Whether `out` takes the (heads, features) that `value` returns."""
+    if not module or module[-1] not in (*PROJECTIONS, "out"):
         return False
-    shape = shapes[*module, kind]
-    value, out = (
-        shapes.get((*module[:-1], name, kind), ()) for name in ("value", "out")
-    )
-    return len(shape) == len(value) == len(out) >= 3 and value[-2:] == out[-3:-1]
+    names = [(*module[:-1], name, kind) for name in ("value", "out")]
+    value, out = (shapes.get(name, ()) for name in names)
+    alike = len(shapes[*module, kind]) == len(value) == len(out) >= 3
+    return alike and value[-2:] == out[-3:-1]
 
 
 def _named_outputs(module: Parts, kind: str, shapes: dict[Parts, Axes]) -> int | None:
-    """How many axes a layer of this name puts out: attention, convolutions."""
+    """The number of output axes by the layer's name: attention and convolutions."""
     if kind not in BIAS_OF or not module:
         return None
     *parent, layer = module
     if layer in PROJECTIONS:
         return 2
-    attending = any((*parent, name, kind) in shapes for name in PROJECTIONS)
-    return 1 if "conv" in layer.lower() or (layer == "out" and attending) else None
+    attention = any((*parent, name, kind) in shapes for name in PROJECTIONS)
+    return 1 if "conv" in layer.lower() or (layer == "out" and attention) else None

@@ -1,1 +1,1 @@
-"""Pieces to build into a network: what keeps its gradients within bounds."""
+"""Layers that bound the gradients inside a network."""

@@ -1,4 +1,4 @@
-"""An identity inside the network whose backward pass is bounded."""
+"""An identity whose backward pass limits the gradient."""
 
 import functools
 
@@ -13,33 +13,33 @@ PER = ("whole", "example", "token")
 def limit_gradient(
     x: jax.Array, max_norm: float | jax.Array, *, per: str = "example"
 ) -> jax.Array:
-    """Hands on `x` as it is, and limits the gradient that flows back through it.
+    """Returns `x`, and limits the gradient that flows back through it.
 
         forward   y = x
         backward  g_i <- g_i min(1, max_norm / ||g_i||)    for every part i
 
-    What lies before this point never sees more than `max_norm` a part, whatever
-    happens behind it; what lies behind is trained as ever. A clip of the optimizer acts
-    on the sum over the batch, where one bad example has already drowned the others.
+    The layers before this point get a gradient of at most `max_norm` per part; the
+    layers after it are trained as usual. A clip in the optimizer acts on the sum over
+    the batch, in which one bad example can already dominate all others.
 
     Args:
         x: Activations, of any floating-point dtype.
         max_norm: Largest norm of a part, >= 0, in the units of dL/dx; it may be traced.
-            In the gradient of a mean over a batch of B, each example's share carries a
+            In the gradient of a mean over a batch of B, each example's share contains a
             factor 1 / B. 0 stops the gradient.
-        per: What a part is. "example": one index of the first axis, so that examples
-            are limited on their own. "token": one vector along the last axis, as in
-            (batch, length, width). "whole": all of `x`.
+        per: The parts. "example": one index of the first axis, so that each example is
+            limited separately. "token": one vector along the last axis, as in (batch,
+            length, width). "whole": all of `x`.
 
     Returns:
-        `x`. Norms are taken in float32 at least and cannot overflow. A part with a nan
-        or inf flows back unchanged, for a guard to see and to name; the other parts
-        are not touched by it. Reverse mode only, as with any `jax.custom_vjp`.
+        `x`. Norms are computed in float32 or wider and do not overflow. A part with a
+        nan or inf flows back unchanged, so that a guard can report it, and does not
+        affect the other parts. As any `jax.custom_vjp`, it supports reverse mode only.
 
     Raises:
         TypeError: If `x` is not floating-point.
-        ValueError: If `max_norm` or `per` is out of range, or `x` has no axis to take
-            parts along.
+        ValueError: If `max_norm` or `per` is out of range, or `x` has no axis for the
+            parts.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -51,13 +51,13 @@ def limit_gradient(
 
     Reference:
         Pascanu et al., On the difficulty of training recurrent neural networks (2013),
-        https://arxiv.org/abs/1211.5063, applied within the network and to each example.
+        https://arxiv.org/abs/1211.5063, applied inside the network to each example.
     """
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"`x` must be floating-point, got {x.dtype}.")
-    _checks.require("max_norm", max_norm, ">= 0", lambda limit: limit >= 0)
-    _checks.require("per", per, f"one of {PER}", lambda word: word in PER)
+    _checks.require("max_norm", max_norm, ">= 0", lambda x: x >= 0)
+    _checks.require("per", per, f"one of {PER}", lambda x: x in PER)
     if per != "whole" and x.ndim == 0:
         raise ValueError(f'`x` must have an axis for per="{per}", got a scalar.')
     axes = {
@@ -82,7 +82,7 @@ def _backward(axes, max_norm, gradient):
     parts = gradient.astype(wide)
     largest = jnp.max(jnp.abs(parts), axis=axes, keepdims=True, initial=0.0)
     measurable = jnp.isfinite(largest) & (largest > 0)
-    # In units of the largest element, so that no square overflows or vanishes.
+    # Divided by the largest element, so that no square overflows or vanishes.
     unit = parts / jnp.where(measurable, largest, 1.0)
     norm = jnp.sqrt(jnp.sum(unit * unit, axis=axes, keepdims=True))
     norm = jnp.where(measurable, norm, 1.0)

@@ -1,4 +1,4 @@
-"""The same for Flax Linen: `from stablegrad.structure.linen import LimitGradient`."""
+"""`limit_gradient` as a layer of Flax Linen."""
 
 import jax
 from flax import linen
@@ -7,7 +7,7 @@ from ._limit_gradient import limit_gradient
 
 
 class LimitGradient(linen.Module):
-    """A layer that hands on its input, and limits the gradient on its way back.
+    """A layer that returns its input, and limits the gradient that flows back.
 
     Attributes:
         max_norm: As for `stablegrad.limit_gradient`.
@@ -26,5 +26,5 @@ class LimitGradient(linen.Module):
 
     @linen.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """`x`, of any shape."""
+        """Returns `x`."""
         return limit_gradient(x, self.max_norm, per=self.per)

@@ -1,4 +1,4 @@
-"""The same for Flax NNX: `from stablegrad.structure.nnx import LimitGradient`."""
+"""`limit_gradient` as a layer of Flax NNX."""
 
 import jax
 from flax import nnx
@@ -7,7 +7,7 @@ from ._limit_gradient import limit_gradient
 
 
 class LimitGradient(nnx.Module):
-    """A layer that hands on its input, and limits the gradient on its way back.
+    """A layer that returns its input, and limits the gradient that flows back.
 
     Args:
         max_norm: As for `stablegrad.limit_gradient`.
@@ -25,9 +25,9 @@ class LimitGradient(nnx.Module):
     """
 
     def __init__(self, max_norm: float, *, per: str = "example"):
-        """Keeps the two settings; there are no parameters."""
+        """Stores the settings; the layer has no parameters."""
         self.max_norm, self.per = max_norm, per
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """`x`, of any shape."""
+        """Returns `x`."""
         return limit_gradient(x, self.max_norm, per=self.per)

@@ -231,7 +231,7 @@ def test_another_rate_than_the_one_in_the_optimizers_state_is_an_error():
     parts = {0: INJECTED, 1: optax.inject_hyperparams(optax.sgd)(0.2)}
     params = {"first": jnp.ones(2), "second": jnp.ones(2)}
     several = optax.partition(parts, {"first": 0, "second": 1})
-    with pytest.raises(ValueError, match="one learning rate, got 0.1, 0.2 in its st"):
+    with pytest.raises(ValueError, match="one learning rate > 0, got 0.1, 0.2 in"):
         critical(lambda p, b: quadratic(p["first"], b), params, tx=several)
     warm_up = optax.inject_hyperparams(optax.sgd)(optax.linear_schedule(0.0, 1.0, 10))
     with pytest.raises(ValueError, match="> 0, got 0 in its state. A schedule with"):
