@@ -137,12 +137,15 @@ def missing_params(asker: str) -> ValueError:
     )
 
 
-def require_state(asker: str, state) -> None:
-    """Raise ValueError if an update was called without a state."""
-    if state is None:
+def require_state(asker: str, kind: type, state) -> None:
+    """Raise ValueError unless an update was given a state from its own `init`."""
+    if not isinstance(state, kind):
         raise ValueError(
-            f"`{asker}` got no state: call `state = tx.init(params)` first, and pass "
-            "`state` to `tx.update(grads, state, params)`."
+            f"`{asker}` needs the state from its own `init`, or from its last step, "
+            f"got {type(state).__name__}. Call `state = tx.init(params)` first. "
+            "The order of arguments:\n"
+            "  optax: updates, state = tx.update(grads, state, params)\n"
+            "  apply: params, state = sg.apply(tx, grads, state, params)"
         )
 
 

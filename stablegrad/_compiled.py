@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from ._trees import matching
+
 NUMBERS = (jax.Array, np.ndarray, np.generic, bool, int, float, complex)
 
 
@@ -17,14 +19,20 @@ class CompiledUpdate:
     new program, and the old one is dropped with all that it refers to.
     """
 
-    def __init__(self, update: Callable[..., Any]):
-        """Wrap `update(updates, state, params, **extra)`."""
+    def __init__(
+        self, update: Callable[..., Any], check: Callable[[Any], None] | None = None
+    ):
+        """Wrap `update(updates, state, params, **extra)`; `check` looks at the state."""
         self._update = update
+        self._check = check
         self._constants: dict[str, Any] | None = None
         self._program: Any = None
 
     def __call__(self, updates, state, params=None, **extra) -> Any:
         """Take one step."""
+        if self._check is not None:
+            self._check(state)
+        params = matching(params, updates)
         arguments = (updates, state, params, extra)
         if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arguments)):
             return self._update(updates, state, params, **extra)

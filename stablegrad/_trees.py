@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
 def is_inexact(leaf) -> bool:
@@ -17,11 +17,13 @@ def inexact_leaves(tree, like=None) -> list[jax.Array]:
     """The floating-point leaves, in the order of `jax.tree.leaves`.
 
     With `like`, a tree of the same structure, its leaves say which count: an optimizer
-    may turn an integer leaf's zero gradient into a float.
+    may turn an integer leaf's zero gradient into a float. Shapes without values, from
+    `jax.eval_shape`, stay what they are.
     """
     judged = tree if like is None else like
     pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(judged), strict=True)
-    return [jnp.asarray(leaf) for leaf, judge in pairs if is_inexact(judge)]
+    leaves = [leaf for leaf, judge in pairs if is_inexact(judge)]
+    return [x if hasattr(x, "shape") else jnp.asarray(x) for x in leaves]
 
 
 def inexact_flags(tree) -> list[bool]:
@@ -101,14 +103,20 @@ def placed_like(tree, params):
     meshes = [x.sharding.mesh for x in arrays if isinstance(x.sharding, NamedSharding)]
     if not meshes:
         return tree
-    everywhere = NamedSharding(meshes[0], PartitionSpec())
+    mesh = meshes[0]
+    # A compiled step returns replicated arrays with a spec of full rank if the mesh has
+    # explicit axes, and the state must have the same.
+    explicit = AxisType.Explicit in mesh.axis_types
 
     def place(leaf):
         if isinstance(leaf, jax.core.Tracer) or not isinstance(leaf, jax.Array):
             return leaf
-        if isinstance(leaf.sharding, NamedSharding) and leaf.sharding.mesh == meshes[0]:
-            return leaf
-        return jax.device_put(leaf, everywhere)
+        spec, wanted = (), PartitionSpec()
+        if isinstance(leaf.sharding, NamedSharding) and leaf.sharding.mesh == mesh:
+            spec = wanted = leaf.sharding.spec
+        if explicit:
+            wanted = PartitionSpec(*spec, *(None,) * (leaf.ndim - len(spec)))
+        return jax.device_put(leaf, NamedSharding(mesh, wanted))
 
     return jax.tree.map(place, tree)
 

@@ -5,6 +5,7 @@ threshold; the published face follows its paper's recurrence to the letter, nan 
 all.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -75,7 +76,6 @@ def clipping(name: str, rule: Rule) -> optax.GradientTransformationExtraArgs:
 
     def update_fn(updates, state, params=None, **extra):
         del extra
-        _checks.require_state(name, state)
         grouping = group(rule.per, updates)
         measured, norms = measure_groups(grouping, updates)
         param_norms = None
@@ -102,4 +102,7 @@ def clipping(name: str, rule: Rule) -> optax.GradientTransformationExtraArgs:
         new = _trees.cast_like(ruling.state, state.clip_rule_state)
         return clipped, ClippingState(new, readings)
 
-    return optax.GradientTransformationExtraArgs(init_fn, CompiledUpdate(update_fn))
+    check = functools.partial(_checks.require_state, name, ClippingState)
+    return optax.GradientTransformationExtraArgs(
+        init_fn, CompiledUpdate(update_fn, check)
+    )

@@ -9,7 +9,6 @@ large trees of float32 leaves have only their parameters masked, and `is_checked
 are inspected before they are written: a step that would break the inner state is held.
 """
 
-import functools
 import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple

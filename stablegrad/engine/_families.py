@@ -6,7 +6,6 @@ a row a group. That costs as many kernels as one z-score.
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from ..granularity._groups import group

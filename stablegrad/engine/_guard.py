@@ -21,6 +21,7 @@ multiplied once and selected once. A threshold on `update_norm`, and a response 
 probes the loss along the step, cost one more evaluation of the update.
 """
 
+import functools
 import warnings
 
 import optax
@@ -30,7 +31,7 @@ from .._compiled import CompiledUpdate
 from .._mapped_axes import AxisName, mapped_axes
 from ..granularity._groups import check_sharded
 from ..responses._base import Response
-from ._step import GuardedStep
+from ._step import GuardedStep, GuardState
 
 APPLY = "guard_apply"  # The attribute of a guard's `update` that holds its `apply`.
 
@@ -114,6 +115,7 @@ def guard(
             stacklevel=2,
         )
     step = GuardedStep(inner, responses, axes)
-    update = CompiledUpdate(step.update)
-    setattr(update, APPLY, CompiledUpdate(step.apply))
+    check = functools.partial(_checks.require_state, "guard", GuardState)
+    update = CompiledUpdate(step.update, check)
+    setattr(update, APPLY, CompiledUpdate(step.apply, check))
     return GuardedTransformation(step.init, update)

@@ -21,6 +21,7 @@ from . import _decide, _look_ahead, _record
 from ._commit import checked_now, commit
 from ._decide import StepContext
 from ._families import PerThreshold, Statistics
+from ._line_search import forget_value
 
 
 class GuardState(NamedTuple):
@@ -162,8 +163,10 @@ class GuardedStep:
             settled,
             kept_out,
         )
+        update_scales = _update_scales(decision)
+        changed = (update_scales.smallest() < 1) | (jnp.sum(kept_out) > 0)
         return done.result, GuardState(
-            done.inner_state,
+            forget_value(done.inner_state, changed & (verdict.reason == 0)),
             packing.pack(
                 (
                     _record.after_step(record, outcome),

@@ -13,6 +13,7 @@ from ._probe import KINDS, Attempt, look
 from ._radius import (
     AIM,
     CARE,
+    NEVER,
     TrustRegionState,
     after_probe,
     after_step,
@@ -133,6 +134,9 @@ def _trust_region(every, high, low, grow, probe, required) -> Response:
 
     def look_ahead(state: TrustRegionState, attempt: Attempt) -> Foresight:
         length = attempt.length
+        # A state that was reset to zeros is no trap.
+        radius = state.trust_radius
+        state = state._replace(trust_radius=jnp.where(radius > 0, radius, NEVER))
         sound = (length > 0) & jnp.isfinite(length)
         held = jnp.minimum(1.0, state.trust_radius / jnp.where(sound, length, 1.0))
         held = jnp.where(sound, held, 1.0).astype(jnp.float32)
