@@ -1,8 +1,4 @@
-"""The norms of groups, and the factors of groups spread over the leaves.
-
-For every granularity the norms of a step are one vector (groups,), so that many leaves
-cost one small kernel.
-"""
+"""The norms of all groups as one vector, and its factors spread over the leaves."""
 
 import math
 from typing import Any
