@@ -82,11 +82,10 @@ def critical_learning_rate(
 
     Raises:
         TypeError: If `loss_fn` does not return a real scalar.
-        ValueError: If an argument is out of range, `params` has no floating-point leaf,
-            `more_batches` differ from `batch` in structure, `learning_rate` from the
-            rate in the state of `tx`; if the loss, its gradient or the first update is
-            not finite, or only the update is zero; or if `loss_fn` lacks the derivative
-            for `curvature`.
+        ValueError: If an argument is out of range or does not fit the others, `params`
+            has no floating-point leaf, the loss, its gradient or the first update is
+            not finite, only the update is zero, or `loss_fn` lacks the derivative for
+            `curvature`.
 
     Example:
         >>> import jax.numpy as jnp, optax

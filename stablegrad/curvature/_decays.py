@@ -90,9 +90,8 @@ def _readings(tx, params):
             for state in (fresh, once, twice, rested)
         )
         shrinkage, growth = rest / one, (two - one) / (one - start)
-        return jnp.stack(
-            [f(x) for x in (shrinkage, growth) for f in (jnp.min, jnp.max)]
-        )
+        ends = [f(x) for x in (shrinkage, growth) for f in (jnp.min, jnp.max)]
+        return jnp.stack(ends)
 
     averages, sums = _nodes_with("mu", fresh), _nodes_with("trace", fresh)
     if len(averages) + len(sums) > 1:

@@ -146,10 +146,8 @@ def _second_difference(loss_at, value, slope, scale) -> jax.Array:
 
 def _spikes(loss, tx, params, data, steps, limit, scale) -> jax.Array:
     """Whether the loss exceeds a limit, or is nan, within some optimizer steps."""
-
-    def below(carry) -> jax.Array:
-        value, _, _, taken = carry
-        return (taken <= steps) & (value <= limit)
+    # The carry is (value, params, state, steps taken).
+    below = lambda carry: (carry[3] <= steps) & (carry[0] <= limit)
 
     def advance(carry):
         _, params, state, taken = carry

@@ -37,8 +37,7 @@ def move(params, length, direction):
 def choose(method: str, loss, params, data) -> str:
     """The method itself, or for `"auto"` the cheapest one that the loss supports.
 
-    Raises ValueError if the loss lacks the derivative that `method` takes. An error of
-    the loss itself is raised as it is.
+    Raises ValueError if the loss does not support it, and any error of the loss itself.
     """
     if method in ("difference", "forward"):
         return method

@@ -86,9 +86,8 @@ def optimizer(tx, asker: str) -> optax.GradientTransformationExtraArgs:
     """The same transformation, as a static argument of `jax.jit`."""
     _checks.require_optimizer(asker, tx)
     tx = optax.with_extra_args_support(tx)
-    return optax.GradientTransformationExtraArgs(
-        _hashable(tx.init), _hashable(tx.update)
-    )
+    init, update = _hashable(tx.init), _hashable(tx.update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def built_rate(tx, params, learning_rate: float | None) -> float:
@@ -96,28 +95,26 @@ def built_rate(tx, params, learning_rate: float | None) -> float:
 
     Raises ValueError if the state holds another rate than the given one.
     """
-    if learning_rate is not None:
-        _checks.require(
-            "learning_rate", learning_rate, "finite and > 0", lambda x: 0 < x < math.inf
-        )
+    positive = lambda rate: 0 < rate < math.inf
+    given = 1.0 if learning_rate is None else learning_rate
+    _checks.require("learning_rate", given, "finite and > 0", positive)
     # Under `jax.jit` nothing else of the state is computed.
-    rates = [float(rate) for rate in jax.jit(lambda x: _rates(tx.init(x)))(params)]
-    if not rates:
-        return 1.0 if learning_rate is None else learning_rate
-    positive = all(0 < rate < math.inf for rate in rates)
-    if not (positive and _close(min(rates), max(rates))):
+    rates = [float(r) for r in jax.jit(lambda x: _rates(tx.init(x)))(params)] or [given]
+    if not (all(map(positive, rates)) and _close(min(rates), max(rates))):
         raise ValueError(
             "`tx` must have one learning rate > 0, got "
             f"{', '.join(f'{rate:.6g}' for rate in rates)} in its state. A schedule "
             "with a warm-up starts at rate 0: build it without one."
         )
-    if not (learning_rate is None or _close(learning_rate, rates[0])):
+    if learning_rate is None:
+        return rates[0]
+    if not _close(given, rates[0]):
         raise ValueError(
             "`learning_rate` must be the rate that `tx` was built with, which is "
-            f"{rates[0]:.6g} by its state, got {learning_rate:.6g}. Leave it out to "
-            "use the rate in the state."
+            f"{rates[0]:.6g} by its state, got {given:.6g}. Leave it out to use the "
+            "rate in the state."
         )
-    return rates[0] if learning_rate is None else learning_rate
+    return given
 
 
 def _rates(state) -> list[jax.Array]:

@@ -102,12 +102,9 @@ def units(
 
 def check_granularity(per: Granularity) -> None:
     """Raises ValueError unless `per` is a granularity."""
-    _checks.require(
-        "per",
-        per,
-        f"one of {NAMES}, `units(...)` or a function (path, leaf) -> label",
-        lambda x: callable(x) or isinstance(x, Units) or x in NAMES,
-    )
+    expected = f"one of {NAMES}, `units(...)` or a function (path, leaf) -> label"
+    known = lambda x: callable(x) or isinstance(x, Units) or x in NAMES
+    _checks.require("per", per, expected, known)
 
 
 def check_sharded(per: Granularity) -> None:
@@ -141,21 +138,17 @@ def group(per: Granularity, tree) -> Grouping:
 
 
 def _unit_groups(settings: Units, tree, leaves) -> Grouping:
-    axes = _units.unit_axes(tree, settings.axis, settings.stacked)
+    axis, stacked, exclude = settings
+    axes = _units.unit_axes(tree, axis, stacked)
     first, shapes, count = [], [], 0
     for (path, leaf), spanned in zip(leaves, axes, strict=True):
-        size = enumerate(np.shape(leaf))
-        shapes.append(tuple(1 if i in spanned else n for i, n in size))
-        excluded = _excluded(settings.exclude, path, leaf)
+        sizes = enumerate(np.shape(leaf))
+        shapes.append(tuple(1 if i in spanned else n for i, n in sizes))
+        names = _trees.path_name(path).split(".")
+        excluded = exclude(path, leaf) if callable(exclude) else exclude in names
         first.append(None if excluded else count)
         count += 0 if excluded else math.prod(shapes[-1])
     return Grouping(count, tuple(first), axes, tuple(shapes))
-
-
-def _excluded(exclude, path, leaf) -> bool:
-    if callable(exclude):
-        return bool(exclude(path, leaf))
-    return exclude is not None and exclude in _trees.path_name(path).split(".")
 
 
 def _label(per, path, leaf) -> Hashable:

@@ -73,8 +73,7 @@ def _is_attention(module: Parts, kind: str, shapes: dict[Parts, Axes]) -> bool:
     """Whether `out` takes the (heads, features) that `value` returns."""
     if not module or module[-1] not in (*PROJECTIONS, "out"):
         return False
-    names = [(*module[:-1], name, kind) for name in ("value", "out")]
-    value, out = (shapes.get(name, ()) for name in names)
+    value, out = (shapes.get((*module[:-1], x, kind), ()) for x in ("value", "out"))
     alike = len(shapes[*module, kind]) == len(value) == len(out) >= 3
     return alike and value[-2:] == out[-3:-1]
 

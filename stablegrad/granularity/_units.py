@@ -158,15 +158,11 @@ def _undecided(path, leaf: Leaf, depth: int | None, inferring: bool) -> ValueErr
         roles = ["in" if i in inputs else "out" for i in range(layers, len(shape))]
         text += f"  {axes}, if it is ({', '.join(['layers'] * layers + roles)})\n"
     key = jax.tree_util.keystr(path)
-    text += (
-        f"Pass one of them:\n  axis=lambda path, leaf: {readings[0][1]} "
-        f'if jax.tree_util.keystr(path) == "{key}" else None'
-    )
+    text += f"Pass one of them:\n  axis=lambda path, leaf: {readings[0][1]} "
+    text += f'if jax.tree_util.keystr(path) == "{key}" else None'
     if inferring and leaf.module:
         above = [part for part in leaf.module[:-1] if not part.isdigit()]
-        text += (
-            "\nor pass which parameters hold one array per layer (scan or vmap):\n"
-            f'  stacked="{(above or leaf.module)[-1]}" for all below it, or\n'
-            "  stacked=lambda path, leaf: False for none"
-        )
+        text += "\nor pass which parameters hold one array per layer (scan or vmap):\n"
+        text += f'  stacked="{(above or leaf.module)[-1]}" for all below it, or\n'
+        text += "  stacked=lambda path, leaf: False for none"
     return ValueError(text)
