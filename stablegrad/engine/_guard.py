@@ -47,7 +47,7 @@ def guard(
     averaged_gradients: bool = False,
     exact_updates: bool | None = None,
 ) -> GuardedTransformation:
-    """Runs an optimizer so that no single step can harm it, and says what it did.
+    """Run an optimizer so that no single step can harm it, and record what was done.
 
     With g the gradient, S the inner state, and s, s', k the factors that `clip` (of the
     gradient, of the update) and `back_off` ask for:
@@ -55,37 +55,44 @@ def guard(
         u_t, S_t = inner(s_t g_t, S_{t-1});    step_t = k_t s'_t u_t
         if any response rejects the step:      step_t = 0, S_t = S_{t-1}
 
-    Whatever the responses, a step is rejected if its update is not finite, or if
-    anything in the inner state or the parameters that was finite before no longer is.
-    Thresholds judge by the past alone, see the raw signals, and learn from every finite
-    one, also on rejected steps; a norm of exactly zero teaches nothing.
+    Whatever the responses, a step is rejected if its gradient is not finite, or if the
+    norm of it is 1e18 or more. An element of the update, of the parameters or of the
+    inner state that the optimizer makes non-finite is kept as it was, and counted in
+    `metrics`; the other elements are updated. On a CPU, trees of more than 65,536
+    float32 elements have their inner state checked in the first 8 steps, in every
+    256th, where a leaf norm exceeds 1e12, and after a step that kept something out; a
+    step that would break the state is then rejected.
+
+    Thresholds judge by past steps alone. They see the raw signals, and learn from every
+    finite one, also in rejected steps; a norm of exactly zero teaches nothing.
 
     Args:
         inner: The optimizer, any optax transformation; extra arguments reach it.
-        *responses: What to do about which steps: `clip`, `skip`, `back_off`, `halt`.
+        *responses: What to do about which steps: `clip`, `skip`, `back_off`,
+            `trust_region`, `halt`.
         axis_name: The mapped axis, or a tuple of axes, of `shard_map` or `pmap` over
-            which gradients and parameters are sharded: norms are those of all shards,
+            which gradients and parameters are sharded. Norms are those of all shards,
             losses are averaged, and every device decides alike. A leaf that does not
-            vary over the axis counts once, where `shard_map` tells (`check_vma`);
-            otherwise every leaf counts as a shard. None: what a device sees is all.
-        exact_updates: Whether every update is computed, measured and checked in each
-            element before it is kept, which takes memory for another copy of parameters
-            and state. If not, its norm is that of a sample of its rows, within a few
-            percent, and it is written in place once the ranges of what enters it show
-            that nothing can overflow; where they do not, it is inspected first. None:
-            exact up to 65,536 elements.
+            vary over the axis counts once, where `shard_map` tracks that (`check_vma`);
+            otherwise every leaf counts as a shard. None: a device sees everything.
+        averaged_gradients: Whether gradients are already averaged over `axis_name`, so
+            that every device holds the whole of them. Then only the loss is averaged.
+        exact_updates: Deprecated, without effect: norms are always exact.
 
     Returns:
         A transformation for `update`, or for `stablegrad.apply`. It keeps structure,
-        shapes and dtypes, passes over leaves that are not floating point, and holds its
-        own numbers in float32 and int32. A rejected step's updates are zeros.
+        shapes and dtypes, and leaves out leaves that are not floating point. Its own
+        numbers are one float32 and one int32 vector, placed where the parameters are. A
+        rejected step's updates are zeros. A threshold on "update_norm" costs one more
+        evaluation of the update.
 
     Raises:
         TypeError: If `inner` is not an optax transformation, or a later argument is not
             a response.
         ValueError: If a threshold judges units and there is an `axis_name`. When a step
-            is traced, if `value=` or `params` is needed and
-            missing, or if the pytree has other leaves than the one given to `init`.
+            is traced, if `value=` or `params` is needed and missing, if the state is
+            not the guard's, or if the pytree has other leaves than the one given to
+            `init`.
 
     Example:
         >>> import jax.numpy as jnp, optax

@@ -29,9 +29,10 @@ def stabilize(
     halt_after: int | jax.Array = 20,
     per: Granularity = "global",
     axis_name: AxisName = None,
+    averaged_gradients: bool = False,
     exact_updates: bool | None = None,
 ) -> GuardedTransformation:
-    """Guards an optimizer with defaults that healthy training hardly notices.
+    """Guard an optimizer with defaults that healthy training hardly notices.
 
     It is this guard, no more:
 
@@ -47,19 +48,17 @@ def stabilize(
               halt(after=halt_after))
 
     Without `value=` the thresholds on the loss stay silent: outlying and non-finite
-    losses are not seen, and the learning rate is never backed off. Pass it if you can.
-    Without `value_fn=` (see `trust_region`) the trust region rests. With it, every
-    fourth step costs one forward pass more, and a schedule that is too high is held to
-    what the loss bears before it does harm, not after.
-    With another `per` than "global", outlying gradients are clipped and not rejected:
-    zscore(skip_z) is left out, and a leaf that explodes costs the others nothing.
+    losses are not seen, and the learning rate is never backed off. Without `value_fn=`
+    (see `trust_region`) no step is probed. With it, every fourth step costs one forward
+    pass and one evaluation of the update more, and steps that are too long are
+    shortened before they are taken. With another `per` than "global", outlying
+    gradients are clipped and not rejected: zscore(skip_z) is left out, and a leaf that
+    explodes costs the others nothing.
 
     Args:
         inner: The optimizer, any optax transformation.
-        clip_z: Standard deviations of the log-norm above which gradient and update are
-            shrunk. 2.5 touches under 1 % of healthy steps, and only their tails. The
-            update is clipped too because Adam undoes any clipping of the gradient: a
-            learning rate that jumps is then followed by degrees, not at once.
+        clip_z: Standard deviations of the log-norm above which the gradient is shrunk.
+            2.5 touches under 1 % of healthy steps, and only their tails.
         skip_z: The same, above which a step is rejected, of the gradient's log-norm and
             of the loss. 6.0: practically never by chance, so what is rejected is bad
             data, not a hard batch.
@@ -76,9 +75,10 @@ def stabilize(
             bad shard, short enough to lose little where the data has really changed.
         halt_after: Non-finite steps, with none taken, until `halted` is raised. 20: no
             transient lasts as long.
-        per: For what gradient and update are clipped, as for `fixed`. "global" keeps
-            the gradient's direction.
+        per: The granularity of the clip, as for `fixed`. "global" keeps the gradient's
+            direction.
         axis_name: As for `guard`.
+        averaged_gradients: As for `guard`.
         exact_updates: As for `guard`.
 
     Returns:
@@ -112,5 +112,6 @@ def stabilize(
         optional_trust_region(),
         halt(after=halt_after),
         axis_name=axis_name,
+        averaged_gradients=averaged_gradients,
         exact_updates=exact_updates,
     )
