@@ -22,7 +22,7 @@ class CompiledUpdate:
     def __init__(
         self, update: Callable[..., Any], check: Callable[[Any], None] | None = None
     ):
-        """Wrap `update(updates, state, params, **extra)`; `check` looks at the state."""
+        """Wrap `update(updates, state, params, **extra)`, and `check(state)`."""
         self._update = update
         self._check = check
         self._constants: dict[str, Any] | None = None

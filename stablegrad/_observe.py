@@ -233,7 +233,7 @@ def _is_guard(node: Any) -> bool:
     return isinstance(node, GuardState)
 
 
-def _record_of(guard_state: GuardState) -> tuple[Record, list[str]]:
+def _record_of(guard_state: GuardState) -> tuple[Record, dict[str, Any]]:
     """Unpack a guard's record: on the host, unless it is traced."""
     numbers = guard_state.numbers
     if not any(isinstance(array, jax.core.Tracer) for array in numbers):
@@ -242,14 +242,10 @@ def _record_of(guard_state: GuardState) -> tuple[Record, list[str]]:
 
 
 def _numbers(guard_state: GuardState) -> dict[str, jax.Array]:
-    record, names = _record_of(guard_state)
+    record, extras = _record_of(guard_state)
     last = last_step_of(record)._asdict()
     for name in ENCODED:
         last[name] = decode(last[name])
-    extras = {
-        name: decode(number) if number.dtype == np.float32 else number
-        for name, number in zip(names, record.extras, strict=True)
-    }
     return {**last, **extras, **totals_of(record)._asdict()}
 
 

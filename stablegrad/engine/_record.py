@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 
 from .._norms import LARGEST
-from .._packing import Packed, Packing
+from .._packing import Packed, Packing, decode, encode
 from .._trees import count_if
 
 EVENTS_KEPT = 64
@@ -77,8 +77,10 @@ class Record(NamedTuple):
     last_codes: jax.Array  # int32: the other fields of `LastStep`.
     totals: jax.Array  # int32: the fields of `Totals`.
     events_logged: jax.Array  # int32, (): since `init`.
+    latest_event: jax.Array  # int32 (3,): kind, reason and last step of the last one.
     log: EventLog
-    extras: tuple  # Rank-0 limits and readings of responses, as `column_names` says.
+    extra_numbers: jax.Array  # float32: limits and readings, as `column_names` says.
+    extra_codes: jax.Array  # int32: readings that are int32 or bool.
 
 
 FLOATS = LastStep._fields[: LastStep._fields.index("skipped")]
@@ -110,12 +112,34 @@ def column_names(extras: dict[str, Any]) -> dict[str, None]:
     }
 
 
-def read_record(columns: dict[str, None], packed: Packed) -> tuple[Record, list[str]]:
-    """Unpack the record of a state, and the names of its extras."""
+def read_record(
+    columns: dict[str, None], packed: Packed
+) -> tuple[Record, dict[str, Any]]:
+    """Unpack the record of a state, and its extras by name."""
     described = [key.split(" ", 2)[1:] for key in sorted(columns)]
     extras = {name: jnp.zeros((), dtype) for dtype, name in described}
-    packing = Packing(jax.eval_shape(lambda: init_record(extras)))
-    return packing.unpack(packed), [name for _, name in described]
+    record = Packing(jax.eval_shape(lambda: init_record(extras))).unpack(packed)
+    place = {"float32": 0, "int32": 0}
+    for dtype, name in described:
+        if dtype == "float32":
+            extras[name] = decode(record.extra_numbers[..., place["float32"]])
+            place["float32"] += 1
+        else:
+            code = record.extra_codes[..., place["int32"]]
+            extras[name] = code != 0 if dtype == "bool" else code
+            place["int32"] += 1
+    return record, extras
+
+
+def _extra_vectors(extras: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
+    """Stack extras: encoded float32 numbers, and int32 codes."""
+    arrays = [jnp.asarray(number) for number in extras.values()]
+    numbers = [x for x in arrays if x.dtype == np.float32]
+    codes = [x.astype(jnp.int32) for x in arrays if x.dtype != np.float32]
+    return (
+        encode(jnp.stack(numbers)) if numbers else jnp.zeros((0,), jnp.float32),
+        jnp.stack(codes) if codes else jnp.zeros((0,), jnp.int32),
+    )
 
 
 def init_record(extras: dict[str, Any]) -> Record:
@@ -139,12 +163,13 @@ def init_record(extras: dict[str, Any]) -> Record:
         jnp.array(last[len(FLOATS) :], jnp.int32),
         jnp.zeros((len(Totals._fields),), jnp.int32),
         jnp.zeros((), jnp.int32),
+        jnp.zeros((3,), jnp.int32),
         EventLog(
             jnp.full((EVENTS_KEPT, len(CODES)), -1, jnp.int32),
             jnp.full((EVENTS_KEPT,), -1, jnp.int32),
             jnp.zeros((EVENTS_KEPT, len(NUMBERS)), jnp.float32),
         ),
-        tuple(extras.values()),
+        *_extra_vectors(extras),
     )
 
 
@@ -152,7 +177,7 @@ class Outcome(NamedTuple):
     """How a step went, for the record."""
 
     step: LastStep
-    extras: tuple
+    extras: dict[str, jax.Array]
     backed_off: jax.Array  # bool: `back_off` cut the learning rate.
     shortened: jax.Array  # bool: a probe found the step harmful.
 
@@ -184,45 +209,43 @@ def after_step(record: Record, outcome: Outcome) -> Record:
         (last.halted, EventKind.HALT),
     ):
         kind = jnp.where(flag, jnp.int32(own), kind)
-    events, log = _log_event(
-        record.events_logged, record.log, before.guarded_steps, last, kind
-    )
     codes = [jnp.asarray(x).astype(jnp.int32) for x in last[len(FLOATS) :]]
     return Record(
         jnp.stack(last[: len(FLOATS)]),
         jnp.stack(codes),
         totals,
-        events,
-        log,
-        outcome.extras,
+        *_log_event(record, before.guarded_steps, last, kind),
+        *_extra_vectors(outcome.extras),
     )
 
 
-def _log_event(events, log: EventLog, step, last: LastStep, kind):
+def _log_event(record: Record, step, last: LastStep, kind):
     """Log what happened in a step, if anything did.
 
     Steps in a row of one kind and reason are one event. Clipping is counted, not
     logged: it would push out what is rare.
     """
-    latest = (events - 1) % EVENTS_KEPT
-    goes_on = (
-        (events > 0)
-        & (log.codes[latest, 1] == kind)
-        & (log.codes[latest, 2] == last.skip_reason)
-        & (log.until[latest] == step - 1)
-    )
+    events, log = record.events_logged, record.log
     happened = kind > 0
+    same = jnp.stack([kind, last.skip_reason, step - 1])
+    goes_on = (events > 0) & jnp.all(record.latest_event == same)
     begins = happened & ~goes_on
     place = lax.iota(jnp.int32, EVENTS_KEPT)
     written = begins & (place == events % EVENTS_KEPT)
+    latest = (events - 1) % EVENTS_KEPT
     extended = happened & (written | (goes_on & (place == latest)))
+    this = jnp.stack([kind, last.skip_reason, step])
     leaf = jnp.where(last.first_bad_leaf >= 0, last.first_bad_leaf, last.largest_leaf)
     codes = jnp.stack([step, kind, last.skip_reason, leaf])[None]
     numbers = jnp.stack([last.grad_norm, last.loss_value, last.lr_scale])[None]
-    return count_if(begins, events), EventLog(
-        jnp.where(written[:, None], codes, log.codes),
-        jnp.where(extended, step, log.until),
-        jnp.where(written[:, None], numbers, log.numbers),
+    return (
+        count_if(begins, events),
+        jnp.where(happened, this, record.latest_event),
+        EventLog(
+            jnp.where(written[:, None], codes, log.codes),
+            jnp.where(extended, step, log.until),
+            jnp.where(written[:, None], numbers, log.numbers),
+        ),
     )
 
 
@@ -246,7 +269,8 @@ class Event(NamedTuple):
         if self.until > self.step:
             when = f"steps {self.step} to {self.until}"
         return (
-            f"{who}{when}: {self.kind.replace('_', ' ')}{why}, leaf {self.leaf or '?'}, "
+            f"{who}{when}: {self.kind.replace('_', ' ')}{why}, "
+            f"leaf {self.leaf or '?'}, "
             f"gradient norm {self.grad_norm:.3g}, loss {self.loss:.3g}, "
             f"lr_scale {self.lr_scale:.3g}"
         )

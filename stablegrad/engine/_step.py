@@ -96,7 +96,7 @@ class GuardedStep:
         if decision is not None:
             flat = [judged.limit for own in decision.judgements for judged in own]
             numbers = [jnp.min(limit, initial=jnp.inf) for limit in flat]
-            numbers = [encode(x) for x in [*numbers, *(decision.update_norms or ())]]
+            numbers += decision.update_norms or ()
         named = dict(zip(names, numbers, strict=True))
         for response, state in zip(self._responses, states, strict=True):
             named |= response.readings(state)
@@ -270,7 +270,7 @@ class GuardedStep:
         )
         return _record.Outcome(
             last,
-            tuple(self._extras(decision, settled).values()),
+            self._extras(decision, settled),
             backed_off=verdict.lr_scale < _record.last_step_of(record).back_off_scale,
             shortened=ahead.alarm,
         )

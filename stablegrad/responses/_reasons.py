@@ -51,7 +51,7 @@ def gradient_reason(norm) -> jax.Array:
 
 
 def reason_code(of: Signal, nonfinite, outlier) -> jax.Array:
-    """Return the int32 code of a signal that is not finite, or too large, or neither."""
+    """Return the int32 code of a signal: not finite, too large, or neither."""
     bad, large = (Reason.NONFINITE_SIGNAL, Reason.SIGNAL)
     if isinstance(of, str):
         bad, large = _CODES[of]

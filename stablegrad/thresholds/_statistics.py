@@ -122,7 +122,7 @@ def quantiles(values, seen, *fractions) -> tuple[jax.Array, ...]:
 
 
 def _ranks(values) -> jax.Array:
-    """Return the place of each entry in sorted order; equal entries keep their order."""
+    """Return the place of each entry in a stable sort."""
     own, other = values[..., :, None], values[..., None, :]
     square = (*values.shape, values.shape[-1])
     place = lax.broadcasted_iota(np.int32, square, values.ndim - 1)

@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 
-from ..._packing import encode
 from ._radius import RELEASE, TrustRegionState
 
 SHOWN = ("ratio", "scale", "probes", "cuts", "mismatch")
@@ -12,6 +11,6 @@ SHOWN = ("ratio", "scale", "probes", "cuts", "mismatch")
 def readings(state: TrustRegionState) -> dict[str, jax.Array]:
     """Return the numbers of a trust region by name, finite."""
     binds = state.trust_radius < RELEASE * state.own_length
-    radius = encode(jnp.where(binds, state.trust_radius, jnp.inf))
+    radius = jnp.where(binds, state.trust_radius, jnp.inf)
     shown = {f"trust_{name}": getattr(state, f"trust_{name}") for name in SHOWN}
     return {"trust_radius": radius, **shown}

@@ -1,0 +1,137 @@
+"""Writing new arrays over old ones, without elements that are not finite."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .. import _trees
+
+
+class Writer:
+    """Writes new arrays over old ones where a step is accepted and elements are finite.
+
+    It adds up what it keeps out, by the leaf of the parameters that an array belongs
+    to. Flags of one leaf are joined before they are counted, so that XLA counts them in
+    the kernel that computes the arrays.
+    """
+
+    def __init__(self, accepted: jax.Array, shapes: list[tuple[int, ...]]):
+        self._accepted = accepted
+        self._shapes = shapes
+        self._flags: dict[int, jax.Array] = {}
+        self._broken: dict[int, jax.Array] = {}
+        self._others: list[jax.Array] = []
+
+    def write(self, new, old, bad=None, owner: int | None = None) -> jax.Array:
+        """Return `new`, or `old` where the step is rejected or `bad` is set."""
+        new, old = jnp.asarray(new), jnp.asarray(old)
+        if new.dtype != old.dtype:
+            new = new.astype(old.dtype)
+        if bad is None:
+            return jnp.where(self._accepted, new, old)
+        if owner is not None and bad.shape == self._shapes[owner]:
+            self._flags[owner] = self._flags.get(owner, False) | bad
+        else:
+            self._others.append(jnp.sum(bad, dtype=jnp.int32))
+        return jnp.where(self._accepted & ~bad, new, old)
+
+    def watch(self, broken, owner: int | None) -> None:
+        """Note new elements of the state that are not finite."""
+        if owner is not None and broken.shape == self._shapes[owner]:
+            self._broken[owner] = self._broken.get(owner, False) | broken
+        else:
+            self._others.append(jnp.any(broken).astype(jnp.int32))
+
+    def inspected(self) -> tuple[jax.Array, jax.Array]:
+        """Return the counts, and whether any watched element is broken.
+
+        One reduction a leaf with two results, which XLA fuses on a CPU, too.
+        """
+        none = jnp.zeros((), jnp.int32)
+        rows, breaks = [none] * len(self._shapes), sum(self._others, none)
+        for i, bad in self._flags.items():
+            broken = jnp.broadcast_to(self._broken.get(i, False), bad.shape)
+            rows[i], found = lax.reduce(
+                (bad.astype(jnp.int32), broken.astype(jnp.int32)),
+                (none, none),
+                lambda left, right: (left[0] + right[0], left[1] | right[1]),
+                tuple(range(bad.ndim)),
+            )
+            breaks |= found
+        return jnp.stack([*rows, none]), breaks > 0
+
+    def counts(self) -> jax.Array:
+        """Return the elements kept out: int32 (leaves + 1,), others at last."""
+        none = jnp.zeros((), jnp.int32)
+        rows = [
+            jnp.sum(self._flags[i], dtype=jnp.int32) if i in self._flags else none
+            for i in range(len(self._shapes))
+        ]
+        return jnp.stack([*rows, sum(self._others, none)])
+
+
+def write_params(writer: Writer, params, update, counted: list[bool]):
+    """Add the update to the parameters, as `optax.apply_updates` does."""
+    leaves, structure = jax.tree.flatten(params)
+    owner = itertools.count()
+    written = []
+    for param, change, counts in zip(
+        leaves, structure.flatten_up_to(update), counted, strict=True
+    ):
+        moved = jnp.asarray(param + change).astype(jnp.asarray(param).dtype)
+        if counts:
+            bad = ~jnp.isfinite(moved) & jnp.isfinite(param)
+            written.append(writer.write(moved, param, bad, next(owner)))
+        else:
+            written.append(writer.write(moved, param))
+    return structure.unflatten(written)
+
+
+def write_updates(writer: Writer, params, update, counted: list[bool]):
+    """Return the update, with zeros for what must not be added to the parameters."""
+    leaves, structure = jax.tree.flatten(update)
+    own = [None] * len(leaves) if params is None else jax.tree.leaves(params)
+    owner = itertools.count()
+    written = []
+    for change, param, counts in zip(leaves, own, counted, strict=True):
+        change = jnp.asarray(change)
+        zero = jnp.zeros_like(change)
+        if counts:
+            bad = ~jnp.isfinite(change)
+            if param is not None and jnp.finfo(jnp.result_type(param)).bits < 32:
+                bad |= ~jnp.isfinite((param + change).astype(jnp.result_type(param)))
+            written.append(writer.write(change, zero, bad, next(owner)))
+        else:
+            written.append(writer.write(change, zero))
+    return structure.unflatten(written)
+
+
+def write_state(writer: Writer, new, old, owners: list[int | None], masks):
+    """Return the inner optimizer's new state, masked if `masks` is set."""
+    written = []
+    pairs = zip(jax.tree.leaves(new), jax.tree.leaves(old), owners, strict=True)
+    for after, before, owner in pairs:
+        bad = None
+        if _trees.is_inexact(before):
+            bad = newly_broken(after, before) & masks
+        written.append(writer.write(after, before, bad, owner))
+    return jax.tree.structure(old).unflatten(written)
+
+
+def newly_broken(after, before) -> jax.Array:
+    # A state may hold an inf on purpose, such as the best loss so far.
+    return ~jnp.isfinite(after) & jnp.isfinite(before)
+
+
+def owners_of(inner_state, like) -> list[int | None]:
+    """Return, for each leaf of the state, the leaf of the parameters it belongs to."""
+    structure = jax.tree.structure(like)
+    counted = _trees.inexact_flags(like)
+    places = [sum(counted[:i]) if own else None for i, own in enumerate(counted)]
+    is_like_params = lambda node: jax.tree.structure(node) == structure
+    owners: list[int | None] = []
+    for node in jax.tree.leaves(inner_state, is_leaf=is_like_params):
+        owners += places if is_like_params(node) else [None]
+    return owners
