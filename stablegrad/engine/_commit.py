@@ -26,6 +26,7 @@ from ..responses._reasons import Reason, first_reason
 from ._decide import StepContext
 from ._write import (
     Writer,
+    newly_broken,
     owners_of,
     write_params,
     write_state,
