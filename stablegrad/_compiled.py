@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from ._trees import matching
 
@@ -34,7 +35,7 @@ class CompiledUpdate:
             self._check(state)
         params = matching(params, updates)
         arguments = (updates, state, params, extra)
-        if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arguments)):
+        if any(isinstance(x, Tracer) for x in jax.tree.leaves(arguments)):
             return self._update(updates, state, params, **extra)
         traced = {name: x for name, x in extra.items() if _is_numeric(x)}
         constants = {name: x for name, x in extra.items() if name not in traced}

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from . import _trees
 from ._packing import decode
@@ -235,8 +236,8 @@ def _is_guard(node: Any) -> bool:
 
 def _record_of(guard_state: GuardState) -> tuple[Record, dict[str, Any]]:
     """Unpack a guard's record: on the host, unless it is traced."""
-    numbers = guard_state.numbers
-    if not any(isinstance(array, jax.core.Tracer) for array in numbers):
+    numbers: Any = guard_state.numbers
+    if not any(isinstance(array, Tracer) for array in numbers):
         numbers = tuple(np.asarray(array) for array in numbers)
     return read_record(guard_state.columns, numbers)
 

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from ._norms import LARGEST
 
@@ -65,13 +66,13 @@ def encode(number) -> jax.Array:
     return jnp.where(jnp.isfinite(number), number, finite)
 
 
-def decode(number):
+def decode(number) -> Any:
     """Undo `encode`, up to -inf, which comes back as nan; of any shape.
 
     A concrete number is decoded by NumPy on the host, so that `jax_debug_nans` finds no
     device operation that yields nan.
     """
-    if isinstance(number, jax.core.Tracer):
+    if isinstance(number, Tracer):
         number = jnp.where(number >= LARGEST, jnp.inf, number)
         return jnp.where(number <= -LARGEST, jnp.nan, number)
     host = np.array(number)

@@ -46,7 +46,7 @@ class Scales(NamedTuple):
         return lax.optimization_barrier(each)
 
 
-def uniform(factor=1.0) -> Scales:
+def uniform(factor: float | jax.Array = 1.0) -> Scales:
     """Return scales that multiply every leaf by the same number."""
     return Scales(jnp.asarray(factor, jnp.float32))
 

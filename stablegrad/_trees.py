@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
@@ -98,7 +99,7 @@ def placed_like(tree, params):
     arrays = [
         x
         for x in jax.tree.leaves(params)
-        if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
+        if isinstance(x, jax.Array) and not isinstance(x, Tracer)
     ]
     meshes = [x.sharding.mesh for x in arrays if isinstance(x.sharding, NamedSharding)]
     if not meshes:
@@ -109,7 +110,7 @@ def placed_like(tree, params):
     explicit = AxisType.Explicit in mesh.axis_types
 
     def place(leaf):
-        if isinstance(leaf, jax.core.Tracer) or not isinstance(leaf, jax.Array):
+        if isinstance(leaf, Tracer) or not isinstance(leaf, jax.Array):
             return leaf
         spec, wanted = (), PartitionSpec()
         if isinstance(leaf.sharding, NamedSharding) and leaf.sharding.mesh == mesh:

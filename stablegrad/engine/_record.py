@@ -144,23 +144,13 @@ def _extra_vectors(extras: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
 
 def init_record(extras: dict[str, Any]) -> Record:
     """Return the record before the first step, with further numbers by name."""
-    last = LastStep(
-        grad_norm=0.0,
-        clipped_grad_norm=0.0,
-        clip_scale=1.0,
-        loss_value=0.0,
-        lr_scale=1.0,
-        back_off_scale=1.0,
-        skipped=0,
-        skip_reason=0,
-        first_bad_leaf=-1,
-        largest_leaf=-1,
-        kept_out_elements=0,
-        halted=0,
-    )
+    ones = ("clip_scale", "lr_scale", "back_off_scale")
+    last = dict.fromkeys(LastStep._fields, 0) | dict.fromkeys(ones, 1)
+    last |= {"first_bad_leaf": -1, "largest_leaf": -1}
+    values = list(last.values())
     return Record(
-        jnp.array(last[: len(FLOATS)], jnp.float32),
-        jnp.array(last[len(FLOATS) :], jnp.int32),
+        jnp.array(values[: len(FLOATS)], jnp.float32),
+        jnp.array(values[len(FLOATS) :], jnp.int32),
         jnp.zeros((len(Totals._fields),), jnp.int32),
         jnp.zeros((), jnp.int32),
         jnp.zeros((3,), jnp.int32),
@@ -188,7 +178,7 @@ def after_step(record: Record, outcome: Outcome) -> Record:
     skipped, kept_out = last.skipped, last.kept_out_elements > 0
     shortened = outcome.shortened & ~skipped
     happened = Totals(
-        guarded_steps=True,
+        guarded_steps=jnp.ones((), bool),
         clipped_steps=(last.clip_scale < 1) & ~skipped,
         skipped_steps=skipped,
         backed_off_steps=outcome.backed_off,
@@ -197,7 +187,7 @@ def after_step(record: Record, outcome: Outcome) -> Record:
         halted_steps=last.halted,
         consecutive_skips=skipped,
     )
-    totals = count_if(jnp.stack([jnp.asarray(x) for x in happened]), record.totals)
+    totals = count_if(jnp.stack(happened), record.totals)
     is_run = np.arange(len(Totals._fields)) == Totals._fields.index("consecutive_skips")
     totals = jnp.where(is_run & ~skipped, 0, totals)
     kind = jnp.zeros((), jnp.int32)

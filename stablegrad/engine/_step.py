@@ -60,7 +60,7 @@ class GuardedStep:
         self._statistics = Statistics(responses)
         self._limit_names = _decide.limit_names(responses)
 
-    def init(self, params) -> GuardState:
+    def init(self, params) -> Any:
         """Return the state before the first step."""
         # Some optimizers start with one buffer in two places, which cannot be donated.
         inner_state = _trees.distinct(_trees.strongly_typed(self._inner.init(params)))
@@ -258,7 +258,9 @@ class GuardedStep:
             grad_norm=encode(gradient.norm),
             clipped_grad_norm=encode(clipped_norm),
             clip_scale=clip_scale,
-            loss_value=encode(loss) if loss is not None else _record.NO_LOSS,
+            loss_value=encode(loss)
+            if loss is not None
+            else jnp.asarray(_record.NO_LOSS),
             lr_scale=verdict.lr_scale * ahead.step_scale,
             back_off_scale=verdict.lr_scale,
             skipped=verdict.reason > 0,

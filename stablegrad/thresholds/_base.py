@@ -62,7 +62,11 @@ class Judgement(NamedTuple):
 
 
 def judge(
-    threshold: Threshold, signal, limit, grouping: Grouping, observed=True
+    threshold: Threshold,
+    signal,
+    limit,
+    grouping: Grouping,
+    observed: bool | jax.Array = True,
 ) -> Judgement:
     """Compare a step's signal, shape (groups,), with the limit set by past steps."""
     limit = jnp.broadcast_to(limit, (grouping.count,)).astype(jnp.float32)
