@@ -13,7 +13,7 @@ from .._packing import Packed, Packing, decode, encode
 from .._trees import count_if
 
 EVENTS_KEPT = 64
-NO_LOSS = np.float32(-LARGEST)  # What stands for the loss of a step without one.
+NO_LOSS: Any = np.float32(-LARGEST)  # The encoded loss of a step without one.
 # Fields of `LastStep` that may stand for a nan or an inf.
 ENCODED = ("grad_norm", "clipped_grad_norm", "loss_value")
 
