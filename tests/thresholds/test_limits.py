@@ -17,13 +17,17 @@ def test_fixed_flags_what_is_above_its_limit_and_not_what_is_at_it():
     assert state == ()
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize(
-    "threshold",
-    [sg.fixed(2.0), sg.nonfinite(), sg.zscore(3.0), sg.ema_ratio(2.0)],
-    ids=lambda threshold: threshold.name,
+    "of, bad",  # A norm is never negative.
+    [("grad_norm", np.nan), ("grad_norm", np.inf), ("update_norm", np.inf)]
+    + [("value", np.nan), ("value", np.inf), ("value", -np.inf)],
 )
-def test_no_threshold_calls_a_nonfinite_signal_normal(threshold, bad):
+@pytest.mark.parametrize(
+    "make, setting",
+    [(sg.fixed, 2.0), (sg.nonfinite, None), (sg.zscore, 3.0), (sg.ema_ratio, 2.0)],
+)
+def test_no_threshold_calls_a_nonfinite_signal_normal(make, setting, of, bad):
+    threshold = make(of=of) if setting is None else make(setting, of=of)
     words, _ = judged(threshold, jnp.array([[bad]], jnp.float32))
     assert words.nonfinite.all()
 
