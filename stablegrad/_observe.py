@@ -37,16 +37,20 @@ def metrics(state: Any) -> dict[str, jax.Array]:
             Flax train state, in an NNX optimizer.
 
     Returns:
-        Rank-0 arrays, usable inside jit and ready for any logger. Of the last step:
+        Numbers, ready for any logger: rank-0 arrays inside jit, else NumPy's. Of the
+        last step:
 
         - `grad_norm`, `clipped_grad_norm`: of the incoming gradient; after clipping.
         - `clip_scale`: smallest factor on a leaf of gradient or update, 1: no clip.
-        - `raw_update_norm`, `update_norm`: of the optimizer's update; as applied.
+        - `raw_update_norm`, `update_norm`: of the optimizer's update; as applied. Only
+          if a threshold watches "update_norm".
         - `loss_value`: what was passed as `value=`, nan if nothing was.
         - `lr_scale`: factor on the learning rate, in [0, 1].
         - `skipped`, `skip_reason`: whether, and why as a `Reason` (0: taken).
-        - `first_bad_leaf`: first floating-point leaf with a nan or inf, -1 if none;
-          `largest_leaf`: of the leaf with the largest gradient norm; `events` names it.
+        - `first_bad_leaf`: first floating-point leaf with a nan, inf or overflow, else
+          the first that kept an element out, -1 if none; `largest_leaf`: of the leaf
+          with the largest gradient norm; `events` names it.
+        - `kept_out_elements`: elements of update and state that were not finite.
         - `halted`: whether the run is stuck.
         - `back_off_scale`: of `lr_scale`, what `back_off` asks for.
         - `trust_radius`, `trust_ratio`, `trust_scale`, `trust_probes`, `trust_cuts`: of
@@ -56,8 +60,8 @@ def metrics(state: Any) -> dict[str, jax.Array]:
           of the strictest leaf under per="leaf".
 
         Since `init`: `guarded_steps`, `clipped_steps`, `skipped_steps`,
-        `backed_off_steps`, `shortened_steps`, `halted_steps`; and `consecutive_skips`
-        up to now.
+        `backed_off_steps`, `shortened_steps`, `kept_out_steps`, `halted_steps`; and
+        `consecutive_skips` up to now.
 
         Of several guards the names are prefixed `guard_0_`, `guard_1_`, and so on. Each
         `clip_by_...` of a chain adds `<its name>_raw_norm`, `_clipped_norm`, `_limit`,
@@ -123,7 +127,7 @@ def events(state: Any, params: Any = None) -> list[Event]:
         >>> bad = {"dense": {"bias": jnp.ones(2), "kernel": jnp.full((2, 2), jnp.inf)}}
         >>> _, state = tx.update(bad, tx.init(params), params)
         >>> print(sg.events(state)[0])  # doctest: +ELLIPSIS
-        step 0: skip (nonfinite gradient), leaf dense.kernel, gradient norm nan, ...
+        step 0: skip (gradient overflow), leaf dense.kernel, gradient norm inf, ...
     """
     listed = []
     for guard_state in _guards(state):

@@ -28,10 +28,11 @@ class Scales(NamedTuple):
         return jax.tree.map(choose, self)
 
     def smallest(self) -> jax.Array:
-        """Return the smallest factor, float32 (), or 1 if there is none."""
-        least = jnp.min(self.by_leaf, initial=1.0)
-        for row in self.within or ():
-            least = jnp.minimum(least, jnp.min(row, initial=1.0))
+        """Return the smallest factor, float32 (), or 1 if none is below 1."""
+        least = jnp.ones((), jnp.float32)
+        parts = (1.0,) if self.within is None else self.within
+        for part in parts:
+            least = jnp.minimum(least, jnp.min(self.by_leaf * part, initial=1.0))
         return least
 
     def factors(self, count: int) -> list[jax.Array]:

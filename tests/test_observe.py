@@ -16,14 +16,14 @@ DOCUMENTED = {
     "grad_norm",
     "clipped_grad_norm",
     "clip_scale",
-    "raw_update_norm",
-    "update_norm",
     "loss_value",
     "lr_scale",
     "skipped",
     "skip_reason",
     "first_bad_leaf",
     "largest_leaf",
+    "kept_out_elements",
+    "kept_out_steps",
     "halted",
     "guarded_steps",
     "clipped_steps",
@@ -55,7 +55,6 @@ def test_every_metric_is_a_documented_scalar():
         assert f"`{name}`" in sg.metrics.__doc__
     assert limits == {
         "clip_zscore_grad_norm_limit",
-        "clip_zscore_update_norm_limit",
         "skip_nonfinite_grad_norm_limit",
         "skip_nonfinite_value_limit",
         "skip_zscore_grad_norm_limit",
@@ -64,6 +63,28 @@ def test_every_metric_is_a_documented_scalar():
     }
     for number in seen.values():
         chex.assert_rank(number, 0)
+
+
+def test_metrics_are_numpy_scalars_on_the_host_and_the_same_under_a_trace():
+    state = sg.stabilize(optax.adam(0.1)).init(PARAMS)
+    concrete, traced = sg.metrics(state), jax.jit(sg.metrics)(state)
+    for number in concrete.values():
+        assert isinstance(number, np.ndarray | np.generic)
+    assert concrete.keys() == traced.keys()
+    for name, number in concrete.items():
+        np.testing.assert_array_equal(traced[name], number, err_msg=name)
+        assert traced[name].dtype == number.dtype
+
+
+def test_the_norm_of_an_update_is_told_where_a_threshold_watches_it():
+    tx = sg.guard(optax.sgd(0.1), sg.clip(sg.fixed(0.1, of="update_norm")))
+    _, state = tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+    seen = sg.metrics(state)
+    np.testing.assert_allclose(seen["raw_update_norm"], 0.1 * 6**0.5, rtol=1e-6)
+    np.testing.assert_allclose(seen["update_norm"], 0.1, rtol=1e-6)
+    for name in ("raw_update_norm", "update_norm"):
+        assert name not in sg.metrics(guarded().init(PARAMS))
+        assert f"`{name}`" in sg.metrics.__doc__
 
 
 def test_limits_of_like_thresholds_are_numbered():
@@ -132,11 +153,12 @@ def test_several_guards_are_told_apart_outer_first():
     np.testing.assert_allclose(seen["guard_1_grad_norm"], 2.0, rtol=1e-6)
 
 
-def test_field_names_can_be_got_from_the_state_by_optax():
-    # Rule 15.
-    state = optax.chain(guarded(), optax.adam(0.1)).init(PARAMS)
-    for name in ("grad_norm", "lr_scale", "skipped_steps", "halted", "update_norm"):
-        chex.assert_rank(optax.tree.get(state, name), 0)
+def test_fields_of_the_inner_state_can_be_got_by_name_by_optax():
+    state = sg.stabilize(optax.adam(0.1)).init(PARAMS)
+    for name in ("mu", "nu"):
+        chex.assert_trees_all_equal_shapes(optax.tree.get(state, name), PARAMS)
+    changed = optax.tree.set(state, count=jnp.int32(7))
+    assert optax.tree.get(changed, "count") == 7
 
 
 def test_reading_an_unguarded_state_is_an_error_that_says_what_to_pass():
@@ -155,6 +177,8 @@ def test_events_name_the_leaf_and_join_steps_in_a_row():
     assert (second.step, second.until) == (4, 4)
     assert first.leaf == "w" and first.reason == "nonfinite_gradient"
     assert np.isnan(first.grad_norm) and first.loss == 1.0
+    assert second.reason == "gradient_overflow" and np.isinf(second.grad_norm)
+    assert first.member is None
     assert str(first).startswith("steps 1 to 2: skip (nonfinite gradient), leaf w, ")
 
 
@@ -226,3 +250,71 @@ def test_the_limit_of_the_strictest_leaf_is_reported():
     grads = {name: jnp.tile(leaf, (4, 1)) for name, leaf in params.items()}
     _, state, _ = scan(tx, grads, params)
     assert 1 < sg.metrics(state)["clip_zscore_grad_norm_limit"] < 2
+
+
+def test_an_overflow_is_told_from_a_nan():
+    tx = sg.guard(optax.sgd(0.1))
+    norms = [0.9e18, 1.1e18, np.inf, np.nan]
+    _, state, (_, seen, _) = scan(tx, of_norm(norms), {"w": jnp.zeros(2)})
+    codes = [0, sg.Reason.GRADIENT_OVERFLOW, sg.Reason.GRADIENT_OVERFLOW]
+    codes += [sg.Reason.NONFINITE_GRADIENT]
+    np.testing.assert_array_equal(seen["skip_reason"], codes)
+    np.testing.assert_allclose(seen["grad_norm"], norms, rtol=1e-6)
+    np.testing.assert_array_equal(seen["first_bad_leaf"], [-1, 0, 0, 0])
+    told = [(e.step, e.until, e.reason) for e in sg.events(state)]
+    assert told == [(1, 2, "gradient_overflow"), (3, 3, "nonfinite_gradient")]
+    assert str(sg.events(state)[0]).startswith(
+        "steps 1 to 2: skip (gradient overflow), leaf w, gradient norm 1.1e+18"
+    )
+
+
+def square_root():
+    """An optimizer whose update is nan where the gradient is negative."""
+    return optax.stateless(lambda grads, params: jax.tree.map(jnp.sqrt, grads))
+
+
+def test_an_element_that_was_kept_out_is_counted_and_its_leaf_named():
+    tx = sg.guard(square_root())
+    grads = jax.tree.map(jnp.ones_like, PARAMS)
+    bad = {"dense": grads["dense"] | {"kernel": grads["dense"]["kernel"].at[1].set(-1)}}
+    state = tx.init(PARAMS)
+    _, state = tx.update(bad, state, PARAMS)
+    seen = sg.metrics(state)
+    assert seen["kept_out_elements"] == 3 and seen["kept_out_steps"] == 1
+    assert seen["first_bad_leaf"] == 1 and not seen["skipped"]
+    _, state = tx.update(grads, state, PARAMS)
+    seen = sg.metrics(state)
+    assert seen["kept_out_elements"] == 0 and seen["kept_out_steps"] == 1
+    (event,) = sg.events(state)
+    assert (event.kind, event.step, event.until) == ("keep_out", 0, 0)
+    assert event.leaf == "dense.kernel" and event.reason == ""
+    assert str(event).startswith("step 0: keep out, leaf dense.kernel")
+
+
+def ensemble(norms):
+    """The state of models that are trained together, a column of norms each."""
+    tx = sg.guard(optax.sgd(0.1), sg.skip(), sg.halt(after=2))
+    norms = jnp.asarray(norms, jnp.float32)
+    params = {"w": jnp.zeros((norms.shape[1], 1))}
+    state = jax.vmap(tx.init)(params)
+    for row in norms:
+        _, state = jax.vmap(tx.update)({"w": row[:, None]}, state, params)
+    return params, state
+
+
+def test_events_of_an_ensemble_say_which_member():
+    _, state = ensemble([[1.0, np.nan, 1.0], [np.inf, 1.0, 1.0]])
+    told = [(e.member, e.step, e.reason) for e in sg.events(state)]
+    assert told == [(0, 1, "gradient_overflow"), (1, 0, "nonfinite_gradient")]
+    assert str(sg.events(state)[1]).startswith("member 1, step 0: skip")
+    assert {event.leaf for event in sg.events(state)} == {"w"}
+
+
+def test_health_of_an_ensemble_is_told_by_member():
+    params, state = ensemble([[1.0, np.nan, 1.0], [1.0, np.nan, np.nan]])
+    healthy = jax.jit(sg.is_healthy)(state, params)
+    np.testing.assert_array_equal(healthy, [True, False, True])
+    bad = {"w": params["w"].at[2].set(jnp.nan)}
+    np.testing.assert_array_equal(sg.is_healthy(state, bad), [True, False, False])
+    with pytest.raises(sg.TrainingHalted, match=r"members \[1\]"):
+        sg.raise_if_halted(state)

@@ -1,5 +1,7 @@
 """The package as it is installed: metadata, dependencies, public names."""
 
+import ast
+import graphlib
 import os
 import re
 import subprocess
@@ -95,3 +97,140 @@ def test_every_public_name_has_a_docstring_with_an_example():
 def test_every_module_is_one_mechanism_short_enough_to_read():
     for path in (ROOT / "stablegrad").rglob("*.py"):
         assert len(path.read_text().splitlines()) <= 260, path
+
+
+# The rooms of the package. A module imports from its own room and from earlier ones.
+ROOMS = (
+    "_platform",
+    "_mapped_axes",
+    "_trees",
+    "_checks",
+    "_compiled",
+    "_norms",
+    "_scales",
+    "_packing",
+    "granularity",
+    "thresholds",
+    "responses",
+    "engine",
+    "clipping",
+    "presets",
+    "learning_rate",
+    "_observe",
+    "curvature",
+    "structure",
+    "sweep",
+)
+
+
+def modules(root):
+    """The files of a package by module name, but for its own `__init__`."""
+    found = {}
+    for path in root.rglob("*.py"):
+        parts = path.relative_to(root.parent).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    del found[root.name]
+    return found
+
+
+def statements(node, types):
+    """All nodes of a tree; unless `types`, without those for type checkers alone."""
+    if (
+        not types
+        and isinstance(node, ast.If)
+        and "TYPE_CHECKING" in ast.dump(node.test)
+    ):
+        return
+    yield node
+    for child in ast.iter_child_nodes(node):
+        yield from statements(child, types)
+
+
+def imports(name, found, types=True):
+    """The modules of the package that a module imports, anywhere in its file."""
+    package = name.partition(".")[0]
+    level = name.count(".") + (found[name].stem == "__init__")  # Of its own package.
+    imported = set()
+    for node in statements(ast.parse(found[name].read_text()), types):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            up = name.split(".")[: level + 1 - node.level] if node.level else []
+            base = [*up, *([node.module] if node.module else [])]
+            names = [".".join([*base, alias.name]) for alias in node.names]
+        else:
+            continue
+        for full in names:
+            if full.partition(".")[0] == package:
+                module = full if full in found else full.rpartition(".")[0]
+                imported.add(module or package)
+    return imported
+
+
+def upward(found, rooms):
+    """The imports that lead to a later room, or to the package itself."""
+    place = {room: i for i, room in enumerate(rooms)}
+    wrong = []
+    for name in found:
+        for other in imports(name, found):
+            own, its = name.split(".")[1], (*other.split("."), None)[1]
+            if its is None or place[its] > place[own]:
+                wrong.append((name, other))
+    return wrong
+
+
+def cycle(found):
+    """Files that import each other in a ring, or None."""
+    graph = {name: imports(name, found, types=False) & set(found) for name in found}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return error.args[1]
+    return None
+
+
+def test_a_module_imports_from_its_own_room_and_earlier_ones():
+    found = modules(ROOT / "stablegrad")
+    assert {name.split(".")[1] for name in found} == set(ROOMS)
+    assert sum(len(imports(name, found)) for name in found) > 100
+    assert upward(found, ROOMS) == []
+
+
+def test_no_files_import_each_other_in_a_ring():
+    assert cycle(modules(ROOT / "stablegrad")) is None
+
+
+def test_wrong_imports_are_found_however_they_are_written(tmp_path):
+    def build(**files):
+        root = tmp_path / "pkg"
+        for path, text in files.items():
+            file = root.joinpath(*path.split("__")).with_suffix(".py")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text)
+        (root / "__init__.py").write_text("from . import late")
+
+    later = {
+        "a": "from ..late import thing",
+        "b": "from .. import late",
+        "c": "import pkg.late.d",
+        "e": "def f():\n    from ..late.d import thing",
+        "g": "from pkg import early, late",
+        "h": "import pkg",
+        "t": "if TYPE_CHECKING:\n    from ..late import thing",
+        "fine": "from . import a\nfrom .b import f\nfrom ..base import x",
+    }
+    build(
+        **{f"early__{name}": text for name, text in later.items()},
+        base="",
+        late__d="from ..early.a import thing\nfrom ..early import t",
+        late__i="from . import d",
+    )
+    (tmp_path / "pkg" / "early" / "__init__.py").write_text("")
+    (tmp_path / "pkg" / "late" / "__init__.py").write_text("")
+    found = modules(tmp_path / "pkg")
+    wrong = upward(found, ("base", "early", "late"))
+    assert {name for name, _ in wrong} == {f"pkg.early.{x}" for x in "abceght"}
+    assert cycle(found) is None  # `late.d` imports two that import only `late`.
+    (tmp_path / "pkg" / "late" / "__init__.py").write_text("from .i import thing")
+    ring = cycle(modules(tmp_path / "pkg"))
+    assert ring is not None and {"pkg.late", "pkg.early.a"} <= set(ring)

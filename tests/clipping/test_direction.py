@@ -61,13 +61,25 @@ def test_independent_gradients_of_many_elements_are_left_alone():
     assert np.mean(np.any(out != flat, axis=1)) < 0.01
 
 
-@pytest.mark.parametrize("size", [1e20, 1e-20, 1e30])
+@pytest.mark.parametrize("size", [1e17, 1e12, 1e-12, 1e-17])
 def test_no_size_bends_the_mean(size):
     flat = turning()
     clean, _ = run(DEFAULT, flat)
     flat[60] *= size
     out, state = run(DEFAULT, flat)
     np.testing.assert_allclose(out[61:], clean[61:], rtol=1e-4, atol=1e-6)
+    chex.assert_tree_all_finite(state)
+
+
+@pytest.mark.parametrize("size, dropped", [(1e20, 1), (1e30, 1), (1e-20, 0)])
+def test_a_norm_out_of_range_teaches_nothing(size, dropped):
+    flat = turning()
+    clean, _ = run(DEFAULT, flat)
+    faulty = np.insert(flat, 60, size * flat[60], axis=0)[:-1]
+    out, state = run(DEFAULT, faulty)
+    np.testing.assert_array_equal(out[60], 0.0 if dropped else faulty[60])
+    np.testing.assert_allclose(np.delete(out, 60, axis=0), clean[:-1], rtol=1e-6)
+    assert sg.metrics(state)["limit_direction_dropped_steps"] == dropped
     chex.assert_tree_all_finite(state)
 
 

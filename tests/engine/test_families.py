@@ -9,7 +9,7 @@ import pytest
 from helpers.thresholding import limits, lognormal
 
 import stablegrad as sg
-from stablegrad.engine._families import batches_of
+from stablegrad.engine._families import Statistics
 
 STEPS = 90
 FIRST = sg.zscore(2.5, warmup_steps=10, patience=20)
@@ -52,7 +52,7 @@ def test_limits_in_one_state_are_those_of_each_threshold_alone(per):
         def step(state, xs):
             grad, loss = xs
             _, state = tx.update(grad, state, params, value=loss)
-            return state, state.record.limits
+            return state, sg.metrics(state)
 
         return jax.lax.scan(step, state, (grads, losses))
 
@@ -67,32 +67,41 @@ def test_limits_in_one_state_are_those_of_each_threshold_alone(per):
     ]
     if per == "leaf":
         alone[0] = alone[0].min(axis=1)  # What is recorded is the strictest.
-    largest = float(np.finfo(np.float32).max)
     clip, cut = "clip_zscore_grad_norm_limit", "back_off_zscore_value_limit"
     names = [clip, f"{clip}_2", f"{clip}_3", cut, f"{cut}_2"]
-    assert set(names) == set(met)
+    assert set(names) == {name for name in met if "_limit" in name}
     for name, expected in zip(names, alone, strict=True):
-        expected = np.where(np.isinf(expected), largest, expected)
         np.testing.assert_allclose(met[name], expected, rtol=2e-5)
-    chex.assert_tree_all_finite(state.threshold_states)
+    chex.assert_tree_all_finite(state)
+
+
+def rows(states):
+    """The number of groups in each family's state; None if it has no arrays."""
+    counts = [{x.shape[0] for x in jax.tree.leaves(state)} for state in states]
+    assert all(len(own) <= 1 for own in counts)
+    return [own.pop() if own else None for own in counts]
 
 
 def test_what_differs_in_more_than_numbers_does_not_share():
-    members = [
-        [threshold.name for threshold in batch.members]
-        for batch in batches_of(
-            (
-                sg.clip(FIRST),
-                sg.skip(SECOND, OTHER, sg.nonfinite()),
-                sg.back_off(sg.zscore(3.0, warmup_steps=10, patience=20, of="value")),
-            )
+    statistics = Statistics(
+        (
+            sg.clip(FIRST._replace(per="leaf")),
+            sg.skip(SECOND, OTHER, sg.nonfinite(), sg.ema_ratio(2.0)),
+            sg.back_off(sg.zscore(3.0, warmup_steps=10, patience=20, of="value")),
         )
-    ]
-    assert members == [["zscore", "zscore"], ["zscore"], ["nonfinite"], ["zscore"]]
+    )
+    states = statistics.init({"a": jnp.zeros(2), "b": jnp.zeros(2)})
+    # Two leaves, a gradient norm and a loss; another warm-up; no state; another kind.
+    assert rows(states) == [4, 1, None, 1]
 
 
-def test_the_preset_keeps_two_sets_of_statistics():
-    state = sg.stabilize(optax.sgd(0.1)).init({"w": jnp.zeros(2)})
-    arrays = jax.tree.leaves(state.threshold_states)
-    # Norms on one scale, losses on two: gradient, update, gradient; loss, loss.
-    assert sorted(x.shape[0] for x in arrays) == [2] * 11 + [3] * 6
+def test_the_thresholds_of_the_preset_share_one_state():
+    rules = (
+        sg.clip(sg.zscore(2.5)),
+        sg.skip(sg.nonfinite(), sg.zscore(6.0), sg.zscore(6.0, of="value")),
+        sg.back_off(sg.zscore(4.0, of="value")),
+    )
+    params = {"w": jnp.zeros(2)}
+    assert rows(Statistics(rules).init(params)) == [4, None]
+    own = jax.tree.leaves(sg.stabilize(optax.identity()).init(params))
+    assert sorted(str(x.dtype) for x in own) == ["float32", "int32", "uint8"]

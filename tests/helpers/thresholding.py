@@ -28,10 +28,11 @@ def judged(threshold, table):
 
     `table` has shape (steps, groups).
     """
-    scope = Scope(independent(table.shape[1]))
+    grouping = independent(table.shape[1])
 
     def step(state, signal):
-        word = judge(threshold, state, signal, scope)
+        limit = threshold.limit(state, Scope(grouping))
+        word = judge(threshold, signal, limit, grouping)
         return learn(threshold, state, word), word
 
     state, words = jax.lax.scan(step, threshold.init(table.shape[1]), table)

