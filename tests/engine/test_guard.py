@@ -59,13 +59,19 @@ def test_what_breaks_in_the_state_is_kept_out_and_the_step_is_taken(bad):
     chex.assert_tree_all_finite(state)
 
 
-@pytest.mark.parametrize("method", ["update", "apply"])
-@pytest.mark.parametrize("dtype, size", [("float16", 1e5), ("float32", 3e38)])
-def test_elements_that_would_overflow_the_parameters_are_kept(method, dtype, size):
-    if dtype == "float32" and method == "update":
-        pytest.skip("`update` cannot know where the caller adds float32 updates.")
-    tx = sg.guard(optax.sgd(size), sg.skip())
-    params = {"w": jnp.array([6e4 if dtype == "float16" else 3e38, 1.0], dtype)}
+@pytest.mark.parametrize(
+    "dtype, start, rate, method",
+    [
+        ("float16", 6e4, 1e5, "update"),
+        ("float16", 6e4, 1e5, "apply"),
+        ("bfloat16", 3e38, 1e38, "update"),
+        ("bfloat16", 3e38, 1e38, "apply"),
+        ("float32", 3e38, 3e38, "apply"),
+    ],
+)
+def test_elements_that_would_overflow_parameters_are_kept(dtype, start, rate, method):
+    tx = sg.guard(optax.sgd(rate), sg.skip())
+    params = {"w": jnp.array([start, 1.0], dtype)}
     grads = {"w": jnp.array([-1.0, 1e-4], jnp.float32)}
 
     def step(grads, state, params):
@@ -187,6 +193,10 @@ def test_each_member_of_an_ensemble_is_guarded_on_its_own():
     np.testing.assert_array_equal(sg.metrics(state)["skipped"], [False, True, False])
     np.testing.assert_array_equal(updates["w"][1], 0.0)
     np.testing.assert_allclose(updates["w"][0], -0.1, rtol=1e-5)
+    np.testing.assert_array_equal(sg.is_healthy(state, params), [True] * 3)
+    (event,) = sg.events(state)
+    assert (event.member, event.step, event.reason) == (1, 0, "nonfinite_gradient")
+    assert str(event).startswith("member 1, step 0: skip (nonfinite gradient), leaf w")
 
 
 def test_hyperparameters_may_be_injected():
