@@ -77,7 +77,10 @@ def described(thing) -> str:
 
 def require_optimizer(asker: str, thing) -> None:
     """Raises TypeError unless `thing` looks like an optax transformation."""
-    if not (callable(getattr(thing, "init", None)) and hasattr(thing, "update")):
+    # A response has methods of these names, which explain where it belongs.
+    is_response = hasattr(thing, "propose")
+    looks_like_one = callable(getattr(thing, "init", None)) and hasattr(thing, "update")
+    if is_response or not looks_like_one:
         raise TypeError(
             f"`{asker}` must be given an optax transformation first, such as "
             f"`optax.adamw(1e-3)`, got {described(thing)}."

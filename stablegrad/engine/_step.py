@@ -125,7 +125,12 @@ class GuardedStep:
 
         def inner(updates, inner_state, params):
             extra_args = self._known(extra)
-            return self._inner.update(updates, inner_state, params, **extra_args)
+            try:
+                return self._inner.update(updates, inner_state, params, **extra_args)
+            except ValueError as error:
+                if params is None and "params" in str(error):
+                    raise _checks.missing_params("the guarded optimizer") from error
+                raise
 
         decision = self._decide_on_update(
             inner, step, state.guarded_inner, states, judgements, verdict

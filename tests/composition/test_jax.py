@@ -21,6 +21,7 @@ from helpers.composing import (
     start,
     train,
 )
+from jax.experimental import checkify
 
 import stablegrad as sg
 
@@ -109,6 +110,56 @@ def test_parameters_and_state_can_be_donated_from_the_first_step_on(name):
         assert all(x.is_deleted() for x in moments)
     assert sg.metrics(state)["skipped_steps"] == 1
     chex.assert_tree_all_finite((params, state))
+
+
+QUADRATIC = {"w": jnp.ones(3)}
+
+
+def quadratic_step(tx, params, state, with_value=True):
+    """A step on a quadratic loss."""
+    loss_fn = lambda params: jnp.sum((params["w"] - 2.0) ** 2)
+    loss, grads = jax.value_and_grad(loss_fn)(params)
+    value = {"value": loss} if with_value else {}
+    return sg.apply(tx, grads, state, params, **value)
+
+
+STRICT = {
+    "stabilize": lambda: sg.stabilize(optax.sgd(0.1)),
+    "clip_by_zscore": sg.clip_by_zscore,
+    "clip_by_ema": sg.clip_by_ema,
+    "clip_by_percentile": sg.clip_by_percentile,
+    "clip_by_max": sg.clip_by_max,
+    "clip_update_rms": sg.clip_update_rms,
+}
+
+
+@pytest.mark.parametrize("name", STRICT)
+def test_strict_dtype_promotion_is_passed(name, strict):
+    tx = STRICT[name]()
+    updates = jax.eval_shape(tx.update, QUADRATIC, tx.init(QUADRATIC), QUADRATIC)[0]
+    assert updates["w"].dtype == jnp.float32
+
+
+def test_checkify_finds_nothing_in_a_healthy_step():
+    tx = sg.stabilize(optax.adam(0.1))
+    step = functools.partial(quadratic_step, tx)
+    checked = jax.jit(checkify.checkify(step, errors=checkify.float_checks))
+    error, (params, _) = checked(QUADRATIC, tx.init(QUADRATIC))
+    assert error.get() is None
+    assert (params["w"] > 1).all()
+
+
+def test_debug_nans_and_debug_infs_find_nothing_in_a_healthy_run():
+    tx = sg.stabilize(optax.adam(0.1))
+    step = jax.jit(functools.partial(quadratic_step, tx), static_argnums=2)
+    state = tx.init(QUADRATIC)
+    with jax.debug_nans(True):
+        _, without = step(QUADRATIC, state, False)
+        assert np.isnan(sg.metrics(without)["loss_value"])
+        _, state = step(QUADRATIC, state, True)
+    with jax.debug_infs(True):
+        limits = [x for k, x in sg.metrics(state).items() if k.endswith("_limit")]
+    assert np.isinf(limits).any()
 
 
 def test_a_guard_can_be_handed_through_a_pytree_as_equinox_does():

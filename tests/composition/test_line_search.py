@@ -69,6 +69,40 @@ def test_lbfgs_shares_its_value_fn_with_a_trust_region():
     assert sg.metrics(run.state)["trust_probes"] > 10
 
 
+@pytest.mark.parametrize("guards", ["stabilize", "back_off"])
+def test_the_gradient_that_lbfgs_kept_is_that_of_the_parameters(guards):
+    # A guard that shortens a step leads elsewhere than the search has looked.
+    def rosenbrock(p):
+        return jnp.sum(100 * (p[1:] - p[:-1] ** 2) ** 2 + (1 - p[:-1]) ** 2)
+
+    lowered = sg.back_off(sg.fixed(100.0, of="value"), factor=0.5, hold_steps=9)
+    tx = {
+        "stabilize": sg.stabilize(optax.lbfgs()),
+        "back_off": sg.guard(optax.lbfgs(), lowered),
+    }[guards]
+
+    def step(carry, _):
+        params, state = carry
+        kept = optax.value_and_grad_from_state(rosenbrock)
+        value, grads = kept(params, state=state)
+        exact = jax.grad(rosenbrock)(params)
+        error = jnp.linalg.norm(grads - exact) / jnp.linalg.norm(exact)
+        params, state = sg.apply(
+            tx, grads, state, params, value=value, grad=grads, value_fn=rosenbrock
+        )
+        return (params, state), (error, sg.metrics(state)["lr_scale"])
+
+    start = jnp.full(4, -0.5)
+
+    @jax.jit
+    def run(start):
+        return jax.lax.scan(step, (start, tx.init(start)), length=40)
+
+    (params, _), (errors, scales) = run(start)
+    assert errors.max() < 1e-3
+    assert rosenbrock(params) < 1e-6 if guards == "stabilize" else scales.min() < 1
+
+
 def test_a_nan_that_only_the_search_meets_is_undone():
     # Loss and gradient come from the last search, so the first to see the batch of a
     # step is its own search.

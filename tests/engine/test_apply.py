@@ -62,8 +62,6 @@ def test_a_rejected_step_returns_every_bit_as_it_was(name, bad):
     for _ in range(30):
         params, state = step(params, state, params)
     grads = {"a": params["a"].at[0, 0].set(bad), "b": params["b"]}
-    if name == "guarded momentum" and np.isfinite(bad):
-        grads = {"a": jnp.full((3, 2), jnp.nan), "b": params["b"]}
     held, after = step(grads, state, params)
     chex.assert_trees_all_equal(held, params)
     chex.assert_trees_all_equal(after.guarded_inner, state.guarded_inner)

@@ -24,10 +24,51 @@ def test_another_pytree_than_the_one_given_to_init_is_named():
     state = tx.init({"dense": {"kernel": jnp.ones(2), "bias": jnp.ones(2)}})
     with pytest.raises(
         ValueError,
-        match=r"differs in structure .*missing: dense.bias; unexpected: head",
+        match=r"differs in structure .* 2 floating-point leaves: dense.kernel, head\.",
     ):
         other = {"dense": {"kernel": jnp.ones(2)}, "head": jnp.ones(2)}
         tx.update(other, state, other)
+
+
+def test_missing_and_unexpected_leaves_are_named_where_the_state_is_concrete():
+    tx = sg.guard(optax.sgd(0.1))
+    state = tx.init({"kernel": jnp.ones(2), "bias": jnp.ones(2)})
+    other = {"kernel": jnp.ones(2), "head": jnp.ones(2)}
+    with (
+        jax.disable_jit(),
+        pytest.raises(ValueError, match="missing: bias; unexpected: head"),
+    ):
+        tx.update(other, state, other)
+
+
+def test_a_state_of_another_transformation_is_explained():
+    tx = sg.stabilize(optax.adam(0.1))
+    foreign = optax.adam(0.1).init(PARAMS)
+    own = tx.init(PARAMS)
+    for call in (
+        lambda: sg.apply(tx, PARAMS, foreign, PARAMS, value=1.0),
+        lambda: sg.apply(tx, own, PARAMS, PARAMS, value=1.0),
+        lambda: tx.update(PARAMS, None, PARAMS),
+        lambda: jax.jit(tx.update)(PARAMS, foreign, PARAMS),
+    ):
+        with pytest.raises(ValueError) as caught:
+            call()
+        assert "tx.init(params)" in str(caught.value)
+        assert "sg.apply(tx, grads, state, params)" in str(caught.value)
+
+
+def test_a_clip_before_init_is_explained():
+    with pytest.raises(ValueError, match="init"):
+        sg.clip_by_norm(1.0).update(PARAMS, None)
+
+
+@pytest.mark.parametrize("method", ["init", "update"])
+def test_a_response_in_a_chain_is_explained(method):
+    response = sg.clip(sg.fixed(1.0))
+    with pytest.raises(TypeError, match=r"`clip\(...\)` is a response.*`sg.guard\("):
+        getattr(response, method)(PARAMS)
+    with pytest.raises(TypeError, match="is a response of a guard"):
+        optax.chain(response, optax.adam(1.0)).init(PARAMS)
 
 
 VALUE_RULE = sg.skip(sg.zscore(6.0, of="value"))

@@ -32,7 +32,6 @@ def test_it_is_the_guard_that_its_docstring_spells_out():
     spelled_out = sg.guard(
         optax.adam(0.1),
         sg.clip(sg.zscore(2.5)),
-        sg.clip(sg.zscore(2.5, of="update_norm")),
         sg.skip(
             sg.nonfinite(),
             sg.nonfinite(of="value"),
@@ -84,15 +83,15 @@ def test_without_a_value_the_loss_thresholds_stay_silent():
     chex.assert_tree_all_finite((params, state))
 
 
-def test_a_learning_rate_that_jumps_is_followed_by_degrees():
+def test_a_learning_rate_that_jumps_is_the_users_own_choice():
     schedule = optax.piecewise_constant_schedule(1e-3, {60: 1000.0})
-    tx = sg.stabilize(optax.adam(schedule))
-    norms, values = healthy(200)
-    _, _, (_, seen, _) = scan(tx, of_norm(norms), PARAMS, values)
-    moved = np.asarray(seen["update_norm"])
-    assert seen["raw_update_norm"][60] > 300 * moved[59]
-    assert moved[60] < 3 * moved[59]
-    np.testing.assert_allclose(moved[-1], seen["raw_update_norm"][-1], rtol=1e-5)
+    norms, values = healthy(80)
+    tx = sg.stabilize(optax.adam(schedule), clip_z=1e6)
+    bare = sg.guard(optax.adam(schedule))
+    params, state, _ = scan(tx, of_norm(norms), PARAMS, values)
+    expected, _, _ = scan(bare, of_norm(norms), PARAMS, values)
+    chex.assert_trees_all_close(params, expected, rtol=1e-5)
+    assert not any("update_norm" in name for name in sg.metrics(state))
 
 
 def test_leaf_by_leaf_one_that_explodes_costs_the_others_nothing():
@@ -145,6 +144,7 @@ def test_a_finite_spike_during_warm_up_does_not_freeze_adam(size, at):
     # Adam's second moment would remember 1e17 for 80,000 steps.
     norms, values = healthy(120)
     norms[at] = size
-    _, state, (_, seen, _) = scan(SLOW_ADAM, of_norm(norms), PARAMS, values)
+    _, state, (trail, seen, _) = scan(SLOW_ADAM, of_norm(norms), PARAMS, values)
     assert seen["skipped"][at] and sg.metrics(state)["skipped_steps"] == 1
-    assert (np.asarray(seen["update_norm"])[-40:] > 0.005).all()
+    moved = np.linalg.norm(np.diff(trail["w"], axis=0), axis=1)
+    assert (moved[-40:] > 0.005).all()

@@ -13,6 +13,7 @@ from stablegrad.thresholds._base import Scope, unobserved
 
 RTOL = 1e-5  # float32 products over a few hundred steps.
 PARAMS = {"w": jnp.zeros(2)}
+WATCHED = sg.clip(sg.fixed(1e9, of="update_norm"))  # Measures, and clips nothing.
 
 
 def oracle(exploded, taken, factor, confirm, hold, regrow, floor):
@@ -64,7 +65,7 @@ def test_matches_the_float64_oracle(confirm, hold, regrow, floor):
 
 
 def test_the_cut_applies_to_the_step_that_exploded():
-    seen, params, _ = run(np.ones(3), [1.0, 9.0, 1.0], factor=0.25)
+    seen, params, _ = run(np.ones(3), [1.0, 9.0, 1.0], WATCHED, factor=0.25)
     np.testing.assert_allclose(seen["lr_scale"], [1.0, 0.25, 0.25], rtol=RTOL)
     steps = -np.diff(np.concatenate([[0.0], params["w"][:, 0]])) * np.sqrt(2)
     np.testing.assert_allclose(steps, [1.0, 0.25, 0.25], rtol=RTOL)
@@ -97,7 +98,7 @@ def test_a_slow_regrowth_is_not_lost_to_rounding():
             signal=jnp.ones(1)
         ),
     )
-    state = rule.init()._replace(
+    state = rule.init_state()._replace(
         scale_at_cut=jnp.float32(0.99), regrown_steps=jnp.int32(10**6 - 1)
     )
     assert rule.propose(state, calm).lr_scale < 1 - 1e-9
@@ -196,7 +197,7 @@ def test_steps_may_be_whole_numbers_of_any_kind(number):
     rule = sg.back_off(sg.nonfinite(), hold_steps=number(3), regrow_steps=number(4))
     calm = unobserved(rule.thresholds[0], (), Scope(independent(1)))
     bad = (calm._replace(nonfinite=jnp.ones(1, bool)),)
-    state = rule.settle(rule.init()._replace(may_cut=jnp.array(True)), bad, 0)
+    state = rule.settle(rule.init_state()._replace(may_cut=jnp.array(True)), bad, 0)
     assert state.hold_left == 3 and state.hold_left.dtype == jnp.int32
     calm = (calm._replace(nonfinite=jnp.zeros(1, bool)),)
     state = state._replace(regrown_steps=jnp.int32(2))  # Half of the way.
@@ -205,7 +206,7 @@ def test_steps_may_be_whole_numbers_of_any_kind(number):
 
 
 def test_steps_that_are_traced_must_be_integers():
-    build = lambda steps: sg.back_off(sg.nonfinite(), hold_steps=steps).init()
+    build = lambda steps: sg.back_off(sg.nonfinite(), hold_steps=steps).init_state()
     jax.eval_shape(build, 3)
     with pytest.raises(ValueError, match="`hold_steps` must be an integer >= 0, got"):
         jax.eval_shape(build, 1.5)
@@ -227,7 +228,7 @@ def limited(norms, values, inner=None, explosion=None, **options):
     """What a back-off with a limit does to gradients of some norms, step by step."""
     explosion = explosion or sg.fixed(5.0, of="value")
     options = {"factor": 0.5, "hold_steps": 0, "regrow_steps": 1, **options}
-    tx = sg.guard(inner or optax.sgd(1.0), sg.back_off(explosion, **options))
+    tx = sg.guard(inner or optax.sgd(1.0), sg.back_off(explosion, **options), WATCHED)
     return scan(tx, of_norm(norms), PARAMS, values)[2][1]
 
 

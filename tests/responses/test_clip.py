@@ -26,7 +26,7 @@ def to_one():
     return sg.guard(optax.identity(), sg.clip(sg.fixed(1.0)))
 
 
-@pytest.mark.parametrize("norm", [0.0, 0.5, 1.0, 7.0, 1e20, 3e37])
+@pytest.mark.parametrize("norm", [0.0, 0.5, 1.0, 7.0, 1e10, 0.9e18])
 def test_shrinks_to_the_limit_and_never_grows(norm, strict):
     updates, state = one_step(to_one(), of_norm([norm])["w"][0])
     np.testing.assert_allclose(jnp.linalg.norm(updates), min(norm, 1.0), rtol=RTOL)
@@ -89,19 +89,24 @@ def test_a_function_of_the_gradient_can_be_the_signal():
     assert "clip_fixed_largest_limit" in sg.metrics(state)
 
 
-def test_a_nan_stays_in_its_leaf_on_its_way_to_the_inner_transformation():
-    seen = {}
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_a_gradient_that_is_not_finite_is_rejected_and_not_clipped(bad):
+    grads = {"a": jnp.array([5.0, bad]), "b": jnp.array([7.0])}
+    updates, state = one_step(to_one(), grads)
+    chex.assert_trees_all_equal(updates, jax.tree.map(jnp.zeros_like, grads))
+    assert sg.metrics(state)["skipped_steps"] == 1
+    assert sg.metrics(state)["clipped_steps"] == 0
 
-    def spy(updates, state, params=None):
-        seen["finite"] = jax.tree.map(lambda x: jnp.isfinite(x).all(), updates)
-        return updates, state
 
-    inner = optax.GradientTransformation(lambda params: optax.EmptyState(), spy)
-    tx = sg.guard(inner, sg.clip(sg.fixed(1.0)))
-    grads = {"a": jnp.array([5.0, jnp.nan]), "b": jnp.array([7.0])}
-    with jax.disable_jit():
-        tx.update(grads, tx.init(grads), grads)
-    assert not seen["finite"]["a"] and seen["finite"]["b"]
+def test_an_update_norm_that_jumps_is_followed_by_degrees():
+    schedule = optax.piecewise_constant_schedule(1e-3, {60: 1000.0})
+    tx = sg.guard(optax.adam(schedule), sg.clip(sg.zscore(2.5, of="update_norm")))
+    norms = np.random.default_rng(0).lognormal(0, 0.2, 200)
+    _, _, (_, seen, _) = scan(tx, of_norm(norms), {"w": jnp.ones(2)})
+    moved = np.asarray(seen["update_norm"])
+    assert seen["raw_update_norm"][60] > 300 * moved[59]
+    assert moved[60] < 3 * moved[59]
+    np.testing.assert_allclose(moved[-1], seen["raw_update_norm"][-1], rtol=1e-5)
 
 
 def test_the_detector_sees_the_raw_norm_not_the_clipped_one():

@@ -1,0 +1,108 @@
+"""Optax's own tools applied to a guard's state and functions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import stablegrad as sg
+
+PARAMS = {"a": jnp.zeros(2), "b": jnp.ones(3)}
+GUARDS = {
+    "guard": lambda: sg.guard(optax.adam(1.0)),
+    "stabilize": lambda: sg.stabilize(optax.adam(1.0)),
+    "skip_bad_steps": lambda: sg.skip_bad_steps(optax.adam(1.0), "olmo"),
+}
+every_guard = pytest.mark.parametrize("name", GUARDS)
+
+
+@every_guard
+def test_map_params_takes_a_tree_of_specs(name):
+    tx, specs = GUARDS[name](), {"a": "A", "b": "B"}
+    marked = optax.tree.map_params(
+        tx,
+        lambda _, spec: spec,
+        tx.init(PARAMS),
+        specs,
+        transform_non_params=lambda _: None,
+    )
+    assert optax.tree.get(marked, "mu") == specs
+    assert optax.tree.get(marked, "nu") == specs
+    assert not jax.tree.leaves((marked.numbers, marked.names))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: sg.stabilize(optax.adam(0.1)),
+        sg.clip_by_max,
+        sg.clip_update_rms,
+        sg.clip_by_second_moment,
+    ],
+    ids=["stabilize", "clip_by_max", "clip_update_rms", "clip_by_second_moment"],
+)
+def test_init_takes_a_shape_dtype_struct(make):
+    shape = jax.ShapeDtypeStruct((8, 4), jnp.float32)
+    abstract, concrete = make().init(shape), make().init(jnp.zeros((8, 4)))
+    assert jax.tree.structure(abstract) == jax.tree.structure(concrete)
+    described = lambda tree: [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
+    assert described(abstract) == described(concrete)
+
+
+def test_a_state_set_to_zeros_trains_on():
+    tx = sg.stabilize(optax.adam(0.1))
+
+    def step(carry, _):
+        params, state = carry
+        return sg.apply(tx, PARAMS, state, params, value=1.0), None
+
+    state = optax.tree.zeros_like(tx.init(PARAMS))
+    (params, state), _ = jax.lax.scan(step, (PARAMS, state), length=60)
+    assert (params["b"] < 0).all()
+    assert sg.metrics(state)["skipped_steps"] == 0
+    assert sg.events(state) == []
+
+
+def test_apply_takes_a_guard_with_a_wrapped_update():
+    tx = sg.stabilize(optax.adam(0.1))
+    calls = []
+
+    def logged(*args, **extra):
+        calls.append(extra)
+        return tx.update(*args, **extra)
+
+    wrapped = tx._replace(update=logged)
+    params, _ = sg.apply(wrapped, PARAMS, tx.init(PARAMS), PARAMS, value=1.0)
+    np.testing.assert_allclose(params["b"], 0.9, rtol=1e-5)
+    assert calls == [{"value": 1.0}]
+
+
+@pytest.mark.parametrize("method", ["update", "apply"])
+def test_integer_gradients_of_float_parameters_count_as_floats(method):
+    tx, params = sg.stabilize(optax.adam(0.1)), {"w": jnp.ones(3)}
+    state = tx.init(params)
+    grads = {"w": jnp.array([3, -4, 12])}
+    if method == "apply":
+        new, state = sg.apply(tx, grads, state, params, value=1.0)
+    else:
+        updates, state = tx.update(grads, state, params, value=1.0)
+        new = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(new["w"], [0.9, 1.1, 0.9], rtol=1e-5)
+    assert sg.metrics(state)["grad_norm"] == 13
+    sg.metrics(tx.update(params, state, params, value=1.0)[1])
+
+
+def test_schedule_free_is_evaluated_on_the_guarded_inner_state():
+    inner = optax.contrib.schedule_free_sgd(0.1)
+    tx, params = sg.guard(inner, sg.skip()), PARAMS
+    state, bare, other = tx.init(params), inner.init(params), params
+    for _ in range(3):
+        params, state = sg.apply(tx, params, state, params)
+        other, bare = sg.apply(inner, other, bare, other)
+    found, expected = (
+        optax.contrib.schedule_free_eval_params(own, tree)["b"]
+        for own, tree in ((state.guarded_inner, params), (bare, other))
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert (found != PARAMS["b"]).all()
