@@ -29,6 +29,7 @@ def stabilize(
     halt_after: int | jax.Array = 20,
     per: Granularity = "global",
     axis_name: AxisName = None,
+    averaged_gradients: bool = False,
     exact_updates: bool | None = None,
 ) -> GuardedTransformation:
     """Guards an optimizer with defaults that healthy training hardly notices.
@@ -79,6 +80,7 @@ def stabilize(
         per: For what gradient and update are clipped, as for `fixed`. "global" keeps
             the gradient's direction.
         axis_name: As for `guard`.
+        averaged_gradients: As for `guard`.
         exact_updates: As for `guard`.
 
     Returns:
@@ -112,5 +114,6 @@ def stabilize(
         optional_trust_region(),
         halt(after=halt_after),
         axis_name=axis_name,
+        averaged_gradients=averaged_gradients,
         exact_updates=exact_updates,
     )
