@@ -171,7 +171,7 @@ def test_replicas_part_without_axis_name_and_it_is_said_what_is_missing():
     tx = sg.stabilize(optax.sgd(0.02))
     with pytest.warns(UserWarning, match="axis_name") as said:
         params, state = train_replicas(tx)
-    assert len(said) == 1
+    assert len({str(one.message) for one in said}) == 1
     assert np.abs(params - params[:1]).max() > 0
     expected = [len(BAD_STEPS)] + [0] * (REPLICAS - 1)
     np.testing.assert_array_equal(sg.metrics(state)["skipped_steps"], expected)
