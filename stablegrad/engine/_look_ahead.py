@@ -55,6 +55,12 @@ def look_ahead(
     return ahead
 
 
+def finite_part(update, like):
+    """Return the update with zeros for what the commit would keep out."""
+    keep_finite = lambda leaf: jnp.where(jnp.isfinite(leaf), leaf, 0).astype(leaf.dtype)
+    return _trees.map_inexact(keep_finite, like, update)
+
+
 def _shortened(update: Callable[[], Any], scale, like):
     return scale_leaves(update(), uniform(scale), like)
 

@@ -211,7 +211,8 @@ class GuardedStep:
             return inner(gradient, *operands[1:])[0]
 
         reached = verdict.reason == 0
-        update = evaluate()
+        takeable = lambda: _look_ahead.finite_part(evaluate(), step.like)
+        update = evaluate() if watched else takeable()
         measured = measure(update, step.like, self._axes)
         if watched:
             judgements = _decide.judge_outgoing(
@@ -232,7 +233,7 @@ class GuardedStep:
             ahead = _look_ahead.look_ahead(
                 self._responses,
                 states,
-                lambda: scale_leaves(evaluate(), scales, step.like),
+                lambda: scale_leaves(takeable(), scales, step.like),
                 jnp.where(reached, length, 0.0),
                 step,
             )

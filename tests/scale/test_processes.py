@@ -61,7 +61,6 @@ def test_two_processes_are_one_and_both_skip_what_is_nan_in_one(tmp_path):
         for run in runs.values():
             assert np.flatnonzero(run.history["skipped"]).tolist() == SKIPPED
             assert np.isnan(run.history["grad_norm"][NAN])
-            assert run.history["update_norm"][NAN] == 0
     for name, array in written["first"].items():
         if "/nans/" not in name:
             np.testing.assert_array_equal(written["second"][name], array, err_msg=name)

@@ -140,6 +140,9 @@ def _trust_region(every, high, low, grow, probe, required) -> Response:
         sound = (length > 0) & jnp.isfinite(length)
         held = jnp.minimum(1.0, state.trust_radius / jnp.where(sound, length, 1.0))
         held = jnp.where(sound, held, 1.0).astype(jnp.float32)
+        # A step whose length overflows is longer than any radius.
+        overflows = ~jnp.isfinite(length)
+        held = jnp.where(overflows, 0.0, held)
 
         def probed(state):
             first = state.probes_known == 0
@@ -154,7 +157,7 @@ def _trust_region(every, high, low, grow, probe, required) -> Response:
             return after, alarm, held * part
 
         def unprobed(state):
-            return state, jnp.zeros((), bool), held
+            return state, overflows, held
 
         due = is_due(state, every) & sound & jnp.isfinite(attempt.loss)
         after, alarm, scale = lax.cond(due, probed, unprobed, state)

@@ -3,6 +3,7 @@
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -59,21 +60,19 @@ def test_steps_on_bad_gradients_are_rejected_and_the_others_go_down(name, rows):
     chex.assert_tree_all_finite((params, state))
 
 
-def test_a_step_with_a_hidden_inf_teaches_the_trust_region_nothing():
-    # One divisor is 1, 1/2 and then 0. What it falls by is in the state, as no range
-    # of it is known beforehand with constants of that size.
+@pytest.mark.parametrize("rows", [8, 1024])
+def test_an_inf_in_one_element_of_every_step_does_not_stop_the_others(rows):
+    # One divisor is zero, so the optimizer makes an inf out of a finite gradient.
     def init(params):
-        ones = optax.tree.ones_like(params)
-        return ones, jax.tree.map(lambda x: jnp.zeros_like(x).at[1, 1].set(0.5), ones)
+        return jax.tree.map(lambda x: jnp.ones_like(x).at[1, 1].set(0.0), params)
 
-    def update(updates, state, params=None):
-        divisors, falls = state
-        steps = jax.tree.map(lambda g, d: -0.1 * g / d, updates, divisors)
-        return steps, (jax.tree.map(jnp.subtract, divisors, falls), falls)
+    def update(updates, divisors, params=None):
+        del params
+        return jax.tree.map(lambda g, d: -20.0 * g / d, updates, divisors), divisors
 
     inner = optax.GradientTransformation(init, update)
     tx = sg.guard(inner, sg.skip(), sg.trust_region(every=1))
-    params = {"w": jnp.ones((1024, 128))}
+    start = params = {"w": jnp.ones((rows, 128))}
     loss_fn = lambda params: 0.5 * jnp.sum(params["w"] ** 2)
 
     @jax.jit
@@ -81,11 +80,33 @@ def test_a_step_with_a_hidden_inf_teaches_the_trust_region_nothing():
         loss, grads = jax.value_and_grad(loss_fn)(params)
         return sg.apply(tx, grads, state, params, value=loss, value_fn=loss_fn)
 
-    state, seen = tx.init(params), []
-    for _ in range(3):
+    state = tx.init(params)
+    for t in range(8):
+        before = params
         params, state = step(params, state)
-        seen.append(sg.metrics(state))
-    assert [bool(now["skipped"]) for now in seen] == [False, False, True]
-    for key in ("trust_radius", "trust_probes", "trust_cuts"):
-        assert seen[2][key] == seen[1][key]
-    chex.assert_tree_all_finite(params)
+        seen = sg.metrics(state)
+        assert not seen["skipped"] and seen["kept_out_elements"] == 1
+        assert seen["trust_probes"] > t and seen["trust_scale"] > 0
+        assert params["w"][1, 1] == 1 and (params["w"] != before["w"]).sum() > 0
+    assert seen["trust_radius"] < np.inf
+    assert loss_fn(params) < 0.1 * loss_fn(start)
+    chex.assert_tree_all_finite((params, state))
+
+
+@pytest.mark.parametrize("rate", [1e20, 1e25, 1e37])
+def test_a_step_whose_length_overflows_is_held_back(rate):
+    tx = sg.guard(optax.sgd(rate), sg.trust_region())
+    start = params = {"w": jnp.ones((3, 8)), "b": jnp.ones(8)}
+
+    @jax.jit
+    def step(params, state):
+        loss, grads = jax.value_and_grad(bowl)(params)
+        return sg.apply(tx, grads, state, params, value=loss, value_fn=bowl)
+
+    state = tx.init(params)
+    for _ in range(6):
+        params, state = step(params, state)
+    chex.assert_trees_all_equal(params, start)
+    seen = sg.metrics(state)
+    assert seen["lr_scale"] == 0 and seen["shortened_steps"] == 6
+    assert [event.kind for event in sg.events(state)] == ["shorten"]

@@ -179,7 +179,7 @@ def walk(response, table, state=None):
         ahead = response.look_ahead(state, attempt_of(case))
         return ahead.state, (ahead.step_scale, ahead.alarm, ahead.state)
 
-    start = response.init() if state is None else state
+    start = response.init_state() if state is None else state
     run = jax.vmap(lambda rows: jax.lax.scan(step, start, rows)[1])
     return jax.jit(run)(jax.tree.map(jnp.float32, table))
 

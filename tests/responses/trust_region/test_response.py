@@ -48,6 +48,12 @@ def run(tx, loss_fn, params, steps, seen=None):
     return state, found | {"last": loss_fn(params), "params_last": params}
 
 
+def starting_with(radius, response):
+    """The same response with another radius before the first step."""
+    init_state = lambda: response.init_state()._replace(trust_radius=radius)
+    return response._replace(init_state=init_state)
+
+
 @functools.cache
 def sgd_compiled(probe):
     """Many runs of SGD on the quadratic, of which every step may be bent."""
@@ -55,7 +61,8 @@ def sgd_compiled(probe):
     def one(radius, offset, settings, bends):
         high, low, grow = settings
         rate_of = lambda count: bends["rate"][count]
-        tx = guarded(optax.sgd(rate_of), probe=probe, high=high, low=low, grow=grow)
+        response = sg.trust_region(probe=probe, high=high, low=low, grow=grow)
+        tx = sg.guard(optax.sgd(rate_of), starting_with(radius, response))
 
         def step(carry, bend):
             params, state = carry
@@ -75,8 +82,6 @@ def sgd_compiled(probe):
             return (optax.apply_updates(params, updates), state), found
 
         state = tx.init(START)
-        trust = state.response_states[-1]._replace(trust_radius=radius)
-        state = state._replace(response_states=(trust,))
         (params, state), found = jax.lax.scan(step, (START, state), bends)
         return state, found | {"last": quadratic(params)}
 
@@ -526,7 +531,7 @@ def test_apply_jitted_once_donated_is_the_scanned_ensembles_member():
     for t in range(12):
         np.testing.assert_allclose(params, found["params"][1, t], rtol=1e-3, atol=1e-6)
         params, state = once(params, state)
-        for key in ("trust_radius", "trust_probes", "trust_cuts", "update_norm"):
+        for key in ("trust_radius", "trust_probes", "trust_cuts", "grad_norm"):
             seen = sg.metrics(state)[key]
             np.testing.assert_allclose(seen, found[key][1, t], rtol=1e-3)
     chex.assert_trees_all_equal_shapes_and_dtypes(state, tx.init(START))
@@ -711,7 +716,8 @@ def test_the_factors_of_back_off_and_trust_region_multiply():
     def with_back_off(inner):
         rule = sg.fixed(0.5, of=exploding)
         back_off = sg.back_off(rule, factor=0.5, hold_steps=99)
-        return sg.guard(inner, back_off, sg.trust_region(), sg.clip(sg.fixed(3.0)))
+        clip = sg.clip(sg.fixed(3.0), sg.fixed(1e9, of="update_norm"))
+        return sg.guard(inner, back_off, sg.trust_region(), clip)
 
     tx, params = with_back_off(optax.sgd(20.0)), START
     step = jax.jit(
