@@ -32,7 +32,8 @@ class LossScale(NamedTuple):
 
 def adjust(scale: LossScale, seen: dict[str, jax.Array]) -> LossScale:
     """Halves the scale at an overflow, doubles it after `DOUBLE_AFTER` good steps."""
-    overflow = seen["skip_reason"] == sg.Reason.NONFINITE_GRADIENT
+    bad = jnp.array([sg.Reason.NONFINITE_GRADIENT, sg.Reason.GRADIENT_OVERFLOW])
+    overflow = jnp.any(seen["skip_reason"] == bad)
     overflow &= jnp.isfinite(seen["loss_value"])  # Else it is the data's fault.
     good_steps = scale.good_steps + jnp.where(seen["skipped"], 0, 1)
     due = good_steps >= DOUBLE_AFTER

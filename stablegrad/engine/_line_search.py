@@ -28,4 +28,5 @@ def forget_value(state: Any, changed: jax.Array) -> Any:
 
 
 def _is_line_search(node: Any) -> bool:
-    return all(hasattr(node, name) for name in ("value", "grad", "learning_rate"))
+    fields = getattr(node, "_fields", ())
+    return all(name in fields for name in ("value", "grad", "learning_rate"))
