@@ -19,8 +19,14 @@ def test_fixed_flags_what_is_above_its_limit_and_not_what_is_at_it():
 
 @pytest.mark.parametrize(
     "of, bad",  # A norm is never negative.
-    [("grad_norm", np.nan), ("grad_norm", np.inf), ("update_norm", np.inf)]
-    + [("value", np.nan), ("value", np.inf), ("value", -np.inf)],
+    [
+        ("grad_norm", np.nan),
+        ("grad_norm", np.inf),
+        ("update_norm", np.inf),
+        ("value", np.nan),
+        ("value", np.inf),
+        ("value", -np.inf),
+    ],
 )
 @pytest.mark.parametrize(
     "make, setting",
