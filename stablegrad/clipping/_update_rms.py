@@ -20,8 +20,8 @@ from . import _moments
 from ._readings import ClipReadings, init_readings, read
 
 NAME = "clip_update_rms"
-# Keeps the square of a ratio finite.
-LARGEST_RATIO = 1e15
+# The largest ratio that is squared, and the largest that is judged.
+LARGEST_RATIO, LARGEST_JUDGED = 1e15, 9e17
 
 
 class UpdateRmsState(NamedTuple):
@@ -107,19 +107,29 @@ def clip_update_rms(
             *_trees.distinct(own),
         )
 
-    def rms(updates, moment, like) -> jax.Array:
-        """Root mean square of g / sqrt(v), one a leaf."""
+    def rms(updates, moment, like, factors) -> jax.Array:
+        """Root mean square of f g / sqrt(v), with one f a leaf; one a leaf."""
+        factor = iter(factors)
 
         def relative(g, v):
-            ratio = jnp.abs(g).astype(jnp.float32) / jnp.sqrt(
-                jnp.maximum(v, jnp.square(eps))
-            )
-            return ratio if published else jnp.minimum(ratio, LARGEST_RATIO)
+            size = next(factor) * jnp.abs(g).astype(jnp.float32)
+            return size / jnp.sqrt(jnp.maximum(v, jnp.square(eps)))
 
         ratios = _trees.map_inexact(relative, like, updates, moment)
         leaves = _trees.inexact_leaves(ratios, like)
         sizes = np.array([max(leaf.size, 1) for leaf in leaves], np.float32)
         return measure(ratios, like).leaf_norms / np.sqrt(sizes)
+
+    def unbounded_rms(updates, moment, like, leaf_norms) -> jax.Array:
+        """The same of g / sqrt(v), where its square may be beyond float32."""
+        least = [
+            jnp.min(v, initial=jnp.inf) for v in _trees.inexact_leaves(moment, like)
+        ]
+        least = jnp.stack([*least, jnp.zeros(())])[:-1]
+        level = jnp.sqrt(jnp.maximum(least, jnp.square(eps)))
+        factors = LARGEST_RATIO * level / jnp.maximum(leaf_norms, 1e-30)
+        factors = jnp.clip(factors, 1e-30, 1.0)
+        return (rms(updates, moment, like, factors) / factors).astype(jnp.float32)
 
     def follow_update(updates, state: UpdateRmsState, params, extra):
         """As published: the update is shrunk, after the moments have followed."""
@@ -133,7 +143,8 @@ def clip_update_rms(
             updates,
         )
         known = _moments.debiased(moment, decay, steps, updates)
-        factor = 1 / jnp.maximum(rms(updates, known, updates) / top, 1.0)
+        ones = np.ones(len(_trees.inexact_leaves(updates)), np.float32)
+        factor = 1 / jnp.maximum(rms(updates, known, updates, ones) / top, 1.0)
         out, held = optimizer.update(updates, state.clip_inner, params, **extra)
         measured = measure(out, updates)
         scales = factor
@@ -147,16 +158,17 @@ def clip_update_rms(
         finite = measured.finite
         known = _moments.debiased(state.clip_moment, decay, state.moment_steps, updates)
         known = _trees.map_inexact(_moments.floored, updates, known)
-        ratio = rms(updates, known, updates)
+        ratio = unbounded_rms(updates, known, updates, measured.leaf_norms)
         known_before = finite & (state.moment_steps > 0)
         ratio = jnp.where(known_before, ratio, 0.0)
         grouping = independent(ratio.shape[0])
         normal = threshold.limit(state.rms_state, Scope(grouping))
-        word = judge(threshold, ratio, normal, grouping, observed=known_before)
+        signal = jnp.minimum(ratio, LARGEST_JUDGED)
+        word = judge(threshold, signal, normal, grouping, observed=known_before)
         limit = jnp.maximum(word.limit, top)
         word = word._replace(limit=limit, exceeded=word.exceeded & (ratio > limit))
         watched = learn(threshold, state.rms_state, word)
-        scales = factors(word)
+        scales = factors(word._replace(signal=ratio))
         clipped = scale_leaves(updates, Scales(scales), updates, keep=finite)
         moment = _moments.track(state.clip_moment, clipped, decay)
         out, held = optimizer.update(clipped, state.clip_inner, params, **extra)

@@ -70,6 +70,17 @@ def test_a_gradient_of_1e17_is_clipped_to_size_and_does_not_hide_the_next(name):
     chex.assert_tree_all_finite(state)
 
 
+@pytest.mark.parametrize("size", [1e10, 1e17, 1e23])
+def test_the_update_rms_has_no_largest_ratio(size):
+    flat = 1e-6 * healthy(120)
+    flat[80] *= size
+    out, state = run(sg.clip_update_rms(), flat)
+    assert 0.5e-6 < np.linalg.norm(out[80]) < 20e-6
+    clipped = sg.metrics(state)["clip_update_rms_clipped_steps"]
+    assert clipped >= 1
+    chex.assert_tree_all_finite(state)
+
+
 @every
 def test_a_gradient_of_1e20_is_dropped_and_does_not_hide_the_next(name):
     flat = healthy(120)
