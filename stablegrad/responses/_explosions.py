@@ -60,8 +60,8 @@ def scale_now(settings: ExplosionSettings, state: ExplosionState, exploded):
     """The factor on this step, whether it explodes for long enough, and cuts."""
     # From the count, not step by step: float32 would lose a slow regrowth.
     regrown = state.regrown_steps.astype(jnp.float32) / settings.regrow_steps
-    # A state that was reset to zeros is no trap.
-    at_cut = jnp.maximum(state.scale_at_cut, settings.min_scale)
+    # A state that was reset to zeros has cut nothing yet.
+    at_cut = jnp.where(state.scale_at_cut > 0, state.scale_at_cut, 1.0)
     scale = at_cut * jnp.asarray(settings.factor, jnp.float32) ** -regrown
     # A factor that is traced may turn out to be nan.
     scale = jnp.where(jnp.isfinite(scale), jnp.minimum(scale, 1.0), 1.0)

@@ -9,10 +9,11 @@ from helpers.training import of_norm, scan
 
 import stablegrad as sg
 from stablegrad.granularity._groups import independent
-from stablegrad.thresholds._base import Scope, unobserved
+from stablegrad.thresholds._base import unobserved
 
 RTOL = 1e-5  # float32 products over a few hundred steps.
 PARAMS = {"w": jnp.zeros(2)}
+LIMIT = jnp.full(1, jnp.inf)
 WATCHED = sg.clip(sg.fixed(1e9, of="update_norm"))  # Measures, and clips nothing.
 
 
@@ -94,7 +95,7 @@ def test_a_slow_regrowth_is_not_lost_to_rounding():
     # One step of it is less than float32 can add to 1.
     rule = sg.back_off(sg.nonfinite(), factor=0.99, hold_steps=0, regrow_steps=10**6)
     calm = (
-        unobserved(rule.thresholds[0], (), Scope(independent(1)))._replace(
+        unobserved(rule.thresholds[0], LIMIT, independent(1))._replace(
             signal=jnp.ones(1)
         ),
     )
@@ -195,7 +196,7 @@ def test_rejects_arguments_out_of_range(name, value):
 @pytest.mark.parametrize("number", [np.int64, np.float32, jnp.int32])
 def test_steps_may_be_whole_numbers_of_any_kind(number):
     rule = sg.back_off(sg.nonfinite(), hold_steps=number(3), regrow_steps=number(4))
-    calm = unobserved(rule.thresholds[0], (), Scope(independent(1)))
+    calm = unobserved(rule.thresholds[0], LIMIT, independent(1))
     bad = (calm._replace(nonfinite=jnp.ones(1, bool)),)
     state = rule.settle(rule.init_state()._replace(may_cut=jnp.array(True)), bad, 0)
     assert state.hold_left == 3 and state.hold_left.dtype == jnp.int32
