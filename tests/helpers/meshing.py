@@ -13,7 +13,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import stablegrad as sg
 
 AXIS, DEVICES = "d", 8
-SHAPES = {"small": {"b": (40,), "w": (40, 24)}, "large": {"b": (2400,), "w": (600, 496)}}
+SHAPES = {
+    "small": {"b": (40,), "w": (40, 24)},
+    "large": {"b": (2400,), "w": (600, 496)},
+}
 LAYOUTS = {
     "fsdp": {"b": P(AXIS), "w": P(AXIS, None)},
     "tensor": {"b": P(None), "w": P(None, AXIS)},

@@ -45,9 +45,7 @@ def assert_as_on_one_device(history, reference):
     assert history.keys() == reference.keys()
     for name, expected in reference.items():
         if np.issubdtype(expected.dtype, np.floating):
-            np.testing.assert_allclose(
-                history[name], expected, rtol=1e-3, err_msg=name
-            )
+            np.testing.assert_allclose(history[name], expected, rtol=1e-3, err_msg=name)
         else:
             np.testing.assert_array_equal(history[name], expected, err_msg=name)
 
