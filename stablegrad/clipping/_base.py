@@ -1,8 +1,8 @@
-"""A clip in a chain: measure the gradient once, ask a rule, multiply once.
+"""Clips of norms in a chain: measure the gradient once, multiply it once.
 
-A rule turns the norms of a step into factors. The default face of each method asks a
-threshold; the published face follows its paper's recurrence to the letter, nan and
-all.
+A `NormClip` turns the norms of a step into factors. The default one of each method
+compares them with a threshold. The published ones follow the recurrence of a paper, nan
+and inf included.
 """
 
 import functools
@@ -15,7 +15,7 @@ import optax
 
 from .. import _checks, _trees
 from .._compiled import CompiledUpdate
-from .._norms import measure
+from .._norms import OVERFLOW, measure
 from .._scales import scale_leaves
 from ..granularity._group_norms import (
     group_norms,
@@ -26,83 +26,95 @@ from ..granularity._group_norms import (
 from ..granularity._groups import Granularity, group
 from ..responses._clip import factors
 from ..thresholds._base import Scope, Threshold, judge, learn
-from ._readings import ClipReadings, init_readings, read
+from ._readings import ClipNumbers, ClipRecord
 
 
 class ClippingState(NamedTuple):
     """State of a `clip_by_...` transformation."""
 
-    clip_rule_state: Any
-    clip_readings: dict[str, ClipReadings]  # One entry, under the method's name.
+    clip_numbers: ClipNumbers  # Readings and statistics.
 
 
-class Ruling(NamedTuple):
-    """What a rule says of one step; arrays of shape (groups,)."""
+class ClipStep(NamedTuple):
+    """The result of a `NormClip` for one step; arrays of shape (groups,)."""
 
-    factors: jax.Array  # float32: what to multiply by.
-    limit: jax.Array  # float32: the largest norm that stays as it is.
-    state: Any
+    factors: jax.Array  # float32: the factor on the gradient.
+    limit: jax.Array  # float32: the largest norm that is not shrunk.
+    statistics: Any
 
 
-class Rule(NamedTuple):
-    """How one method turns norms into factors."""
+class NormClip(NamedTuple):
+    """A method that turns norms into factors."""
 
     per: Granularity
-    init: Callable[[int], Any]  # groups -> state
-    rule: Callable[[Any, jax.Array, Scope], Ruling]  # state, norms, scope
-    of_params: bool = False
-    published: bool = False  # Takes norms, nan and inf as they come.
+    init: Callable[[int], Any]  # groups -> statistics
+    step: Callable[[Any, jax.Array, Scope], ClipStep]  # statistics, norms, scope
+    of_params: bool = False  # Whether it uses the norms of the parameters.
+    published: bool = False  # Whether it is given nan and inf, and passes them on.
 
 
-def by_threshold(threshold: Threshold) -> Rule:
-    """The rule that shrinks what a threshold does not call normal to its limit."""
+def clip_to_threshold(threshold: Threshold) -> NormClip:
+    """Return the method that shrinks norms above a threshold's limit to the limit."""
 
-    def rule(state, norms, scope: Scope) -> Ruling:
-        limit = threshold.limit(state, scope)
+    def step(statistics, norms, scope: Scope) -> ClipStep:
+        limit = threshold.limit(statistics, scope)
         judgement = judge(threshold, norms, limit, scope.grouping)
-        learned = learn(threshold, state, judgement)
-        return Ruling(factors(judgement), judgement.limit, learned)
+        learned = learn(threshold, statistics, judgement)
+        return ClipStep(factors(judgement), judgement.limit, learned)
 
-    return Rule(threshold.per, threshold.init, rule, threshold.of_params)
+    return NormClip(threshold.per, threshold.init, step, threshold.of_params)
 
 
-def clipping(name: str, rule: Rule) -> optax.GradientTransformationExtraArgs:
-    """Return the transformation that applies a rule to the gradients of a chain."""
+def transformation(
+    name: str, kind: type, init_fn: Callable, update_fn: Callable
+) -> optax.GradientTransformationExtraArgs:
+    """Return a transformation whose state is of a kind and lies where `params` do."""
+
+    def init(params):
+        # Some optimizers start with one buffer in two places, which cannot be donated.
+        return _trees.placed_like(_trees.distinct(init_fn(params)), params)
+
+    check = functools.partial(_checks.require_state, name, kind)
+    return optax.GradientTransformationExtraArgs(init, CompiledUpdate(update_fn, check))
+
+
+def clip_norms(name: str, clip: NormClip) -> optax.GradientTransformationExtraArgs:
+    """Return the transformation that clips the gradients of a chain by their norms."""
+    record = ClipRecord(name, lambda tree: clip.init(group(clip.per, tree).count))
 
     def init_fn(params) -> ClippingState:
-        count = group(rule.per, params).count
-        state = ClippingState(rule.init(count), init_readings(name))
-        return _trees.placed_like(_trees.distinct(state), params)
+        return ClippingState(record.init(params))
 
     def update_fn(updates, state, params=None, **extra):
         del extra
-        grouping = group(rule.per, updates)
+        grouping = group(clip.per, updates)
         measured, norms = measure_groups(grouping, updates)
         param_norms = None
-        if rule.of_params:
+        if clip.of_params:
             if params is None:
                 raise _checks.missing_params(f"`{name}`")
-            params = _trees.matching(params, updates)
             own = _trees.inexact_leaves(params, updates)
             param_norms = group_norms(grouping, measure(params, updates), own)
-        ruling = rule.rule(state.clip_rule_state, norms, Scope(grouping, param_norms))
-        scales = group_scales(grouping, ruling.factors)
-        finite = measured.finite
-        keep = None if rule.published else finite
+        statistics = record.statistics(state.clip_numbers, updates)
+        done = clip.step(statistics, norms, Scope(grouping, param_norms))
+        scales = group_scales(grouping, done.factors)
+        finite = (norms < OVERFLOW)[0] if grouping.whole else measured.finite
+        keep = None if clip.published else finite
         clipped = scale_leaves(updates, scales, updates, keep)
-        length = scaled_groups_norm(grouping, measured, norms, ruling.factors)
-        readings = read(
-            state.clip_readings,
+        if grouping.whole:
+            length = scales.by_leaf * measured.norm
+        else:
+            length = scaled_groups_norm(grouping, measured, norms, done.factors)
+        numbers = record.after_step(
+            state.clip_numbers,
+            updates,
+            done.statistics,
             raw=measured.norm,
             clipped=jnp.where(finite, length, 0.0),
-            limit=jnp.min(ruling.limit, initial=jnp.inf),
+            limit=jnp.min(done.limit, initial=jnp.inf),
             scale=scales.smallest(),
             finite=finite,
         )
-        new = _trees.cast_like(ruling.state, state.clip_rule_state)
-        return clipped, ClippingState(new, readings)
+        return clipped, ClippingState(numbers)
 
-    check = functools.partial(_checks.require_state, name, ClippingState)
-    return optax.GradientTransformationExtraArgs(
-        init_fn, CompiledUpdate(update_fn, check)
-    )
+    return transformation(name, ClippingState, init_fn, update_fn)

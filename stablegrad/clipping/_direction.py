@@ -1,4 +1,4 @@
-"""Limit the direction of a gradient against that of the steps before."""
+"""Limit the angle between a gradient and the direction of the steps before."""
 
 from typing import Any, NamedTuple
 
@@ -8,12 +8,13 @@ import optax
 
 from .. import _trees
 from .._checks import require, require_count
-from .._compiled import CompiledUpdate
 from .._norms import measure
-from ._readings import ClipReadings, init_readings, read
+from ._base import transformation
+from ._elements import changed_or_same
+from ._readings import ClipNumbers, ClipRecord
 
 NAME = "limit_direction"
-# The mean of unit vectors is as long as they agree: 0.2 if they are independent.
+# The mean of equal unit vectors has length 1, of independent ones about 0.2.
 LEAST_LENGTH = 0.5
 
 
@@ -21,8 +22,14 @@ class DirectionState(NamedTuple):
     """State of `limit_direction`."""
 
     mean_direction: Any  # float32 or complex64, shaped like the parameters.
+    clip_numbers: ClipNumbers  # Readings and statistics.
+
+
+class DirectionStatistics(NamedTuple):
+    """Statistics of the mean direction."""
+
+    mean_square: jax.Array  # float32: the square of its length.
     direction_steps: jax.Array  # int32: steps in the mean, saturating.
-    clip_readings: dict[str, ClipReadings]
 
 
 def limit_direction(
@@ -31,15 +38,15 @@ def limit_direction(
     decay: float | jax.Array = 0.9,
     warmup_steps: int = 25,
 ) -> optax.GradientTransformationExtraArgs:
-    """Turns a gradient that points against the running mean direction, and no further.
+    """Turn a gradient that points against the running mean direction.
 
         m_t = d m_{t-1} + (1 - d) g_t / ||g_t||;    c_t = cos(g_t, m_{t-1})
         if c_t < C and ||m_{t-1}|| >= 1/2:  the part of g_t along m is changed so that
             the cosine is C; if that made g_t longer, it is shortened to its old norm
 
-    The mean learns from the direction of every finite gradient, as it came: no
-    outlier's size can bend it, and a lasting turn is the new direction within ten steps
-    at d = 0.9. Directions that cancel each other have a short mean, and no limit.
+    The mean follows the direction of every finite gradient before it is turned. No
+    outlier's size can bend it, and a lasting turn is followed within ten steps at
+    d = 0.9. Directions that cancel each other have a short mean, and no limit.
 
     Args:
         min_cosine: Smallest cosine C that is still normal, in (-1, 1). Independent
@@ -48,8 +55,9 @@ def limit_direction(
         warmup_steps: Finite steps before anything is turned, >= 1.
 
     Returns:
-        A transformation for `optax.chain`. A step with a nan or inf anywhere becomes
-        all zeros, and is counted. The state holds one float32 a parameter.
+        A transformation for `optax.chain`. A gradient that holds a nan or inf, or whose
+        norm is 1e18 or more, becomes all zeros, teaches nothing, and is counted in
+        `metrics`. The state holds one float32 a parameter.
 
     Raises:
         ValueError: If a concrete argument is out of range.
@@ -65,74 +73,88 @@ def limit_direction(
     require("min_cosine", min_cosine, "in (-1, 1)", lambda x: -1 < x < 1)
     require("decay", decay, "in [0, 1)", lambda x: 0 <= x < 1)
     require_count("warmup_steps", warmup_steps)
+    start = DirectionStatistics(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32))
+    record = ClipRecord(NAME, lambda tree: start)
 
     def init_fn(params) -> DirectionState:
-        own = (jnp.zeros((), jnp.int32), init_readings(NAME))
-        return DirectionState(_zeros(params), *_trees.distinct(own))
+        mean = jax.tree.map(lambda p: jnp.zeros_like(p, _wide(p)), params)
+        return DirectionState(mean, record.init(params))
 
     def update_fn(updates, state, params=None, **extra):
         del params, extra
-        measured = measure(updates)
         mean = state.mean_direction
-        usable = measured.finite & (measured.norm > 0)
+        before = record.statistics(state.clip_numbers, updates)
+        measured = measure(updates)
+        finite = measured.finite
+        usable = finite & (measured.norm > 0)
         norm = jnp.where(usable, measured.norm, 1.0)
-        unit = _trees.map_inexact(
-            lambda g: (g / norm).astype(_wide(g)), updates, updates
-        )
-        length = measure(mean, updates).norm
+        length = jnp.sqrt(before.mean_square)
         inverse = 1 / jnp.maximum(length, 1e-12)
-        cosine = jnp.clip(_dot(unit, mean, updates) * inverse, -1.0, 1.0)
-        ready = state.direction_steps >= warmup_steps
-        turns = usable & ready & (length >= LEAST_LENGTH) & (cosine < min_cosine)
+        along_mean = _dot(updates, mean, updates) / norm
+        cosine = jnp.clip(along_mean * inverse, -1.0, 1.0)
+        ready = before.direction_steps >= warmup_steps
+        least = jnp.asarray(min_cosine, jnp.float32)
+        turns = usable & ready & (length >= LEAST_LENGTH) & (cosine < least)
         across = jnp.sqrt(1 - jnp.square(cosine))
-        side = jnp.sqrt(1 - jnp.square(jnp.asarray(min_cosine, jnp.float32)))
-        along = min_cosine * across / side
-        # A positive C may lengthen the gradient, which is not ours to do.
+        side = jnp.sqrt(1 - jnp.square(least))
+        along = least * across / side
+        # A positive C may lengthen the gradient.
         shorter = jnp.minimum(1.0, side / jnp.maximum(across, 1e-12))
 
-        def turned(g, u, m):
+        def turned(g, m):
+            u = g.astype(m.dtype) / norm
             new = (shorter * norm) * (u + ((along - cosine) * inverse) * m)
-            return jnp.where(turns, new, g).astype(g.dtype)
+            return jnp.where(turns, new.astype(g.dtype), g)
 
-        out = _trees.map_inexact(turned, updates, updates, unit, mean)
-        finite = measured.finite
-        out = _trees.zero_unless(finite, out, updates)
-        followed = _trees.map_inexact(
-            lambda m, u: decay * m + (1 - decay) * u, updates, mean, unit
+        def all_turned():
+            return _trees.map_inexact(turned, updates, updates, mean)
+
+        def followed(m, g):
+            new = decay * m + (1 - decay) * (g.astype(m.dtype) / norm)
+            return jnp.where(usable, new.astype(m.dtype), m)
+
+        out = changed_or_same(updates, turns, all_turned)
+        # The length of a mean of unit vectors follows from its old length and the dot
+        # product alone, without a pass over the mean.
+        square = (
+            jnp.square(decay) * before.mean_square
+            + 2 * decay * (1 - decay) * along_mean
+            + jnp.square(1 - decay)
         )
         left = jnp.where(turns, shorter * jnp.hypot(across, along), 1.0)
-        readings = read(
-            state.clip_readings,
+        numbers = record.after_step(
+            state.clip_numbers,
+            updates,
+            DirectionStatistics(
+                jnp.where(usable, jnp.maximum(square, 0.0), before.mean_square),
+                _trees.count_if(usable, before.direction_steps),
+            ),
             raw=measured.norm,
             clipped=jnp.where(finite, left * measured.norm, 0.0),
-            limit=jnp.asarray(min_cosine, jnp.float32),
+            limit=least,
             scale=left,
             finite=finite,
             shrunk=turns,
         )
-        return out, DirectionState(
-            _trees.select(usable, _trees.cast_like(followed, mean), mean),
-            _trees.count_if(usable, state.direction_steps),
-            readings,
+        return _trees.zero_unless(finite, out, updates), DirectionState(
+            _trees.map_inexact(followed, updates, mean, updates), numbers
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, CompiledUpdate(update_fn))
+    return transformation(NAME, DirectionState, init_fn, update_fn)
 
 
 def _wide(leaf):
-    """float32, or its complex counterpart."""
+    """Return float32, or its complex counterpart."""
     return jnp.complex64 if jnp.iscomplexobj(leaf) else jnp.float32
 
 
-def _zeros(params):
-    return jax.tree.map(lambda p: jnp.zeros_like(p, _wide(p)), params)
-
-
 def _dot(a, b, like) -> jax.Array:
+    """Return the real part of the dot product over all floating-point leaves."""
     pairs = zip(
         _trees.inexact_leaves(a, like), _trees.inexact_leaves(b, like), strict=True
     )
+    wide = lambda leaf: leaf.astype(_wide(leaf))
     return sum(
-        (jnp.real(jnp.sum(x * jnp.conj(y))) for x, y in pairs),
+        (jnp.sum(jnp.real(wide(x) * jnp.conj(y))) for x, y in pairs),
         jnp.zeros((), jnp.float32),
     )

@@ -1,59 +1,56 @@
-"""Second moments of a gradient, element by element: a yardstick for single elements."""
+"""Second moments of a gradient, element by element: a clip's own, or an optimizer's."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from .. import _trees
-
-# Elements beyond it would square to inf; none of them is normal.
-LARGEST_ROOT = 1e18
-
-
-def zeros(params):
-    """A second moment of nothing: float32, shaped like the parameters."""
-    return jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)
-
-
-def squares(leaf) -> jax.Array:
-    """|x|^2 in float32, bounded so that a finite element has a finite square."""
-    size = jnp.abs(leaf).astype(jnp.float32)
-    return jnp.square(jnp.where(size > LARGEST_ROOT, LARGEST_ROOT, size))
+from ._elements import squares
 
 
 def track(moment, updates, decay):
-    """The moment after one more gradient: d v + (1 - d) |g|^2."""
-    return _trees.map_inexact(
-        lambda v, g: decay * v + (1 - decay) * squares(g), updates, moment, updates
-    )
+    """Return the moment after one more gradient: d v + (1 - d) |g|^2."""
+
+    def tracked(v, g):
+        return (decay * v + (1 - decay) * squares(g)).astype(v.dtype)
+
+    return _trees.map_inexact(tracked, updates, moment, updates)
 
 
-def debiased(moment, decay, steps, like):
-    """The moment corrected for its start from zero; zero if `steps` is."""
+def track_means(means, leaf_squares, decay, like) -> jax.Array:
+    """Return the mean of each leaf's moment after `track`, float32 (leaves,).
+
+    It follows from the sums of squares alone, without a pass over the moment.
+    """
+    sizes = [max(leaf.size, 1) for leaf in _trees.inexact_leaves(like)]
+    latest = leaf_squares / jnp.asarray(sizes, jnp.float32)
+    return decay * means + (1 - decay) * latest
+
+
+def means(moment, like) -> jax.Array:
+    """Return the mean of each leaf that is floating point in `like`."""
+    leaves = _trees.inexact_leaves(moment, like)
+    found = [jnp.sum(v, dtype=jnp.float32) / max(v.size, 1) for v in leaves]
+    return jnp.stack(found) if found else jnp.zeros((0,), jnp.float32)
+
+
+def correction(decay, steps) -> jax.Array:
+    """Return the factor 1 / (1 - d^k) for a start from zero; zero if k is."""
     weight = 1 - jnp.asarray(decay, jnp.float32) ** steps.astype(jnp.float32)
-    scale = jnp.where(steps > 0, 1 / jnp.maximum(weight, 1e-12), 0.0)
-    return _trees.map_inexact(lambda v: (scale * v).astype(jnp.float32), like, moment)
+    return jnp.where(steps > 0, 1 / jnp.maximum(weight, 1e-12), 0.0)
 
 
-def floored(leaf) -> jax.Array:
-    """The moment of each element, at least the mean of its leaf: none is ever zero."""
-    return jnp.maximum(leaf, jnp.mean(leaf)) if leaf.size else leaf
+def init(asker: str, optimizer, own: bool, params) -> tuple[Any, Any]:
+    """Return the state of an optimizer, and zeros for a moment of one's `own` or ().
 
-
-def shrunk(leaf, bound) -> jax.Array:
-    """Each element whose magnitude is above its bound, at the bound; keeps its sign."""
-    size = jnp.abs(leaf).astype(np.promote_types(bound.dtype, _real(leaf)))
-    factor = jnp.where(size > bound, bound / jnp.where(size > 0, size, 1.0), 1.0)
-    return (leaf * factor).astype(leaf.dtype)
-
-
-def _real(leaf):
-    return np.zeros((), leaf.dtype).real.dtype
-
-
-def clamp(updates, bounds, like):
-    """`shrunk` for every leaf that is floating point in `like`."""
-    return _trees.map_inexact(shrunk, like, updates, bounds)
+    Raises ValueError if the optimizer is to provide the moment and has none.
+    """
+    inner = _trees.strongly_typed(optimizer.init(params))
+    if not own:
+        require_moments(asker, inner, params)
+        return inner, ()
+    return inner, jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)
 
 
 def _has_moments(node) -> bool:
@@ -61,7 +58,7 @@ def _has_moments(node) -> bool:
 
 
 def require_moments(asker: str, state, params) -> None:
-    """Raises ValueError unless a state has one `mu` and one `nu`, of all parameters."""
+    """Raise ValueError unless a state has one `mu` and one `nu`, of all parameters."""
     nodes = jax.tree.leaves(state, is_leaf=_has_moments)
     nodes = [node for node in nodes if _has_moments(node)]
     whole = jax.tree.structure(params)
@@ -75,13 +72,13 @@ def require_moments(asker: str, state, params) -> None:
 
 
 def second_moment(state):
-    """The second moment of the optimizer whose state this is."""
+    """Return the second moment in the state of an optimizer."""
     nodes = jax.tree.leaves(state, is_leaf=_has_moments)
     return next(node.nu for node in nodes if _has_moments(node))
 
 
 def cleared(state, *names: str):
-    """The state with the named fields, of those beside the moments, at zero."""
+    """Return the state with zeros in the named fields beside the moments."""
 
     def clear(node):
         if not _has_moments(node):
@@ -90,3 +87,10 @@ def cleared(state, *names: str):
         return node._replace(**jax.tree.map(jnp.zeros_like, old))
 
     return jax.tree.map(clear, state, is_leaf=_has_moments)
+
+
+def warmth(steps, warmup_steps: int) -> jax.Array:
+    """Return the factor on updates that grows from 0.01 to 1 along a cosine."""
+    phase = steps.astype(jnp.float32) / (warmup_steps + 1)
+    rising = 1 - 0.99 * (1 + jnp.cos(jnp.pi * phase)) / 2
+    return jnp.where(steps < warmup_steps, rising, 1.0).astype(jnp.float32)

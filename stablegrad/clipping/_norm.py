@@ -5,28 +5,28 @@ import optax
 
 from ..granularity._groups import Granularity
 from ..thresholds._limits import fixed
-from ._base import by_threshold, clipping
+from ._base import clip_norms, clip_to_threshold
 
 
 def clip_by_norm(
     max_norm: float | jax.Array, *, per: Granularity = "global"
 ) -> optax.GradientTransformationExtraArgs:
-    """Shrinks a gradient to a fixed norm, if it is larger.
+    """Shrink a gradient to a fixed norm if its norm is larger.
 
         g <- g * min(1, c / ||g||)
 
-    Beside `optax.clip_by_global_norm`: the norm is float32 and cannot overflow, so that
-    float16 elements of 300 and float32 elements of 1e20 are shrunk to size, not to
-    zero; the gradient is multiplied by one factor, which XLA fuses, not divided; and
-    a nan does not spread.
+    It differs from `optax.clip_by_global_norm` in three ways. The norm is computed in
+    float32, so that float16 elements of 300 are shrunk to size and do not overflow. The
+    gradient is multiplied by one factor, which XLA fuses into the optimizer. A nan does
+    not spread.
 
     Args:
         max_norm: The largest norm c, in the gradient's unit. Finite, >= 0.
-        per: For what, as for `fixed`.
+        per: The groups that are clipped separately, as for `fixed`.
 
     Returns:
-        A transformation for `optax.chain`. A step with a nan or inf anywhere becomes
-        all zeros, and is counted.
+        A transformation for `optax.chain`. A gradient that holds a nan or inf, or whose
+        norm is 1e18 or more, becomes all zeros and is counted in `metrics`.
 
     Raises:
         ValueError: If a concrete `max_norm` is out of range.
@@ -36,13 +36,17 @@ def clip_by_norm(
         >>> import stablegrad as sg
         >>> tx = optax.chain(sg.clip_by_norm(1.0), optax.sgd(1.0))
         >>> params = jnp.zeros(2)
-        >>> grads = jnp.array([3e20, 4e20])
+        >>> grads = jnp.array([3.0, 4.0])
         >>> updates, state = tx.update(grads, tx.init(params), params)
         >>> [round(x, 3) for x in updates.tolist()]
         [-0.6, -0.8]
+        >>> updates, state = tx.update(jnp.array([3e20, 4e20]), state, params)
+        >>> dropped = sg.metrics(state)["clip_by_norm_dropped_steps"]
+        >>> abs(updates).tolist(), dropped.item()
+        ([0.0, 0.0], 1)
 
     Reference:
         Pascanu et al., On the difficulty of training recurrent neural networks (2013),
         https://arxiv.org/abs/1211.5063.
     """
-    return clipping("clip_by_norm", by_threshold(fixed(max_norm, per=per)))
+    return clip_norms("clip_by_norm", clip_to_threshold(fixed(max_norm, per=per)))

@@ -4,15 +4,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
-from .._checks import require
 from ..granularity import _units
 from ..granularity._groups import units
-from ..thresholds._base import Scope
 from ..thresholds._param_ratio import param_ratio
-from ._base import Rule, Ruling, by_threshold, clipping
+from ._base import clip_norms, clip_to_threshold
+from .published._agc import agc
 
 
 def clip_by_param_norm(
@@ -24,31 +22,32 @@ def clip_by_param_norm(
     exclude: str | Callable[[Any, Any], bool] | None = None,
     published: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """Shrinks each unit's gradient to a share of that unit's parameters: AGC.
+    """Shrink each unit's gradient to a share of that unit's parameters: AGC.
 
         g_u <- g_u * min(1, ratio * max(||w_u||, eps) / ||g_u||)
 
-    Published: eps = 1e-3, so that layers which start at zero hardly move under SGD.
-    Default: eps = 1, the norm that a unit has under the usual initialisations.
+    The default eps = 1 is the norm of a unit under the usual initialisations. The
+    published eps = 1e-3 hardly lets layers that start at zero move under SGD.
 
     Args:
         ratio: Tolerated share of the parameters' norm, > 0. The paper's 0.01 is for
-            batches of 1024 and more; small batches want up to 0.16.
-        eps: What a unit's norm counts as at least, > 0. None: 1; as published 1e-3.
-        axis: The axes that one unit spans, as for `units`.
-        stacked: Which leaves have a leading layer axis, as for `units`.
-        exclude: Which leaves are left alone, as for `units`. The paper leaves out the
-            classifier: exclude="head", say.
-        published: Whether to follow the paper's recurrence exactly.
+            batches of 1024 and more; small batches need up to 0.16.
+        eps: The least norm of a unit's parameters that is assumed, > 0. None: 1; 1e-3
+            if published.
+        axis: The axes of a unit, as for `units`.
+        stacked: The leaves with a leading layer axis, as for `units`.
+        exclude: The leaves that are not clipped, as for `units`. The paper leaves out
+            the classifier, for example `exclude="head"`.
+        published: Whether to follow the recurrence of the paper exactly.
 
     Returns:
-        A transformation for `optax.chain`, which needs `params` at every step. A step
-        with a nan or inf anywhere becomes all zeros, and is counted; as published it
-        passes.
+        A transformation for `optax.chain`, which needs `params` at every step. A
+        gradient that holds a nan or inf, or whose norm is 1e18 or more, becomes all
+        zeros and is counted in `metrics`. As published it is passed on.
 
     Raises:
-        ValueError: If a concrete argument is out of range; when initialised, if a
-            layout is unknown; at a step without `params`.
+        ValueError: If a concrete argument is out of range; when initialised, if the
+            layout of a leaf is unknown; at a step without `params`.
 
     Example:
         >>> import optax
@@ -63,19 +62,9 @@ def clip_by_param_norm(
         normalization (2021), https://arxiv.org/abs/2102.06171.
     """
     per = units(axis, stacked, exclude)
-    if not published:
+    if published:
+        clip = agc(ratio, 1e-3 if eps is None else eps, per)
+    else:
         threshold = param_ratio(ratio, eps=1.0 if eps is None else eps, per=per)
-        return clipping("clip_by_param_norm", by_threshold(threshold))
-    floor = 1e-3 if eps is None else eps
-    require("ratio", ratio, "> 0", lambda x: 0 < x < float("inf"))
-    require("eps", floor, ">= 0", lambda x: 0 <= x < float("inf"))
-
-    def follow(state, norms, scope: Scope) -> Ruling:
-        limit = ratio * jnp.maximum(scope.param_norms, floor)
-        shrunk = limit / jnp.maximum(norms, 1e-6)
-        return Ruling(jnp.where(norms > limit, shrunk, 1.0), limit, state)
-
-    return clipping(
-        "clip_by_param_norm",
-        Rule(per, lambda groups: (), follow, of_params=True, published=True),
-    )
+        clip = clip_to_threshold(threshold)
+    return clip_norms("clip_by_param_norm", clip)

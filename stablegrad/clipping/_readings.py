@@ -1,56 +1,108 @@
-"""What a clip of a chain remembers for its user, and how to find it in a state."""
+"""Numbers of a clip in a chain: its readings for `metrics`, and its own statistics.
 
+All of them are packed in one float32 and one int32 array, under the name of the clip.
+The readings come first, so that `metrics` finds them without the rest of the layout.
+"""
+
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .. import _trees
-from .._packing import decode, encode
+from .._packing import Packed, Packing, decode, encode
+
+ClipNumbers = dict[str, Packed]  # One entry, under the name of the clip.
 
 
 class ClipReadings(NamedTuple):
-    """What a clip did, for `metrics`; rank-0, `encode`d so that it stays finite."""
+    """The readings of a clip; rank-0, `encode`d so that they stay finite."""
 
-    raw_norm: jax.Array  # float32: L2 norm of what came in.
-    clipped_norm: jax.Array  # float32: L2 norm of what went out.
-    limit: jax.Array  # float32: the strictest limit that the step met.
+    raw_norm: jax.Array  # float32: L2 norm of the gradient before clipping.
+    clipped_norm: jax.Array  # float32: L2 norm of the gradient after clipping.
+    limit: jax.Array  # float32: the strictest limit in force at the step.
     scale: jax.Array  # float32 in [0, 1]: the smallest factor.
     clipped_steps: jax.Array  # int32: steps that were shrunk, since `init`.
-    dropped_steps: jax.Array  # int32: steps with a nan or inf, which became zeros.
+    dropped_steps: jax.Array  # int32: steps that were not finite, since `init`.
 
 
 # Fields of `ClipReadings` that may stand for a nan or an inf.
 ENCODED_READINGS = ("raw_norm", "clipped_norm", "limit")
 
 
-def init_readings(name: str) -> dict[str, ClipReadings]:
-    """Nothing seen yet."""
-    zero, none = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
-    one = jnp.ones((), jnp.float32)
-    return {name: ClipReadings(zero, zero, zero, one, none, none)}
+class _Packable(NamedTuple):
+    """Readings as vectors: counts that are counted up at once cost no copy."""
+
+    numbers: jax.Array  # float32 (4,): the other fields.
+    counts: jax.Array  # int32 (2,)
 
 
-def read(
-    readings, *, raw, clipped, limit, scale, finite, shrunk=None
-) -> dict[str, ClipReadings]:
-    """The readings after one step, `shrunk` unless the scale was 1."""
-    ((name, before),) = readings.items()
-    shrunk = finite & (scale < 1 if shrunk is None else shrunk)
-    return {
-        name: ClipReadings(
-            encode(raw),
-            encode(clipped),
-            encode(limit),
-            jnp.where(jnp.isfinite(scale), scale, 0.0).astype(jnp.float32),
-            _trees.count_if(shrunk, before.clipped_steps),
-            _trees.count_if(~finite, before.dropped_steps),
+def _init_readings() -> _Packable:
+    return _Packable(jnp.asarray([0, 0, 0, 1], jnp.float32), jnp.zeros((2,), jnp.int32))
+
+
+_READINGS = Packing(jax.eval_shape(_init_readings))
+
+
+class ClipRecord:
+    """Packs the readings of a clip together with its statistics."""
+
+    def __init__(self, name: str, init: Callable[[Any], Any] = lambda tree: ()):
+        """Take a name, and what returns the statistics before the first step.
+
+        `init` is given the parameters or the updates: the layout depends on their
+        structure, shapes and dtypes alone.
+        """
+        self._name = name
+        self._init = init
+
+    def init(self, params) -> ClipNumbers:
+        """Return the numbers before the first step."""
+        start = self._start(params)
+        return {self._name: Packing(start).pack(start)}
+
+    def statistics(self, numbers: ClipNumbers, updates) -> Any:
+        """Return the statistics of the clip."""
+        return self._packing(updates).unpack(numbers[self._name])[1]
+
+    def after_step(
+        self,
+        numbers: ClipNumbers,
+        updates,
+        statistics,
+        *,
+        raw,
+        clipped,
+        limit,
+        scale,
+        finite,
+        shrunk=None,
+    ) -> ClipNumbers:
+        """Return the numbers after one step, with new statistics.
+
+        The step counts as clipped if it is finite and `shrunk`, which by default means
+        that the scale is below 1.
+        """
+        before = _READINGS.unpack(numbers[self._name])
+        shrunk = finite & (scale < 1 if shrunk is None else shrunk)
+        scale = jnp.where(jnp.isfinite(scale), scale, 0.0).astype(jnp.float32)
+        readings = _Packable(
+            jnp.stack([encode(raw), encode(clipped), encode(limit), scale]),
+            _trees.count_if(jnp.stack([shrunk, ~finite]), before.counts),
         )
-    }
+        return {self._name: self._packing(updates).pack((readings, statistics))}
+
+    def _start(self, tree) -> tuple[_Packable, Any]:
+        return _init_readings(), self._init(tree)
+
+    def _packing(self, tree) -> Packing:
+        return Packing(jax.eval_shape(lambda: self._start(tree)))
 
 
 def numbers_of_clips(state: Any) -> dict[str, jax.Array]:
-    """What every clip inside a state has to tell, as flat scalars."""
+    """Return the readings of every clip inside a state, as flat scalars."""
     numbers: dict[str, jax.Array] = {}
     counts: dict[str, int] = {}
     for name, readings in _found(state):
@@ -63,16 +115,21 @@ def numbers_of_clips(state: Any) -> dict[str, jax.Array]:
 
 
 def _found(state: Any) -> list[tuple[str, ClipReadings]]:
-    """Name and readings of every clip, an outer one before an inner one."""
+    """Return name and readings of every clip, an outer one before an inner one."""
     found = []
     for node in jax.tree.leaves(state, is_leaf=_is_clip):
         if _is_clip(node):
-            ((name, readings),) = node.clip_readings.items()
-            # NNX wraps each array in a variable.
-            found.append((name, ClipReadings(*jax.tree.leaves(readings))))
+            ((name, packed),) = node.clip_numbers.items()
+            # Unpacked on the host, unless it is traced.
+            if not any(isinstance(array, jax.core.Tracer) for array in packed):
+                packed = tuple(np.asarray(array) for array in packed)
+            numbers, counts = _READINGS.unpack(packed)
+            fields = [numbers[..., i] for i in range(4)]
+            fields += [counts[..., i] for i in range(2)]
+            found.append((name, ClipReadings(*fields)))
             found += _found(getattr(node, "clip_inner", ()))
     return found
 
 
 def _is_clip(node: Any) -> bool:
-    return isinstance(getattr(node, "clip_readings", None), dict)
+    return isinstance(getattr(node, "clip_numbers", None), dict)

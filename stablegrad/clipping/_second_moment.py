@@ -1,4 +1,4 @@
-"""Clip element by element against the running second moment: SPAM's idea."""
+"""Clip elements against their running second moment: the idea of SPAM."""
 
 from typing import Any, NamedTuple
 
@@ -8,11 +8,11 @@ import optax
 
 from .. import _checks, _trees
 from .._checks import require, require_count
-from .._compiled import CompiledUpdate
 from .._norms import measure
 from .._scales import scale_leaves, uniform
-from . import _moments
-from ._readings import ClipReadings, init_readings, read
+from . import _elements, _moments
+from ._base import transformation
+from ._readings import ClipNumbers, ClipRecord
 from .published import _spam
 
 NAME = "clip_by_second_moment"
@@ -29,43 +29,46 @@ def clip_by_second_moment(
     rewarmup_steps: int | None = None,
     published: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """Clamps each gradient element to a multiple of its own second moment: SPAM.
+    """Clamp each gradient element to a multiple of its own second moment: SPAM.
 
-        v_hat = v / (1 - d^k);    b = sqrt(threshold * max(v_hat, mean(v_hat_{t-1})))
+        v_hat = v / (1 - d^k);    b = sqrt(threshold * max(v_hat, mean(v_hat)))
         g <- g * min(1, b / |g|);    v <- d v + (1 - d) |g|^2
 
-    Published: b = sqrt(threshold v), not corrected for its start, so that the limit
-    drifts from 10 to 45 standard deviations within one period; an element whose v is
-    zero is clamped to zero for ever; the first 20 steps after each reset are free; the
-    moments are reset on a clock, their bias correction is not. Default: corrected, held
-    against no less than the leaf's mean, in force from the second step, and reset only
-    if asked to, correction included; the leaf's mean outlives a reset. Elements above
-    1e18, whose squares would overflow Adam's moments, never pass.
+    By default, v is that of the steps before, corrected for its start from zero, and
+    counts at no less than the mean of its leaf. The limit is in force from the second
+    step. A reset, if asked for, clears the correction as well; the mean of the leaf
+    outlives it.
+
+    As published, b = sqrt(threshold v) without correction, so that the limit drifts
+    from 10 to 45 standard deviations within one period. An element whose v is zero is
+    clamped to zero until the next reset. The first 20 steps after each reset have no
+    limit. The moments are reset on a clock, and their bias correction is not.
 
     Args:
         threshold: Tolerated square in units of the second moment, > 1. 5000 is 71
             standard deviations: it catches broken elements, not rough steps.
         inner: An optimizer with moments `mu` and `nu`, such as `optax.adam`, that takes
-            the clipped gradient. Its own `nu` is then the yardstick, and a reset means
-            its moments. None: a chain member with a second moment of its own.
-        decay: Weight d of the past, in (0, 1); that of `inner`, if there is one.
-        reset_every: Steps from one reset to the next, 0 for never. None: 0; as
-            published 500.
+            the clipped gradient. Its `nu` is then the second moment, and a reset clears
+            its moments. None: the clip keeps a second moment of its own.
+        decay: Weight d of the past, in (0, 1); that of `inner` if there is one.
+        reset_every: Steps from one reset to the next, >= 0; 0 for never. None: 0; 500
+            if published.
         reset_on_spike: Whether to reset after a step of which clipping leaves less than
-            half of the norm. Not as published.
+            half of the norm. Not with `published`.
         rewarmup_steps: Steps over which the updates grow from 0.01 back to 1 after each
-            reset, along a cosine, >= 0. None: 0; as published 150, if there is an
+            reset, along a cosine, >= 0. None: 0; 150 if published and there is an
             `inner`.
-        published: Whether to follow the paper's recurrence exactly. Its Adam adds `eps`
-            before the bias correction of v, which is the affair of `inner`.
+        published: Whether to follow the recurrence of the paper exactly. The paper's
+            Adam adds `eps` before the bias correction of v; here, `inner` decides.
 
     Returns:
-        A transformation for `optax.chain`. A step with a nan or inf anywhere becomes
-        all zeros, is not shown to `inner`, and is counted; as published it passes.
+        A transformation for `optax.chain`. A gradient that holds a nan or inf, or whose
+        norm is 1e18 or more, becomes all zeros, is not passed to `inner`, and is
+        counted in `metrics`. As published it is passed on.
 
     Raises:
-        ValueError: If a concrete argument is out of range, or `inner` has not one `mu`
-            and one `nu`.
+        ValueError: If a concrete argument is out of range; when initialised, if `inner`
+            does not have one `mu` and one `nu`.
 
     Example:
         >>> import optax
@@ -88,7 +91,7 @@ def clip_by_second_moment(
     if published:
         require("reset_on_spike", reset_on_spike, "False as published", lambda x: not x)
         return _spam.spam(*settings)
-    return _clamped(*settings, reset_on_spike)
+    return _clamp_to_moment(*settings, reset_on_spike)
 
 
 class SecondMomentState(NamedTuple):
@@ -96,100 +99,105 @@ class SecondMomentState(NamedTuple):
 
     clip_inner: Any  # State of the inner optimizer.
     clip_moment: Any  # Second moment of the clipped gradient, () if `inner` has it.
+    clip_numbers: ClipNumbers  # Readings and statistics.
+
+
+class MomentStatistics(NamedTuple):
+    """Statistics of the second moment."""
+
+    leaf_means: jax.Array  # float32 (leaves,): means of one's own moment.
+    leaf_levels: jax.Array  # float32 (leaves,): corrected means; no reset clears them.
     moment_steps: jax.Array  # int32: steps in the moment since its last reset.
     moment_resets: jax.Array  # int32
-    leaf_levels: jax.Array  # float32 (leaves,): mean moments; no reset clears them.
-    clip_readings: dict[str, ClipReadings]
 
 
-def _clamped(
+def _clamp_to_moment(
     name, threshold, optimizer, own_moment, decay, period, rewarmup, reset_on_spike
 ) -> optax.GradientTransformationExtraArgs:
-    """The default face."""
+    """Return the default method; `own_moment` if the optimizer has none."""
+
+    def start(tree) -> MomentStatistics:
+        zeros = jnp.zeros((len(_trees.inexact_leaves(tree)),), jnp.float32)
+        none = jnp.zeros((), jnp.int32)
+        return MomentStatistics(zeros, zeros, none, none)
+
+    record = ClipRecord(name, start)
 
     def init_fn(params) -> SecondMomentState:
-        none = jnp.zeros((), jnp.int32)
-        inner = _trees.strongly_typed(optimizer.init(params))
-        if not own_moment:
-            _moments.require_moments(name, inner, params)
-        moment = _moments.zeros(params) if own_moment else ()
-        levels = jnp.zeros((len(_trees.inexact_leaves(params)),), jnp.float32)
-        counts = _trees.distinct((none, none, levels, init_readings(name)))
-        return SecondMomentState(inner, moment, *counts)
+        inner, moment = _moments.init(name, optimizer, own_moment, params)
+        return SecondMomentState(inner, moment, record.init(params))
 
-    def bounds_of(known, levels, like):
-        """The largest magnitude of each element; none may square to inf."""
-        level = iter(levels)
+    def largest_squares(moment, correction, levels, like):
+        """Return the largest square of each element; inf where nothing is known."""
 
-        def bound(leaf):
-            floor = next(level)
-            size = jnp.sqrt(jnp.maximum(leaf, floor)) * jnp.sqrt(
-                jnp.asarray(threshold, jnp.float32)
-            )
-            return jnp.where(floor > 0, size, _moments.LARGEST_ROOT)
+        def largest(v, level):
+            known = jnp.maximum(correction * v.astype(jnp.float32), level)
+            known = jnp.asarray(threshold, jnp.float32) * known
+            return jnp.where(level > 0, known, jnp.inf)
 
-        return _trees.map_inexact(bound, like, known)
-
-    def levels_of(moment, steps, before, like) -> jax.Array:
-        """The mean of each leaf's moment, or what it was before the moment began."""
-        known = _moments.debiased(moment, decay, steps, like)
-        means = [
-            jnp.mean(v) if v.size else 0.0 for v in _trees.inexact_leaves(known, like)
-        ]
-        now = jnp.stack([*means, jnp.zeros(())])[:-1].astype(jnp.float32)
-        return jnp.where((steps > 0) & (now > 0), now, before)
+        return _trees.map_inexact(
+            largest, like, moment, _elements.per_leaf(levels, like)
+        )
 
     def update_fn(updates, state, params=None, **extra):
-        inner, moment, steps = state.clip_inner, state.clip_moment, state.moment_steps
+        inner, moment = state.clip_inner, state.clip_moment
+        before = record.statistics(state.clip_numbers, updates)
         measured = measure(updates)
         finite = measured.finite
         yardstick = moment if own_moment else _moments.second_moment(inner)
-        known = _moments.debiased(yardstick, decay, steps, updates)
-        bounds = bounds_of(known, state.leaf_levels, updates)
-        clipped = _moments.clamp(updates, bounds, updates)
-        clipped = _trees.zero_unless(finite, clipped, updates)
-        left = jnp.where(finite, measure(clipped).norm, 0.0)
+        correction = _moments.correction(decay, before.moment_steps)
+        means = before.leaf_means if own_moment else _moments.means(yardstick, updates)
+        levels = jnp.where(
+            correction * means > 0, correction * means, before.leaf_levels
+        )
+        limits = lambda: largest_squares(yardstick, correction, levels, updates)
+        clamp = lambda: _elements.clamp(updates, jax.tree.map(jnp.sqrt, limits()))
+        above = finite & _elements.any_above(updates, limits())
+        squares = _elements.squares_after(measured, above, clamp)
+        clipped = _elements.changed_or_same(updates, above, clamp)
+        left = jnp.where(finite, jnp.sqrt(jnp.sum(squares)), 0.0)
         ratio = jnp.where(finite & (measured.norm > 0), left / measured.norm, 1.0)
+        clipped = _trees.zero_unless(finite, clipped, updates)
         out, new_inner = optimizer.update(clipped, inner, params, **extra)
-        tracked = _moments.track(moment, clipped, decay) if own_moment else ()
-        scales = uniform(warmth(state))
-        out = scale_leaves(out, scales, updates, keep=finite)
+        out = _trees.zero_unless(finite, out, updates)
+        if rewarmup:
+            warming = before.moment_resets > 0
+            warmth = _moments.warmth(before.moment_steps, rewarmup)
+            out = scale_leaves(out, uniform(warmth).where(warming), updates)
         new_inner = _trees.select(finite, new_inner, inner)
-        tracked = _trees.select(finite, tracked, moment)
-        steps = _trees.count_if(finite, steps)
-        yardstick = tracked if own_moment else _moments.second_moment(new_inner)
-        levels = levels_of(yardstick, steps, state.leaf_levels, updates)
-        resets = finite & (steps == period) if period else jnp.zeros((), bool)
+        new_means = before.leaf_means
+        if own_moment:
+            tracked = _moments.track(moment, clipped, decay)
+            moment = _trees.select(finite, tracked, moment)
+            followed = _moments.track_means(new_means, squares, decay, updates)
+            new_means = jnp.where(finite, followed, new_means)
+        steps = _trees.count_if(finite, before.moment_steps)
+        resets = jnp.zeros((), bool)
+        if period:
+            resets |= finite & (steps == period)
         if reset_on_spike:
             resets |= finite & (ratio < SPIKE)
-        if own_moment:
-            zero = jax.tree.map(jnp.zeros_like, tracked)
-            tracked = _trees.select(resets, zero, tracked)
-        else:
-            zero = _moments.cleared(new_inner, "mu", "nu", "count")
-            new_inner = _trees.select(resets, zero, new_inner)
-        readings = read(
-            state.clip_readings,
+        if period or reset_on_spike:
+            zeros = jax.tree.map(jnp.zeros_like, moment)
+            moment = _trees.select(resets, zeros, moment)
+            if not own_moment:
+                zeros = _moments.cleared(new_inner, "mu", "nu", "count")
+                new_inner = _trees.select(resets, zeros, new_inner)
+        numbers = record.after_step(
+            state.clip_numbers,
+            updates,
+            MomentStatistics(
+                jnp.where(resets, 0.0, new_means),
+                levels,
+                jnp.where(resets, 0, steps),
+                _trees.count_if(resets, before.moment_resets),
+            ),
             raw=measured.norm,
             clipped=left,
             limit=jnp.inf,
             scale=jnp.where(ratio < 1 - 1e-6, ratio, 1.0),
             finite=finite,
         )
-        return out, SecondMomentState(
-            new_inner,
-            _trees.cast_like(tracked, moment),
-            jnp.where(resets, 0, steps),
-            _trees.count_if(resets, state.moment_resets),
-            jnp.where(resets, state.leaf_levels, levels),
-            readings,
-        )
+        return out, SecondMomentState(new_inner, moment, numbers)
 
-    def warmth(state: SecondMomentState) -> jax.Array:
-        """The factor on the updates, which grows again after a reset."""
-        phase = state.moment_steps / (rewarmup + 1)
-        rising = 1 - 0.99 * (1 + jnp.cos(jnp.pi * phase)) / 2
-        rises = (state.moment_resets > 0) & (state.moment_steps < rewarmup)
-        return jnp.where(rises, rising, 1.0).astype(jnp.float32)
-
-    return optax.GradientTransformationExtraArgs(init_fn, CompiledUpdate(update_fn))
+    return transformation(name, SecondMomentState, init_fn, update_fn)

@@ -1,37 +1,28 @@
-"""Clip by how far a leaf's gradient outruns its second moment: StableAdamW."""
+"""Clip a leaf by how far its gradient exceeds its second moment: StableAdamW."""
 
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from .. import _checks, _trees
 from .._checks import require
-from .._compiled import CompiledUpdate
 from .._norms import measure
 from .._scales import Scales, scale_leaves, scaled_norm
 from ..granularity._groups import independent
 from ..responses._clip import factors
 from ..thresholds._base import Scope, judge, learn
 from ..thresholds._zscore import zscore
-from . import _moments
-from ._readings import ClipReadings, init_readings, read
+from . import _elements, _moments
+from ._base import transformation
+from ._readings import ClipNumbers, ClipRecord
+from .published import _stable_adamw
 
 NAME = "clip_update_rms"
-# The largest ratio that is squared, and the largest that is judged.
-LARGEST_RATIO, LARGEST_JUDGED = 1e15, 9e17
-
-
-class UpdateRmsState(NamedTuple):
-    """State of `clip_update_rms`."""
-
-    clip_inner: Any  # State of the inner optimizer.
-    clip_moment: Any  # float32: the second moment, shaped like the parameters.
-    moment_steps: jax.Array  # int32: steps in the moment.
-    rms_state: Any  # What is normal for each leaf; () as published.
-    clip_readings: dict[str, ClipReadings]
+# The unit of the ratios that are squared: no gradient below 1e18 overflows them.
+UNIT = 1e12
+LARGEST_JUDGED = 9e17  # Larger ratios count as this one to the threshold.
 
 
 def clip_update_rms(
@@ -43,35 +34,40 @@ def clip_update_rms(
     z: float | jax.Array = 2.5,
     published: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """Shrinks a leaf whose gradient outruns its own second moment: StableAdamW.
+    """Shrink a leaf whose gradient exceeds its own second moment: StableAdamW.
 
         r_i = sqrt(mean(g^2 / v_hat));    g_i <- g_i * min(1, max(D, limit_i) / r_i)
 
-    Published: v_hat includes the current gradient, so r is at most 1 / sqrt(1 - d); the
-    update of `inner` is shrunk, by max(1, r / D), after its moments have taken the
-    spike in. Default: v_hat is that of the steps before, an element counting at no less
-    than its leaf's mean; the gradient is shrunk before any moment sees it; and limit_i
-    is `zscore(z)` of r_i, so that a lasting shift by any factor is normal within 62
-    steps, long before the second moment has followed.
+    By default, v_hat is that of the steps before, and counts at no less than the mean
+    of its leaf. The gradient is shrunk before any moment follows it. limit_i is that of
+    `zscore(z)` on r_i: a lasting shift by any factor is normal within 62 steps, long
+    before the second moment has followed.
+
+    As published, v_hat includes the current gradient, so that r is at most
+    1 / sqrt(1 - d). The update of `inner` is divided by max(1, r / D), after the
+    moments of `inner` have followed the gradient.
 
     Args:
         max_rms: The multiple D of the second moment's root that is always normal, > 0.
-            None: 2; as published 1. What a huge first gradient leaves in the second
-            moment fades with d: until then, steps below it are normal.
-        inner: The optimizer. Needed as published; else optional, the clip being a chain
-            member that keeps a second moment of its own.
+            None: 2; 1 if published. A huge first gradient raises the second moment, and
+            fades from it with d; until then, steps below it are normal.
+        inner: The optimizer, which takes the clipped gradient. Required if published.
+            None: the transformation only clips, as a member of a chain.
         decay: Weight d of the past, in (0, 1): that of the optimizer's second moment.
-            None: 0.999; as published 0.99.
-        eps: Smallest root of a second moment, > 0.
-        z: Standard deviations of log r above its level that are still normal, > 0.
-        published: Whether to follow the paper's recurrence exactly.
+            None: 0.999; 0.99 if published.
+        eps: The least root of a second moment that is assumed, > 0.
+        z: Standard deviations of log r above its level that are still normal, > 0. Not
+            used if published.
+        published: Whether to follow the recurrence of the paper exactly.
 
     Returns:
-        A transformation for `optax.chain`. A step with a nan or inf anywhere becomes
-        all zeros, is not shown to `inner`, and is counted; as published it passes.
+        A transformation for `optax.chain`. A gradient that holds a nan or inf, or whose
+        norm is 1e18 or more, becomes all zeros, is not passed to `inner`, and is
+        counted in `metrics`. As published it is passed on.
 
     Raises:
-        ValueError: If a concrete argument is out of range, or `published` and no inner.
+        ValueError: If a concrete argument is out of range, or if `published` is given
+            without `inner`.
 
     Example:
         >>> import optax
@@ -87,6 +83,7 @@ def clip_update_rms(
     require("max_rms", top, "> 0", lambda x: 0 < x < float("inf"))
     require("decay", decay, "in (0, 1)", lambda x: 0 < x < 1)
     require("eps", eps, "> 0", lambda x: 0 < x < float("inf"))
+    threshold = zscore(z, per="leaf")
     if published and inner is None:
         raise ValueError(
             "`clip_update_rms(published=True)` shrinks the update of an optimizer: "
@@ -95,106 +92,97 @@ def clip_update_rms(
     if inner is not None:
         _checks.require_optimizer(NAME, inner)
     optimizer = optax.with_extra_args_support(inner or optax.identity())
-    threshold = zscore(z, per="leaf")
+    if published:
+        return _stable_adamw.stable_adamw(NAME, optimizer, top, decay, eps)
+    return _clip_gradient(optimizer, top, decay, eps, threshold)
+
+
+class UpdateRmsState(NamedTuple):
+    """State of `clip_update_rms`."""
+
+    clip_inner: Any  # State of the inner optimizer.
+    clip_moment: Any  # float32: the second moment, shaped like the parameters.
+    clip_numbers: ClipNumbers  # Readings and statistics.
+
+
+class UpdateRmsStatistics(NamedTuple):
+    """Statistics of the root mean squares."""
+
+    leaf_means: jax.Array  # float32 (leaves,): means of the second moment.
+    moment_steps: jax.Array  # int32: steps in the moment.
+    rms: Any  # Statistics of the threshold.
+
+
+def _clip_gradient(
+    optimizer, top, decay, eps, threshold
+) -> optax.GradientTransformationExtraArgs:
+    """Return the default method."""
+
+    def start(tree) -> UpdateRmsStatistics:
+        leaves = len(_trees.inexact_leaves(tree))
+        none = jnp.zeros((), jnp.int32)
+        return UpdateRmsStatistics(
+            jnp.zeros((leaves,), jnp.float32), none, threshold.init(leaves)
+        )
+
+    record = ClipRecord(NAME, start)
 
     def init_fn(params) -> UpdateRmsState:
-        leaves = len(_trees.inexact_leaves(params))
-        watched = () if published else threshold.init(leaves)
-        own = (jnp.zeros((), jnp.int32), watched, init_readings(NAME))
-        return UpdateRmsState(
-            _trees.strongly_typed(optimizer.init(params)),
-            _moments.zeros(params),
-            *_trees.distinct(own),
-        )
+        inner, moment = _moments.init(NAME, optimizer, True, params)
+        return UpdateRmsState(inner, moment, record.init(params))
 
-    def rms(updates, moment, like, factors) -> jax.Array:
-        """Root mean square of f g / sqrt(v), with one f a leaf; one a leaf."""
-        factor = iter(factors)
+    def rms(updates, moment, correction, least) -> jax.Array:
+        """Return the root mean square of g / sqrt(v_hat) of each leaf, (leaves,)."""
 
-        def relative(g, v):
-            size = next(factor) * jnp.abs(g).astype(jnp.float32)
-            return size / jnp.sqrt(jnp.maximum(v, jnp.square(eps)))
+        def squares(g, v, floor):
+            known = jnp.maximum(correction * v, floor)
+            return _elements.squares(g) * UNIT**-2 / known
 
-        ratios = _trees.map_inexact(relative, like, updates, moment)
-        leaves = _trees.inexact_leaves(ratios, like)
-        sizes = np.array([max(leaf.size, 1) for leaf in leaves], np.float32)
-        return measure(ratios, like).leaf_norms / np.sqrt(sizes)
-
-    def unbounded_rms(updates, moment, like, leaf_norms) -> jax.Array:
-        """The same of g / sqrt(v), where its square may be beyond float32."""
-        least = [
-            jnp.min(v, initial=jnp.inf) for v in _trees.inexact_leaves(moment, like)
-        ]
-        least = jnp.stack([*least, jnp.zeros(())])[:-1]
-        level = jnp.sqrt(jnp.maximum(least, jnp.square(eps)))
-        factors = LARGEST_RATIO * level / jnp.maximum(leaf_norms, 1e-30)
-        factors = jnp.clip(factors, 1e-30, 1.0)
-        return (rms(updates, moment, like, factors) / factors).astype(jnp.float32)
-
-    def follow_update(updates, state: UpdateRmsState, params, extra):
-        """As published: the update is shrunk, after the moments have followed."""
-        steps = _trees.increment(state.moment_steps)
-        moment = _trees.map_inexact(
-            lambda v, g: (
-                decay * v + (1 - decay) * jnp.square(jnp.abs(g).astype(jnp.float32))
-            ),
-            updates,
-            state.clip_moment,
-            updates,
-        )
-        known = _moments.debiased(moment, decay, steps, updates)
-        ones = np.ones(len(_trees.inexact_leaves(updates)), np.float32)
-        factor = 1 / jnp.maximum(rms(updates, known, updates, ones) / top, 1.0)
-        out, held = optimizer.update(updates, state.clip_inner, params, **extra)
-        measured = measure(out, updates)
-        scales = factor
-        out = scale_leaves(out, Scales(scales), updates)
-        limit = jnp.asarray(top, jnp.float32)
-        return out, held, moment, steps, (), measured, limit, scales
-
-    def shrink_gradient(updates, state: UpdateRmsState, params, extra):
-        """The default: the gradient is shrunk, and judged by the steps before."""
-        measured = measure(updates)
-        finite = measured.finite
-        known = _moments.debiased(state.clip_moment, decay, state.moment_steps, updates)
-        known = _trees.map_inexact(_moments.floored, updates, known)
-        ratio = unbounded_rms(updates, known, updates, measured.leaf_norms)
-        known_before = finite & (state.moment_steps > 0)
-        ratio = jnp.where(known_before, ratio, 0.0)
-        grouping = independent(ratio.shape[0])
-        normal = threshold.limit(state.rms_state, Scope(grouping))
-        signal = jnp.minimum(ratio, LARGEST_JUDGED)
-        word = judge(threshold, signal, normal, grouping, observed=known_before)
-        limit = jnp.maximum(word.limit, top)
-        word = word._replace(limit=limit, exceeded=word.exceeded & (ratio > limit))
-        watched = learn(threshold, state.rms_state, word)
-        scales = factors(word._replace(signal=ratio))
-        clipped = scale_leaves(updates, Scales(scales), updates, keep=finite)
-        moment = _moments.track(state.clip_moment, clipped, decay)
-        out, held = optimizer.update(clipped, state.clip_inner, params, **extra)
-        out = _trees.zero_unless(finite, out, updates)
-        held = _trees.select(finite, held, state.clip_inner)
-        moment = _trees.select(finite, moment, state.clip_moment)
-        steps = _trees.count_if(finite, state.moment_steps)
-        return out, held, moment, steps, watched, measured, limit, scales
+        floors = _elements.per_leaf(least, updates)
+        ratios = _trees.map_inexact(squares, updates, updates, moment, floors)
+        return UNIT * jnp.sqrt(_moments.means(ratios, updates))
 
     def update_fn(updates, state, params=None, **extra):
-        step = follow_update if published else shrink_gradient
-        out, held, moment, steps, watched, measured, limit, scales = step(
-            updates, state, params, extra
-        )
+        before = record.statistics(state.clip_numbers, updates)
+        measured = measure(updates)
         finite = measured.finite
-        readings = read(
-            state.clip_readings,
+        correction = _moments.correction(decay, before.moment_steps)
+        least = jnp.maximum(correction * before.leaf_means, jnp.square(eps))
+        observed = finite & (before.moment_steps > 0)
+        ratio = rms(updates, state.clip_moment, correction, least.astype(jnp.float32))
+        ratio = jnp.where(observed, ratio, 0.0)
+        grouping = independent(ratio.shape[0])
+        normal = threshold.limit(before.rms, Scope(grouping))
+        signal = jnp.minimum(ratio, LARGEST_JUDGED)
+        judgement = judge(threshold, signal, normal, grouping, observed=observed)
+        limit = jnp.maximum(judgement.limit, top)
+        exceeded = judgement.exceeded & (ratio > limit)
+        judgement = judgement._replace(limit=limit, exceeded=exceeded)
+        scales = Scales(factors(judgement._replace(signal=ratio)))
+        clipped = scale_leaves(updates, scales, updates, keep=finite)
+        out, inner = optimizer.update(clipped, state.clip_inner, params, **extra)
+        moment = _moments.track(state.clip_moment, clipped, decay)
+        squares = jnp.square(scales.by_leaf) * measured.leaf_squares
+        means = _moments.track_means(before.leaf_means, squares, decay, updates)
+        statistics = UpdateRmsStatistics(
+            jnp.where(finite, means, before.leaf_means),
+            _trees.count_if(finite, before.moment_steps),
+            learn(threshold, before.rms, judgement),
+        )
+        numbers = record.after_step(
+            state.clip_numbers,
+            updates,
+            statistics,
             raw=measured.norm,
-            clipped=jnp.where(
-                finite, scaled_norm(measured, Scales(scales), updates), 0.0
-            ),
+            clipped=jnp.where(finite, scaled_norm(measured, scales, updates), 0.0),
             limit=jnp.min(limit, initial=jnp.inf),
-            scale=Scales(scales).smallest(),
+            scale=scales.smallest(),
             finite=finite,
         )
-        moment = _trees.cast_like(moment, state.clip_moment)
-        return out, UpdateRmsState(held, moment, steps, watched, readings)
+        return _trees.zero_unless(finite, out, updates), UpdateRmsState(
+            _trees.select(finite, inner, state.clip_inner),
+            _trees.select(finite, moment, state.clip_moment),
+            numbers,
+        )
 
-    return optax.GradientTransformationExtraArgs(init_fn, CompiledUpdate(update_fn))
+    return transformation(NAME, UpdateRmsState, init_fn, update_fn)

@@ -46,6 +46,12 @@ def leaf_norms(flat):
     return np.stack([np.linalg.norm(part, axis=1) for part in parts], axis=1)
 
 
+def packed(state):
+    """The float32 and the int32 numbers of a clip: its readings, then its statistics."""
+    (numbers,) = state.clip_numbers.values()
+    return numbers
+
+
 def run(tx, flat, params=PARAMS):
     """What comes out for every row of `flat`, and the last state."""
     state, updates = _scan(tx)(params, tx.init(params), tree(flat))

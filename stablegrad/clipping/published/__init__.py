@@ -1,1 +1,1 @@
-"""Published clipping rules, one paper a file, as their authors wrote them."""
+"""Clips as published: one paper a file, with the recurrence that its authors wrote."""

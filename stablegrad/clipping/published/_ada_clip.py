@@ -1,0 +1,73 @@
+"""Stable-SPAM's AdaClip as published: `clip_by_max(published=True)`."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ... import _trees
+from ..._checks import require
+from ..._norms import measure
+from .. import _moments
+from .._base import ClippingState, transformation
+from .._elements import leaf_maxima, scale_above
+from .._readings import ClipRecord
+
+
+class AdaClipStatistics(NamedTuple):
+    """Statistics of AdaClip."""
+
+    running_max: jax.Array  # float32 (leaves,)
+    correction_steps: jax.Array  # int32: 1 after each reset of the moments.
+    total_steps: jax.Array  # int32
+
+
+def ada_clip(
+    name: str, decay, reset_every: int
+) -> optax.GradientTransformationExtraArgs:
+    """Return AdaClip; arguments as for `clip_by_max`.
+
+    Reference:
+        Huang et al., Stable-SPAM (2025), https://arxiv.org/abs/2502.17055.
+    """
+    require("decay", decay, "in [0, 1)", lambda x: 0 <= x < 1)
+
+    def start(tree) -> AdaClipStatistics:
+        leaves, none = len(_trees.inexact_leaves(tree)), jnp.zeros((), jnp.int32)
+        return AdaClipStatistics(jnp.zeros((leaves,), jnp.float32), none, none)
+
+    record = ClipRecord(name, start)
+
+    def update_fn(updates, state, params=None, **extra):
+        del params, extra
+        before = record.statistics(state.clip_numbers, updates)
+        measured = measure(updates)
+        largest = leaf_maxima(updates)
+        steps = _trees.increment(before.correction_steps)
+        total = _trees.increment(before.total_steps)
+        running = decay * before.running_max + (1 - decay) * largest
+        limit = running * _moments.correction(decay, steps)
+        factors = limit / largest
+        clipped = scale_above(updates, limit, factors)
+        if reset_every:
+            steps = jnp.where(total % reset_every == 0, 1, steps)
+        finite = measured.finite
+        numbers = record.after_step(
+            state.clip_numbers,
+            updates,
+            AdaClipStatistics(running, steps, total),
+            raw=measured.norm,
+            clipped=jnp.where(finite, measure(clipped).norm, 0.0),
+            limit=jnp.min(limit, initial=jnp.inf),
+            scale=jnp.min(factors, initial=1.0),
+            finite=finite,
+        )
+        return clipped, ClippingState(numbers)
+
+    return transformation(
+        name,
+        ClippingState,
+        lambda params: ClippingState(record.init(params)),
+        update_fn,
+    )
