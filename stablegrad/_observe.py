@@ -5,24 +5,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
-from . import _trees
-from ._packing import decode
+from . import _reading, _trees
 from .clipping._readings import numbers_of_clips
 from .engine._record import (
-    ENCODED,
     Event,
-    EventKind,
-    LastStep,
-    Record,
     last_step_of,
-    read_record,
     totals_of,
 )
-from .engine._step import GuardState
 from .learning_rate._readings import numbers_of_rates
-from .responses._reasons import Reason
 
 
 class TrainingHalted(RuntimeError):
@@ -88,15 +79,15 @@ def metrics(state: Any) -> dict[str, jax.Array]:
         (5.0, 1.0)
     """
     state = _trees.without_variables(state)
-    found = _search(state)
+    found = _reading.search(state)
     clips = {**numbers_of_clips(state), **numbers_of_rates(state)}
     if not clips or found:
-        found = _guards(state)
+        found = _reading.guards(state)
     prefixes = [""] if len(found) == 1 else [f"guard_{i}_" for i in range(len(found))]
     of_guards = {
         prefix + name: number
         for prefix, guard_state in zip(prefixes, found, strict=True)
-        for name, number in _numbers(guard_state).items()
+        for name, number in _reading.numbers(guard_state).items()
     }
     return {**of_guards, **clips}
 
@@ -130,10 +121,10 @@ def events(state: Any, params: Any = None) -> list[Event]:
         step 0: skip (gradient overflow), leaf dense.kernel, gradient norm inf, ...
     """
     listed = []
-    for guard_state in _guards(state):
+    for guard_state in _reading.guards(state):
         names = _trees.leaf_names(params) if params is not None else ()
         names = names or _trees.decode_names(guard_state.names)
-        listed += _events_of(_record_of(guard_state)[0], names)
+        listed += _reading.events_of(_reading.record_of(guard_state)[0], names)
     return sorted(listed, key=lambda event: (event.member or 0, event.step))
 
 
@@ -160,7 +151,7 @@ def is_healthy(state: Any, params: Any = None) -> jax.Array:
         >>> bool(sg.is_healthy(sg.stabilize(optax.sgd(0.1)).init(params), params))
         True
     """
-    halted = [_last_step(found).halted for found in _guards(state)]
+    halted = [_reading.last_step(found).halted for found in _reading.guards(state)]
     members = jnp.shape(halted[0])
 
     def any_bad(leaf):
@@ -194,8 +185,8 @@ def raise_if_halted(state: Any) -> None:
         ...
         stablegrad._observe.TrainingHalted: training halted at step 0: ...
     """
-    for guard_state in _guards(state):
-        record, _ = _record_of(guard_state)
+    for guard_state in _reading.guards(state):
+        record, _ = _reading.record_of(guard_state)
         flags = np.asarray(last_step_of(record).halted)
         if not flags.any():
             continue
@@ -211,77 +202,3 @@ def raise_if_halted(state: Any) -> None:
             "parameters are as they were before. Look at the data and at the leaves "
             f"named here, or restore an earlier checkpoint.\n{recent}"
         )
-
-
-def _guards(state: Any) -> list[GuardState]:
-    """Every guard's state inside `state`, an outer guard before an inner one."""
-    found = _search(_trees.without_variables(state))
-    if not found:
-        raise ValueError(
-            "there is no guard in this optimizer state. Build the optimizer with "
-            "`stabilize(...)` or `guard(...)`, and pass its state: the one from "
-            "`tx.init`, Linen's `train_state.opt_state`, NNX's `optimizer.opt_state`."
-        )
-    return found
-
-
-def _search(state: Any) -> list[GuardState]:
-    found: list[GuardState] = []
-    for leaf in jax.tree.leaves(state, is_leaf=_is_guard):
-        if _is_guard(leaf):
-            found.append(leaf)
-            found += _search(leaf.guarded_inner)
-    return found
-
-
-def _is_guard(node: Any) -> bool:
-    return isinstance(node, GuardState)
-
-
-def _record_of(guard_state: GuardState) -> tuple[Record, dict[str, Any]]:
-    """Unpack a guard's record: on the host, unless it is traced."""
-    numbers: Any = guard_state.numbers
-    if not any(isinstance(array, Tracer) for array in numbers):
-        numbers = tuple(np.asarray(array) for array in numbers)
-    return read_record(guard_state.columns, numbers)
-
-
-def _numbers(guard_state: GuardState) -> dict[str, jax.Array]:
-    record, extras = _record_of(guard_state)
-    last = last_step_of(record)._asdict()
-    for name in ENCODED:
-        last[name] = decode(last[name])
-    return {**last, **extras, **totals_of(record)._asdict()}
-
-
-def _events_of(record: Record, names: tuple[str, ...]) -> list[Event]:
-    """List the events of one guard, or of every member of an ensemble."""
-    codes, until, numbers = jax.tree.map(np.asarray, record.log)
-    listed = []
-    for *member, row in np.argwhere((codes[..., 0] >= 0) & (codes[..., 1] > 0)):
-        at = (*member, row)
-        step, kind, reason, leaf = codes[at].tolist()
-        grad_norm, loss, lr_scale = (float(decode(x)) for x in numbers[at])
-        listed.append(
-            Event(
-                step=step,
-                until=int(until[at]),
-                kind=EventKind(kind).name.lower(),
-                reason=Reason(reason).name.lower() if reason else "",
-                leaf=names[leaf] if 0 <= leaf < len(names) else "",
-                grad_norm=grad_norm,
-                loss=loss,
-                lr_scale=lr_scale,
-                member=_flat_index(member, codes.shape[:-2]),
-            )
-        )
-    return listed
-
-
-def _flat_index(member: list, shape: tuple[int, ...]) -> int | None:
-    """Return the number of an ensemble's member, None for a single model."""
-    return int(np.ravel_multi_index(member, shape)) if member else None
-
-
-def _last_step(guard_state: GuardState) -> LastStep:
-    return last_step_of(_record_of(guard_state)[0])

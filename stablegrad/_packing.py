@@ -59,6 +59,13 @@ class Packing:
         return self._structure.unflatten(leaves)
 
 
+def on_host(packed: Packed) -> Any:
+    """Return packed arrays as NumPy arrays, unless they are traced."""
+    if any(isinstance(array, Tracer) for array in packed):
+        return packed
+    return tuple(np.asarray(array) for array in packed)
+
+
 def encode(number) -> jax.Array:
     """Return a finite float32: the largest for inf, its negative for -inf and nan."""
     number = jnp.asarray(number).astype(jnp.float32)

@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from .. import _trees
-from .._packing import Packed, Packing, decode, encode
+from .._packing import Packed, Packing, decode, encode, on_host
 
 ClipNumbers = dict[str, Packed]  # One entry, under the name of the clip.
 
@@ -120,10 +119,7 @@ def _found(state: Any) -> list[tuple[str, ClipReadings]]:
     for node in jax.tree.leaves(state, is_leaf=_is_clip):
         if _is_clip(node):
             ((name, packed),) = node.clip_numbers.items()
-            # Unpacked on the host, unless it is traced.
-            if not any(isinstance(array, jax.core.Tracer) for array in packed):
-                packed = tuple(np.asarray(array) for array in packed)
-            numbers, counts = _READINGS.unpack(packed)
+            numbers, counts = _READINGS.unpack(on_host(packed))
             fields = [numbers[..., i] for i in range(4)]
             fields += [counts[..., i] for i in range(2)]
             found.append((name, ClipReadings(*fields)))

@@ -1,17 +1,104 @@
-"""Probes along a step before it is taken, for the responses that make them."""
+"""The update, evaluated once before the step is taken, if anything needs it.
+
+Thresholds on `update_norm` judge it, and some responses probe the loss along it.
+"""
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+from jax import lax
 
 from .. import _checks, _trees
 from .._mapped_axes import MappedAxes
-from .._scales import scale_leaves, uniform
-from ..responses._base import Foresight, Response
+from .._norms import measure
+from .._scales import Scales, scale_leaves, scaled_norm, uniform
+from ..responses._base import Foresight, Response, Verdict
+from ..responses._reasons import first_reason
 from ..responses.trust_region._probe import Attempt
+from . import _decide
 from ._decide import StepContext, loss_of
+from ._families import PerThreshold
+
+
+class Decision(NamedTuple):
+    """What is decided about a step before it is committed."""
+
+    judgements: PerThreshold
+    verdict: Verdict
+    ahead: Foresight
+    # Norms of the update, before and after it is scaled; None: nothing measured it.
+    update_norms: tuple[jax.Array, jax.Array] | None
+
+
+def decide_on_update(
+    responses: tuple[Response, ...],
+    inner: Callable[[Any, Any, Any], tuple[Any, Any]],
+    step: StepContext,
+    inner_state,
+    states: tuple,
+    judgements: PerThreshold,
+    verdict: Verdict,
+) -> Decision:
+    """Evaluate the update once if a threshold or a response needs it.
+
+    Where none does, the update is computed in the commit alone.
+    """
+    decision = Decision(judgements, verdict, unprobed(states), None)
+    watched = _decide.watches_update(responses)
+    looks = probes(responses, step)
+    if not (watched or looks):
+        return decision
+    # Behind a barrier, so that XLA does not keep this update for the commit.
+    operands = lax.optimization_barrier((step.updates, inner_state, step.params))
+
+    def evaluate():
+        gradient = operands[0]
+        if verdict.gradient_scales is not None:
+            gradient = scale_leaves(gradient, verdict.gradient_scales, step.like)
+        return inner(gradient, *operands[1:])[0]
+
+    reached = verdict.reason == 0
+    takeable = lambda: finite_part(evaluate(), step.like)
+    update = evaluate() if watched else takeable()
+    measured = measure(update, step.like, step.axes)
+    if watched:
+        judgements = _decide.judge_outgoing(
+            responses,
+            judgements,
+            measured,
+            _trees.inexact_leaves(update, step.like),
+            reached,
+        )
+        after = _decide.verdict_on(responses, states, judgements)
+        reason = first_reason((verdict.reason, after.reason))
+        verdict = after._replace(reason=reason)
+        decision = decision._replace(judgements=judgements, verdict=verdict)
+        reached = verdict.reason == 0
+    scales = update_scales(decision)
+    length = scaled_norm(measured, scales, update, step.like)
+    if looks:
+        ahead = look_ahead(
+            responses,
+            states,
+            lambda: scale_leaves(takeable(), scales, step.like),
+            jnp.where(reached, length, 0.0),
+            step,
+        )
+        ahead = _trees.select(reached, ahead, decision.ahead)
+        length = ahead.step_scale * length
+        decision = decision._replace(ahead=ahead)
+    norms = (measured.norm, jnp.where(reached, length, 0.0)) if watched else None
+    return decision._replace(update_norms=norms)
+
+
+def update_scales(decision: Decision) -> Scales:
+    """Return the factors on the update: clips, learning rate and probes."""
+    verdict = decision.verdict
+    scales = verdict.update_scales or uniform()
+    return scales.times(verdict.lr_scale * decision.ahead.step_scale)
 
 
 def unprobed(states: tuple) -> Foresight:

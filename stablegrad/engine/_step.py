@@ -8,20 +8,20 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
 from .. import _checks, _trees
 from .._mapped_axes import MappedAxes, warn_of_replicas
 from .._norms import Measurement, first_true, measure
 from .._packing import Packed, Packing, encode
-from .._scales import Scales, scale_leaves, scaled_norm, uniform
-from ..responses._base import Foresight, Response, Verdict
+from .._scales import scaled_norm
+from ..responses._base import Response, Verdict
 from ..responses._reasons import Reason, first_reason, gradient_reason
-from . import _decide, _look_ahead, _record
+from . import _decide, _record
 from ._commit import checked_now, commit
 from ._decide import StepContext
-from ._families import PerThreshold, Statistics
+from ._families import Statistics
 from ._line_search import forget_value
+from ._look_ahead import Decision, decide_on_update, update_scales
 
 
 class GuardState(NamedTuple):
@@ -31,16 +31,6 @@ class GuardState(NamedTuple):
     numbers: Packed  # Record, responses, statistics: float32 and int32 (columns,).
     columns: dict[str, None]  # Names of the record's further columns; no arrays.
     names: jax.Array  # uint8: names of the leaves given to `init`.
-
-
-class Decision(NamedTuple):
-    """What is decided about a step before it is committed."""
-
-    judgements: PerThreshold
-    verdict: Verdict
-    ahead: Foresight
-    # Norms of the update, before and after it is scaled; None: nothing measured it.
-    update_norms: tuple[jax.Array, jax.Array] | None
 
 
 class GuardedStep:
@@ -132,15 +122,21 @@ class GuardedStep:
                     raise _checks.missing_params("the guarded optimizer") from error
                 raise
 
-        decision = self._decide_on_update(
-            inner, step, state.guarded_inner, states, judgements, verdict
+        decision = decide_on_update(
+            self._responses,
+            inner,
+            step,
+            state.guarded_inner,
+            states,
+            judgements,
+            verdict,
         )
         verdict = decision.verdict
         done = commit(
             inner,
             step,
             state.guarded_inner,
-            (verdict.gradient_scales, _update_scales(decision)),
+            (verdict.gradient_scales, update_scales(decision)),
             verdict.reason,
             checked_now(
                 gradient,
@@ -168,8 +164,8 @@ class GuardedStep:
             settled,
             kept_out,
         )
-        update_scales = _update_scales(decision)
-        changed = (update_scales.smallest() < 1) | (jnp.sum(kept_out) > 0)
+        shortened = update_scales(decision).smallest() < 1
+        changed = shortened | (jnp.sum(kept_out) > 0)
         return done.result, GuardState(
             forget_value(done.inner_state, changed & (verdict.reason == 0)),
             packing.pack(
@@ -188,60 +184,6 @@ class GuardedStep:
         verdict = _decide.verdict_on(self._responses, states, judgements)
         bad = gradient_reason(gradient.norm)
         return verdict._replace(reason=first_reason((bad, verdict.reason)))
-
-    def _decide_on_update(
-        self, inner, step: StepContext, inner_state, states, judgements, verdict
-    ) -> Decision:
-        """Evaluate the update once if a threshold or a response needs it.
-
-        Where none does, the update is computed in the commit alone.
-        """
-        decision = Decision(judgements, verdict, _look_ahead.unprobed(states), None)
-        watched = _decide.watches_update(self._responses)
-        probes = _look_ahead.probes(self._responses, step)
-        if not (watched or probes):
-            return decision
-        # Behind a barrier, so that XLA does not keep this update for the commit.
-        operands = lax.optimization_barrier((step.updates, inner_state, step.params))
-
-        def evaluate():
-            gradient = operands[0]
-            if verdict.gradient_scales is not None:
-                gradient = scale_leaves(gradient, verdict.gradient_scales, step.like)
-            return inner(gradient, *operands[1:])[0]
-
-        reached = verdict.reason == 0
-        takeable = lambda: _look_ahead.finite_part(evaluate(), step.like)
-        update = evaluate() if watched else takeable()
-        measured = measure(update, step.like, self._axes)
-        if watched:
-            judgements = _decide.judge_outgoing(
-                self._responses,
-                judgements,
-                measured,
-                _trees.inexact_leaves(update, step.like),
-                reached,
-            )
-            after = _decide.verdict_on(self._responses, states, judgements)
-            reason = first_reason((verdict.reason, after.reason))
-            verdict = after._replace(reason=reason)
-            decision = decision._replace(judgements=judgements, verdict=verdict)
-            reached = verdict.reason == 0
-        scales = _update_scales(decision)
-        length = scaled_norm(measured, scales, update, step.like)
-        if probes:
-            ahead = _look_ahead.look_ahead(
-                self._responses,
-                states,
-                lambda: scale_leaves(takeable(), scales, step.like),
-                jnp.where(reached, length, 0.0),
-                step,
-            )
-            ahead = _trees.select(reached, ahead, decision.ahead)
-            length = ahead.step_scale * length
-            decision = decision._replace(ahead=ahead)
-        norms = (measured.norm, jnp.where(reached, length, 0.0)) if watched else None
-        return decision._replace(update_norms=norms)
 
     def _outcome(
         self, step, record, gradient, decision: Decision, settled, kept_out
@@ -282,13 +224,6 @@ class GuardedStep:
             backed_off=verdict.lr_scale < _record.last_step_of(record).back_off_scale,
             shortened=ahead.alarm,
         )
-
-
-def _update_scales(decision: Decision) -> Scales:
-    """Return the factors on the update: clips, learning rate and probes."""
-    verdict = decision.verdict
-    scales = verdict.update_scales or uniform()
-    return scales.times(verdict.lr_scale * decision.ahead.step_scale)
 
 
 def _with_stuck(reason, kept_out, step: StepContext) -> jax.Array:

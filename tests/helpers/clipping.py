@@ -47,7 +47,7 @@ def leaf_norms(flat):
 
 
 def packed(state):
-    """The float32 and the int32 numbers of a clip: its readings, then its statistics."""
+    """The float32 and the int32 numbers of a clip, readings first."""
     (numbers,) = state.clip_numbers.values()
     return numbers
 

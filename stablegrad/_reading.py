@@ -1,0 +1,95 @@
+"""Finding the guards inside a state, and reading their records."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from . import _trees
+from ._packing import decode, on_host
+from .engine._record import (
+    ENCODED,
+    Event,
+    EventKind,
+    LastStep,
+    Record,
+    last_step_of,
+    read_record,
+    totals_of,
+)
+from .engine._step import GuardState
+from .responses._reasons import Reason
+
+
+def guards(state: Any) -> list[GuardState]:
+    """Return every guard's state in `state`, an outer guard before an inner one."""
+    found = search(_trees.without_variables(state))
+    if not found:
+        raise ValueError(
+            "there is no guard in this optimizer state. Build the optimizer with "
+            "`stabilize(...)` or `guard(...)`, and pass its state: the one from "
+            "`tx.init`, Linen's `train_state.opt_state`, NNX's `optimizer.opt_state`."
+        )
+    return found
+
+
+def search(state: Any) -> list[GuardState]:
+    """Return the same, or nothing if there is none."""
+    found: list[GuardState] = []
+    for leaf in jax.tree.leaves(state, is_leaf=_is_guard):
+        if _is_guard(leaf):
+            found.append(leaf)
+            found += search(leaf.guarded_inner)
+    return found
+
+
+def _is_guard(node: Any) -> bool:
+    return isinstance(node, GuardState)
+
+
+def record_of(guard_state: GuardState) -> tuple[Record, dict[str, Any]]:
+    """Unpack a guard's record: on the host, unless it is traced."""
+    return read_record(guard_state.columns, on_host(guard_state.numbers))
+
+
+def numbers(guard_state: GuardState) -> dict[str, jax.Array]:
+    """Return what `metrics` shows of one guard."""
+    record, extras = record_of(guard_state)
+    last = last_step_of(record)._asdict()
+    for name in ENCODED:
+        last[name] = decode(last[name])
+    return {**last, **extras, **totals_of(record)._asdict()}
+
+
+def events_of(record: Record, names: tuple[str, ...]) -> list[Event]:
+    """List the events of one guard, or of every member of an ensemble."""
+    codes, until, numbers = jax.tree.map(np.asarray, record.log)
+    listed = []
+    for *member, row in np.argwhere((codes[..., 0] >= 0) & (codes[..., 1] > 0)):
+        at = (*member, row)
+        step, kind, reason, leaf = codes[at].tolist()
+        grad_norm, loss, lr_scale = (float(decode(x)) for x in numbers[at])
+        listed.append(
+            Event(
+                step=step,
+                until=int(until[at]),
+                kind=EventKind(kind).name.lower(),
+                reason=Reason(reason).name.lower() if reason else "",
+                leaf=names[leaf] if 0 <= leaf < len(names) else "",
+                grad_norm=grad_norm,
+                loss=loss,
+                lr_scale=lr_scale,
+                member=_flat_index(member, codes.shape[:-2]),
+            )
+        )
+    return listed
+
+
+def _flat_index(member: list, shape: tuple[int, ...]) -> int | None:
+    """Return the number of an ensemble's member, None for a single model."""
+    return int(np.ravel_multi_index(member, shape)) if member else None
+
+
+def last_step(guard_state: GuardState) -> LastStep:
+    """Return the last step of one guard."""
+    return last_step_of(record_of(guard_state)[0])
