@@ -72,13 +72,14 @@ def commit(
         _checks.same_state(inner_state, new_state)
         return _scaled(update, scales[1], step.like), new_state
 
+    def write_result(writer: _Writer, params, update):
+        write = _write_params if writes_params else _write_updates
+        return write(writer, params, update, counted)
+
     def write(accepted, masks_state, updates, inner_state, params) -> Committed:
         update, new_state = run(updates, inner_state, params)
         writer = _Writer(accepted, shapes)
-        if writes_params:
-            result = _write_params(writer, params, update, counted)
-        else:
-            result = _write_updates(writer, params, update, counted)
+        result = write_result(writer, params, update)
         new_state = _write_state(writer, new_state, inner_state, owners, masks_state)
         return Committed(result, new_state, writer.counts(), reason)
 
@@ -86,7 +87,7 @@ def commit(
         """Count what the parameters would not take; tell whether the state breaks."""
         update, new_state = run(updates, inner_state, params)
         writer = _Writer(jnp.ones((), bool), shapes)
-        _write_updates(writer, params, update, counted)
+        write_result(writer, params, update)
         pairs = zip(
             jax.tree.leaves(new_state), jax.tree.leaves(inner_state), strict=True
         )
