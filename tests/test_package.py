@@ -116,6 +116,7 @@ ROOMS = (
     "clipping",
     "presets",
     "learning_rate",
+    "_reading",
     "_observe",
     "curvature",
     "structure",

@@ -73,6 +73,8 @@ def commit(
     if not always_checked(step.like, inner_state):
         trusts = on_cpu()
 
+    write_result = write_params if writes_params else write_updates
+
     def run(updates, inner_state, params):
         gradient = _scaled(updates, scales[0], step.like)
         update, new_state = inner(gradient, inner_state, params)
@@ -82,10 +84,7 @@ def commit(
     def write(accepted, masks_state, updates, inner_state, params) -> Committed:
         update, new_state = run(updates, inner_state, params)
         writer = Writer(accepted, shapes)
-        if writes_params:
-            result = write_params(writer, params, update, counted)
-        else:
-            result = write_updates(writer, params, update, counted)
+        result = write_result(writer, params, update, counted)
         new_state = write_state(writer, new_state, inner_state, owners, masks_state)
         return Committed(result, new_state, writer.counts(), reason)
 
@@ -93,7 +92,7 @@ def commit(
         """Count what the parameters would not take; tell whether the state breaks."""
         update, new_state = run(updates, inner_state, params)
         writer = Writer(jnp.ones((), bool), shapes)
-        write_updates(writer, params, update, counted)
+        write_result(writer, params, update, counted)
         pairs = zip(
             jax.tree.leaves(new_state), jax.tree.leaves(inner_state), strict=True
         )

@@ -75,7 +75,7 @@ def test_the_gradient_that_lbfgs_kept_is_that_of_the_parameters(guards):
     def rosenbrock(p):
         return jnp.sum(100 * (p[1:] - p[:-1] ** 2) ** 2 + (1 - p[:-1]) ** 2)
 
-    lowered = sg.back_off(sg.fixed(100.0, of="value"), factor=0.5, hold_steps=9)
+    lowered = sg.back_off(sg.fixed(1.0, of="value"), factor=0.5, min_scale=0.25)
     tx = {
         "stabilize": sg.stabilize(optax.lbfgs()),
         "back_off": sg.guard(optax.lbfgs(), lowered),
