@@ -7,12 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import _reading, _trees
+from ._reading import Event
 from .clipping._readings import numbers_of_clips
-from .engine._record import (
-    Event,
-    last_step_of,
-    totals_of,
-)
+from .engine._record import last_step_of, totals_of
 from .learning_rate._readings import numbers_of_rates
 
 

@@ -237,30 +237,3 @@ def _log_event(record: Record, step, last: LastStep, kind):
             jnp.where(written[:, None], numbers, log.numbers),
         ),
     )
-
-
-class Event(NamedTuple):
-    """One intervention, readable: what `events` returns."""
-
-    step: int  # The first step, counted from 0; the numbers below are its own.
-    until: int  # The last of the steps in a row with the same kind and reason.
-    kind: str  # "skip", "back_off", "shorten", "keep_out" or "halt".
-    reason: str  # The name of a `Reason`, in lower case; "" unless skipped.
-    leaf: str  # The first bad leaf; if all are finite, the one with the largest norm.
-    grad_norm: float
-    loss: float  # nan if no `value=` was passed.
-    lr_scale: float
-    member: int | None = None  # Of an ensemble; None for a single model.
-
-    def __str__(self) -> str:
-        why = f" ({self.reason.replace('_', ' ')})" if self.reason else ""
-        who = "" if self.member is None else f"member {self.member}, "
-        when = f"step {self.step}"
-        if self.until > self.step:
-            when = f"steps {self.step} to {self.until}"
-        return (
-            f"{who}{when}: {self.kind.replace('_', ' ')}{why}, "
-            f"leaf {self.leaf or '?'}, "
-            f"gradient norm {self.grad_norm:.3g}, loss {self.loss:.3g}, "
-            f"lr_scale {self.lr_scale:.3g}"
-        )
