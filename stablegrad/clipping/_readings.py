@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from .. import _trees
 from .._packing import Packed, Packing, decode, encode
@@ -33,7 +34,7 @@ ENCODED_READINGS = ("raw_norm", "clipped_norm", "limit")
 
 
 class _Packable(NamedTuple):
-    """Readings as vectors: counts that are counted up at once cost no copy."""
+    """The fields of `ClipReadings` as vectors: XLA updates each in place."""
 
     numbers: jax.Array  # float32 (4,): the other fields.
     counts: jax.Array  # int32 (2,)
@@ -103,7 +104,7 @@ class ClipRecord:
 
 def numbers_of_clips(state: Any) -> dict[str, jax.Array]:
     """Return the readings of every clip inside a state, as flat scalars."""
-    numbers: dict[str, jax.Array] = {}
+    numbers: dict[str, Any] = {}
     counts: dict[str, int] = {}
     for name, readings in _found(state):
         counts[name] = counts.get(name, 0) + 1
@@ -119,9 +120,10 @@ def _found(state: Any) -> list[tuple[str, ClipReadings]]:
     found = []
     for node in jax.tree.leaves(state, is_leaf=_is_clip):
         if _is_clip(node):
+            packed: Any
             ((name, packed),) = node.clip_numbers.items()
             # Unpacked on the host, unless it is traced.
-            if not any(isinstance(array, jax.core.Tracer) for array in packed):
+            if not any(isinstance(array, Tracer) for array in packed):
                 packed = tuple(np.asarray(array) for array in packed)
             numbers, counts = _READINGS.unpack(packed)
             fields = [numbers[..., i] for i in range(4)]

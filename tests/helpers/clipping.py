@@ -47,7 +47,7 @@ def leaf_norms(flat):
 
 
 def packed(state):
-    """The float32 and the int32 numbers of a clip: its readings, then its statistics."""
+    """Return the float32 and int32 numbers of a clip: readings, then statistics."""
     (numbers,) = state.clip_numbers.values()
     return numbers
 
