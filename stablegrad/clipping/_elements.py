@@ -1,4 +1,4 @@
-"""Clamping of single elements of a gradient."""
+"""Clips of single elements: their limits, and what is done only where needed."""
 
 import functools
 from collections.abc import Callable
@@ -11,6 +11,7 @@ from jax import lax
 from .. import _trees
 from .._norms import Measurement, measure
 from .._platform import cond_on_cpu
+from .._scales import Scales
 
 
 def leaf_maxima(tree) -> jax.Array:
@@ -45,6 +46,7 @@ def clamp_leaf(leaf, bound) -> jax.Array:
     """
     wide = leaf.astype(np.promote_types(np.float32, leaf.dtype))
     size = jnp.abs(wide)
+    bound = bound.astype(size.dtype)
     if jnp.iscomplexobj(leaf):
         clamped = jnp.sign(wide) * bound
     else:
@@ -54,7 +56,7 @@ def clamp_leaf(leaf, bound) -> jax.Array:
 
 def per_leaf(numbers: jax.Array, like):
     """Return one number of a vector for each floating-point leaf, as a pytree."""
-    rows = iter(list(numbers))
+    rows = iter(Scales(numbers).factors(numbers.shape[0]))
     return _trees.map_inexact(lambda leaf: next(rows), like, like)
 
 
@@ -62,8 +64,11 @@ def scale_above(updates, limits: jax.Array, factors: jax.Array):
     """Multiply the elements above their leaf's limit by the leaf's factor."""
 
     def scaled(leaf, limit, factor):
-        shrunk = (leaf * factor).astype(leaf.dtype)
-        return jnp.where(jnp.abs(leaf) > limit, shrunk, leaf)
+        wide = leaf.astype(np.promote_types(np.float32, leaf.dtype))
+        size = jnp.abs(wide)
+        shrunk = wide * factor.astype(wide.dtype)
+        above = size > limit.astype(size.dtype)
+        return jnp.where(above, shrunk, wide).astype(leaf.dtype)
 
     return _trees.map_inexact(
         scaled, updates, updates, per_leaf(limits, updates), per_leaf(factors, updates)

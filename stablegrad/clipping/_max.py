@@ -1,5 +1,7 @@
 """Clip the elements of a leaf to its usual largest one: Stable-SPAM's AdaClip."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -79,7 +81,7 @@ def _clamp_to(threshold: Threshold) -> optax.GradientTransformationExtraArgs:
     def update_fn(updates, state, params=None, **extra):
         del params, extra
         measured = measure(updates)
-        finite = measured.finite
+        finite: Any = measured.finite
         statistics = record.statistics(state.clip_numbers, updates)
         largest = jnp.where(finite, _elements.leaf_maxima(updates), 0.0)
         grouping = independent(largest.shape[0])

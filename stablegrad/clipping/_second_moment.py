@@ -9,7 +9,7 @@ import optax
 from .. import _checks, _trees
 from .._checks import require, require_count
 from .._norms import measure
-from .._scales import scale_leaves, uniform
+from .._scales import Scales, scale_leaves
 from . import _elements, _moments
 from ._base import transformation
 from ._readings import ClipNumbers, ClipRecord
@@ -163,7 +163,7 @@ def _clamp_to_moment(
         if rewarmup:
             warming = before.moment_resets > 0
             warmth = _moments.warmth(before.moment_steps, rewarmup)
-            out = scale_leaves(out, uniform(warmth).where(warming), updates)
+            out = scale_leaves(out, Scales(warmth).where(warming), updates)
         new_inner = _trees.select(finite, new_inner, inner)
         new_means = before.leaf_means
         if own_moment:

@@ -8,7 +8,7 @@ import optax
 
 from ... import _trees
 from ..._norms import measure
-from ..._scales import scale_leaves, uniform
+from ..._scales import Scales, scale_leaves
 from .. import _elements, _moments
 from .._base import transformation
 from .._readings import ClipNumbers, ClipRecord
@@ -70,9 +70,10 @@ def spam(
             moment = _moments.track(moment, clipped, decay)
         out, inner = optimizer.update(clipped, inner, params, **extra)
         if warmup and not own_moment:
-            warmth = uniform(_moments.warmth(age, warmup)).where(step >= period)
+            warmth = Scales(_moments.warmth(age, warmup)).where(step >= period)
             out = scale_leaves(out, warmth, updates)
         raw, left = measure(updates).norm, measure(clipped).norm
+        ratio = jnp.where(raw > 0, left / raw, 1.0)
         numbers = record.after_step(
             state.clip_numbers,
             updates,
@@ -80,7 +81,7 @@ def spam(
             raw=raw,
             clipped=left,
             limit=jnp.inf,
-            scale=jnp.where(raw > 0, left / raw, 1.0),
+            scale=jnp.where(ratio < 1 - 1e-6, ratio, 1.0),  # Not a rounding error.
             finite=jnp.isfinite(raw),
         )
         return out, SpamState(inner, moment, numbers)
