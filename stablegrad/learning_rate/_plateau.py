@@ -5,8 +5,8 @@ from typing import Any
 import jax
 import optax
 
-from .. import _trees
 from .._checks import require, require_steps
+from .._scales import scale_leaves, uniform
 from ..thresholds._signals import scalar_signal
 from ._evaluations import (
     CONVENTIONS,
@@ -128,6 +128,6 @@ def reduce_on_plateau(
             (value,) = scalar_signal(metric, extra[metric])
             state = evaluate(state, value)
         scale = state.plateau_readings.plateau_scale
-        return _trees.scale_leaves(updates, scale, updates), state
+        return scale_leaves(updates, uniform(scale), updates), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
