@@ -171,10 +171,32 @@ def test_nothing_nonfinite_reaches_the_state_or_the_parameters(name, bad):
 @every
 def test_one_trace_serves_many_calls(name):
     tx, params = TRANSFORMATIONS[name](), {"w": jnp.ones(3)}
-    update = jax.jit(chex.assert_max_traces(tx.update, n=1))
+    # Chex reads the source of what it counts, so it must be a function.
+    counted = chex.assert_max_traces(
+        lambda *args, **extra: tx.update(*args, **extra), 1
+    )
+    update = jax.jit(counted)
     state = tx.init(params)
     for value in (1.0, jnp.nan, 3.0):
         _, state = update(params, state, params, value=jnp.asarray(value))
+
+
+@pytest.mark.parametrize("name", ["guard", "clip_by_zscore"])
+def test_one_that_is_built_within_a_trace_can_be_used_after_it(name):
+    params, built = {"w": jnp.ones(3)}, []
+
+    @jax.jit
+    def build(params):
+        tx = TRANSFORMATIONS[name]()
+        built.append(tx)
+        return tx.update(params, tx.init(params), params, value=1.0)[0]
+
+    expected = build(params)
+    (tx,) = built
+    update = jax.jit(lambda p, s: tx.update(p, s, p, value=1.0))
+    for _ in range(2):  # The second call takes the short way through the cache.
+        found, _ = update(params, tx.init(params))
+        chex.assert_trees_all_close(found, expected, rtol=1e-6)
 
 
 @every
