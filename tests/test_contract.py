@@ -187,6 +187,24 @@ def test_one_trace_serves_many_calls(name):
     assert len(traces) <= before + 1
 
 
+@pytest.mark.parametrize("name", ["guard", "clip_by_zscore"])
+def test_one_that_is_built_within_a_trace_can_be_used_after_it(name):
+    params, built = {"w": jnp.ones(3)}, []
+
+    @jax.jit
+    def build(params):
+        tx = TRANSFORMATIONS[name]()
+        built.append(tx)
+        return tx.update(params, tx.init(params), params, value=1.0)[0]
+
+    expected = build(params)
+    (tx,) = built
+    update = jax.jit(lambda p, s: tx.update(p, s, p, value=1.0))
+    for _ in range(2):  # The second call takes the short way through the cache.
+        found, _ = update(params, tx.init(params))
+        chex.assert_trees_all_close(found, expected, rtol=1e-6)
+
+
 @every
 def test_works_the_same_without_jit(name):
     tx, params = made(name), {"w": jnp.array([3.0, 4.0, 12.0])}

@@ -101,7 +101,11 @@ def zscore(
 
 def _rule(settings: tuple, warmup_steps: int, patience: int):
     """Return init, limit and update of a z-score; settings may differ by group."""
-    z, decay, spread_floor, norm = (jnp.asarray(x, jnp.float32) for x in settings)
+    # Numbers stay NumPy's: an array made within a trace must not outlive it.
+    z, decay, spread_floor, norm = (
+        x.astype(jnp.float32) if isinstance(x, jax.Array) else np.float32(x)
+        for x in settings
+    )
     by_scale = lambda x: x[:, None] if x.ndim else x  # Beside arrays (groups, 2).
     is_log = np.array([[True, False]])
 
