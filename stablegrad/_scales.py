@@ -19,8 +19,10 @@ class Scales(NamedTuple):
     within: tuple[jax.Array, ...] | None = None
 
     def times(self, factor) -> "Scales":
-        """Multiply every factor by one number."""
-        return self._replace(by_leaf=self.by_leaf * factor)
+        """Multiply every factor by one number, in the wider of the two dtypes."""
+        factor = jnp.asarray(factor)
+        wide = np.promote_types(self.by_leaf.dtype, factor.dtype)
+        return self._replace(by_leaf=self.by_leaf.astype(wide) * factor.astype(wide))
 
     def where(self, flag) -> "Scales":
         """Return the same scales if `flag` is set, else ones."""

@@ -117,6 +117,7 @@ def commit(
         done = write(accepted, ~trusts, updates, inner_state, params)
         # A constant on either platform, which removes the counts from a CPU's program.
         found = jnp.where(trusts, kept_out, done.kept_out)
+        found = jnp.where(reason == 0, found, 0)  # Nothing of a rejected step.
         return done._replace(kept_out=found, reason=reason)
 
     def hold(updates, inner_state, params) -> Committed:

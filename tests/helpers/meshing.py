@@ -57,8 +57,12 @@ def tree(size, seed, dtype=np.float32):
 
 
 def gradients(size, step, dtype=np.float32):
-    """Gradients, one of which has a nan in the last device's share."""
-    grads = tree(size, 100 + step, dtype)
+    """Gradients, one of which has a nan in the last device's share.
+
+    Squares of those in half precision overflow float16.
+    """
+    level = 1 if dtype == np.float32 else 300
+    grads = {name: level * leaf for name, leaf in tree(size, 100 + step, dtype).items()}
     if step == NAN_STEP:
         grads["w"][-1, -1] = np.nan
     return grads

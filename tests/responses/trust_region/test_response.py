@@ -234,9 +234,9 @@ def test_any_inner_optimizer_converges_far_above_its_stable_rate(name):
     i = list(OPTIMIZERS).index(name)
     losses, last = np.asarray(found["loss"])[i], np.asarray(found["last"])[i]
     assert np.isfinite(losses).all()
-    fine = last < 1e-4 * losses[:, 0]
-    # At 1.5 times the stable rate momentum does not: see the next test.
-    assert fine[1:].all() if name == "momentum" else fine.all()
+    # At 1.5 times the stable rate, the swings of heavy averages decay slowly.
+    first = 1e-2 if name in ("momentum", "frozen adam") else 1e-4
+    assert (last < np.array([first, 1e-4, 1e-4]) * losses[:, 0]).all()
 
 
 @pytest.mark.parametrize("name", ["momentum", "nesterov"])
@@ -716,8 +716,9 @@ def test_the_factors_of_back_off_and_trust_region_multiply():
     def with_back_off(inner):
         rule = sg.fixed(0.5, of=exploding)
         back_off = sg.back_off(rule, factor=0.5, hold_steps=99)
-        clip = sg.clip(sg.fixed(3.0), sg.fixed(1e9, of="update_norm"))
-        return sg.guard(inner, back_off, sg.trust_region(), clip)
+        clip = sg.clip(sg.fixed(3.0))
+        watched = sg.skip(sg.fixed(1e9, of="update_norm"))  # Measures the update.
+        return sg.guard(inner, back_off, sg.trust_region(), clip, watched)
 
     tx, params = with_back_off(optax.sgd(20.0)), START
     step = jax.jit(
