@@ -1,4 +1,4 @@
-"""Runs a clip of a chain over many gradients, in one scan."""
+"""Runs a clip of a chain over many gradients."""
 
 import functools
 import itertools
@@ -6,6 +6,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from helpers.chunks import scan_in_chunks
 
 PARAMS = {"a": jnp.ones((2, 3)), "b": jnp.ones(4), "c": jnp.ones(())}
 SIZES = (6, 4, 1)
@@ -23,7 +24,6 @@ def gradients(steps, seed=0, sigma=0.3):
 
 def tree(flat):
     """Rows of 11 numbers as gradients of PARAMS; works on one row and on many."""
-    flat = jnp.asarray(flat)
     front = flat.shape[:-1]
     return {
         "a": flat[..., :6].reshape(*front, 2, 3),
@@ -54,7 +54,8 @@ def packed(state):
 
 def run(tx, flat, params=PARAMS):
     """What comes out for every row of `flat`, and the last state."""
-    state, updates = _scan(tx)(params, tx.init(params), tree(flat))
+    program = functools.partial(_scan(tx), params)
+    state, updates = scan_in_chunks(program, tx.init(params), tree(flat))
     return flatten(updates), state
 
 

@@ -1,10 +1,11 @@
-"""Runs a threshold alone over a sequence of signals, in one scan."""
+"""Runs a threshold alone over a sequence of signals."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from helpers.chunks import scan_in_chunks
 
 from stablegrad.granularity._groups import independent
 from stablegrad.thresholds._base import Scope, judge, learn
@@ -16,10 +17,11 @@ def limits(threshold, signals):
     `signals` has shape (steps,) or (steps, groups); so have the results. Also returns
     the final state.
     """
-    signals = jnp.asarray(signals, jnp.float32)
+    signals = np.asarray(signals, np.float32)
     table = signals if signals.ndim == 2 else signals[:, None]
-    words, state = _compiled(threshold)(table)
-    shape = signals.shape
+    groups, shape = table.shape[1], signals.shape
+    state = threshold.init(groups)
+    state, words = scan_in_chunks(_compiled(threshold, groups), state, table)
     return np.reshape(words.limit, shape), np.reshape(words.exceeded, shape), state
 
 
@@ -28,21 +30,26 @@ def judged(threshold, table):
 
     `table` has shape (steps, groups).
     """
-    grouping = independent(table.shape[1])
+    groups = table.shape[1]
+    state, words = _scan(threshold, groups, threshold.init(groups), table)
+    return words, state
+
+
+def _scan(threshold, groups, state, table):
+    grouping = independent(groups)
 
     def step(state, signal):
         limit = threshold.limit(state, Scope(grouping))
         word = judge(threshold, signal, limit, grouping)
         return learn(threshold, state, word), word
 
-    state, words = jax.lax.scan(step, threshold.init(table.shape[1]), table)
-    return words, state
+    return jax.lax.scan(step, state, table)
 
 
 @functools.lru_cache(64)
-def _compiled(threshold):
-    """Compiled once for each shape of a table."""
-    return jax.jit(functools.partial(judged, threshold))
+def _compiled(threshold, groups):
+    """Compiled once for each number of steps."""
+    return jax.jit(functools.partial(_scan, threshold, groups))
 
 
 def lognormal(steps, sigma=0.2, level=1.0, seed=0):

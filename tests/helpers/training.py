@@ -16,10 +16,10 @@ def scan(tx, grads, params, values=None, apply=False):
     """
     steps = len(jax.tree.leaves(grads)[0])
     values = jnp.zeros(steps) if values is None else jnp.asarray(values, jnp.float32)
-    (params, state), history = _run(tx, apply)(
+    (params, state), (trail, states) = _run(tx, apply)(
         (params, tx.init(params)), (grads, values)
     )
-    return params, state, history
+    return params, state, (trail, sg.metrics(states), states.guarded_inner)
 
 
 @functools.lru_cache(64)
@@ -34,7 +34,7 @@ def _run(tx, apply):
         else:
             updates, state = tx.update(grad, state, params, value=value)
             params = jax.tree.map(lambda p, u: (p + u).astype(p.dtype), params, updates)
-        return (params, state), (params, sg.metrics(state), state.guarded_inner)
+        return (params, state), (params, state)
 
     return jax.jit(lambda carry, xs: jax.lax.scan(step, carry, xs))
 

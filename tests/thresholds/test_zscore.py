@@ -10,6 +10,7 @@ from helpers.thresholding import judged, limits, lognormal
 import stablegrad as sg
 
 DEFAULT, OF_50 = sg.zscore(2.5), sg.zscore(2.5, patience=50)
+LOSS = sg.zscore(6.0, of="value")
 
 RTOL = 2e-4  # float32 logarithms and exponentials against float64, 400 recurrent steps.
 
@@ -104,7 +105,7 @@ def test_loss_limits_match_the_float64_oracle(name):
 def test_the_heavy_tail_of_small_losses_is_not_flagged():
     # One misread image in a small batch: 100 times the median, and healthy.
     losses = lognormal(20_000, 1.5, level=0.01)
-    assert limits(sg.zscore(6.0, of="value"), losses)[1].mean() < 1e-3
+    assert limits(LOSS, losses)[1].mean() < 1e-3
 
 
 def test_a_jump_of_a_loss_is_flagged_wherever_its_zero_is():
@@ -112,7 +113,7 @@ def test_a_jump_of_a_loss_is_flagged_wherever_its_zero_is():
     for level in (-2.0, 0.0, 2.0):
         losses = level + noise
         losses[150] += 1.5
-        exceeded = limits(sg.zscore(6.0, of="value"), losses)[1]
+        exceeded = limits(LOSS, losses)[1]
         assert exceeded[150] and exceeded.sum() == 1
 
 
@@ -145,7 +146,7 @@ def test_alternating_outliers_are_not_refused_for_ever():
     # They never come twice in a row, so only the growing spread can admit them.
     norms = lognormal(600, 0.05)
     norms[100::2] *= 20
-    _, exceeded, _ = limits(sg.zscore(2.5), norms)
+    _, exceeded, _ = limits(DEFAULT, norms)
     assert exceeded[100:110].any()
     assert exceeded[400:].mean() < 0.05
 
@@ -189,13 +190,13 @@ def test_a_nonfinite_value_changes_nothing_but_its_own_step(bad, at):
 @pytest.mark.parametrize("every", [2, 8, 10])
 @pytest.mark.parametrize(
     "threshold",
-    [sg.zscore(2.5), sg.ema_ratio(2.0), sg.window_zscore(6.0, window=16)],
+    [DEFAULT, sg.ema_ratio(2.0), sg.window_zscore(6.0, window=16)],
     ids=lambda threshold: threshold.name,
 )
 def test_norms_of_exactly_zero_teach_nothing(threshold, every):
     # Between the updates of `optax.MultiSteps`, or of a leaf that is rarely used.
     norms = lognormal(100)
-    dense, sparse = np.zeros((2, 1000))  # One program for all.
+    dense, sparse = np.zeros((2, 1000))
     dense[:100], sparse[: 100 * every : every] = norms, norms
     expected, flags, _ = limits(threshold, dense)
     found, sparse_flags, _ = limits(threshold, sparse)
@@ -220,7 +221,7 @@ def test_groups_learn_independently():
     table = np.stack([lognormal(200), lognormal(200, level=1e4, seed=1)], axis=1)
     table[150, 0] = 1e4
     together, exceeded, _ = limits(sg.zscore(2.5, per="leaf"), table)
-    alone, _, _ = limits(sg.zscore(2.5), table[:, 1])
+    alone, _, _ = limits(DEFAULT, table[:, 1])
     np.testing.assert_allclose(together[:, 1], alone, rtol=1e-6)
     assert exceeded[150, 0] and not exceeded[150, 1]
 
