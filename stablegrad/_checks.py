@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from ._trees import decode_names, names_as_bytes
+from ._trees import decode_names, leaf_names, names_as_bytes
 
 _MOST = 2**31 - 1  # Steps are counted in int32.
 
@@ -165,6 +165,29 @@ def same_leaves(at_init: jax.Array, now: tuple[str, ...]) -> None:
         expected = decode_names(at_init)
         if expected == now:
             return
+    raise _other_leaves(expected, now)
+
+
+def matching_params(params, updates):
+    """Return the parameters with None wherever the updates have None.
+
+    A whole Equinox model has functions and numbers where its gradient has None. Raise
+    ValueError, naming the leaves, if the structures differ otherwise.
+    """
+    if params is None:
+        return None
+    try:
+        return jax.tree.map(
+            lambda update, param: None if update is None else param,
+            updates,
+            params,
+            is_leaf=lambda node: node is None,
+        )
+    except ValueError as error:
+        raise _other_leaves(leaf_names(params), leaf_names(updates)) from error
+
+
+def _other_leaves(expected: tuple[str, ...], now: tuple[str, ...]) -> ValueError:
     absent = [name for name in expected if name not in set(now)]
     extra = [name for name in now if name not in set(expected)]
     differs = "; ".join(
@@ -172,7 +195,7 @@ def same_leaves(at_init: jax.Array, now: tuple[str, ...]) -> None:
         for what, names in (("missing", absent), ("unexpected", extra))
         if names
     )
-    raise ValueError(
+    return ValueError(
         "the pytree of this step differs in structure from the one given to `init`: "
         f"{differs or 'other names, or another order'}. This step has {len(now)} "
         f"floating-point leaves: {', '.join(now[:5])}{', ...' if len(now) > 5 else ''}"

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from ._trees import matching
+from ._checks import matching_params
 
 NUMBERS = (jax.Array, np.ndarray, np.generic, bool, int, float, complex)
 
@@ -33,7 +33,7 @@ class CompiledUpdate:
         """Take one step."""
         if self._check is not None:
             self._check(state)
-        params = matching(params, updates)
+        params = matching_params(params, updates)
         arguments = (updates, state, params, extra)
         if any(isinstance(x, Tracer) for x in jax.tree.leaves(arguments)):
             return self._update(updates, state, params, **extra)

@@ -122,21 +122,6 @@ def placed_like(tree, params):
     return jax.tree.map(place, tree)
 
 
-def matching(params, updates):
-    """Return the parameters with None wherever the updates have None.
-
-    A whole Equinox model has functions and numbers where its gradient has None.
-    """
-    if params is None:
-        return None
-    return jax.tree.map(
-        lambda update, param: None if update is None else param,
-        updates,
-        params,
-        is_leaf=lambda node: node is None,
-    )
-
-
 def floating_like(updates, like):
     """Return the updates with floats for integers where `like` has floats."""
 

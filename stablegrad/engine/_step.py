@@ -97,7 +97,7 @@ class GuardedStep:
     ) -> tuple[Any, GuardState]:
         if not self._axes.names:
             warn_of_replicas(extra.get("value"), updates)
-        params = _trees.matching(params, updates)
+        params = _checks.matching_params(params, updates)
         like = updates if params is None else params
         _checks.same_leaves(state.names, _trees.leaf_names(like))
         updates = _trees.floating_like(updates, like)

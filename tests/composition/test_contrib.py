@@ -103,7 +103,8 @@ def test_a_lowered_rate_reaches_the_steps_of_schedule_free_only_from_inside():
         _, state = two_steps(tx)(params)
         z = getattr(state, "guarded_inner", state).z
         moves[name] = z["first"]["kernel"] - params["first"]["kernel"]
-    np.testing.assert_array_equal(moves["around"], moves["bare"])
+    # Two programs, which XLA rounds in their own ways.
+    np.testing.assert_allclose(moves["around"], moves["bare"], rtol=2e-6)
     np.testing.assert_allclose(moves["inside"], 0.75 * moves["bare"], rtol=1e-4)
 
 

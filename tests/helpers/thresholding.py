@@ -3,10 +3,9 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from helpers.chunks import scan_in_chunks
 
+from helpers.chunks import scan_in_chunks
 from stablegrad.granularity._groups import independent
 from stablegrad.thresholds._base import Scope, judge, learn
 
