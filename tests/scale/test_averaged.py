@@ -84,8 +84,23 @@ def test_a_loss_that_is_nan_on_one_device_rejects_the_step_on_all(mapping):
     )
 
 
+def pmap_is_a_mesh():
+    """Whether `pmap` shows its axis to a trace, which older JAX does not."""
+    found = []
+
+    def look(x):
+        mesh = jax.sharding.get_abstract_mesh()
+        found.append(bool(getattr(mesh, "manual_axes", ())))
+        return x
+
+    jax.pmap(look, axis_name=AXIS)(jnp.ones((1, 1)))
+    return found[0]
+
+
 @pytest.mark.parametrize("mapping", MAPPINGS)
 def test_a_loss_of_each_device_without_axis_name_is_warned_of_once(mapping):
+    if mapping == "pmap" and not pmap_is_a_mesh():
+        pytest.skip("this JAX does not tell that a trace is under `pmap`")
     step = over_devices(averaging(guard_of()), mapping)
     losses = np.ones(DEVICES, np.float32)
     with pytest.warns(UserWarning, match="axis_name") as said:
@@ -168,6 +183,8 @@ def test_replicas_stay_equal_with_averaged_gradients():
 
 
 def test_replicas_part_without_axis_name_and_it_is_said_what_is_missing():
+    if not pmap_is_a_mesh():
+        pytest.skip("this JAX does not tell that a trace is under `pmap`")
     tx = sg.stabilize(optax.sgd(0.02))
     with pytest.warns(UserWarning, match="axis_name") as said:
         params, state = train_replicas(tx)
