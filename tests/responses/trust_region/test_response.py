@@ -236,7 +236,7 @@ def test_any_inner_optimizer_converges_far_above_its_stable_rate(name):
     assert np.isfinite(losses).all()
     # At 1.5 times the stable rate, the swings of heavy averages decay slowly.
     first = 1e-2 if name in ("momentum", "frozen adam") else 1e-4
-    # At 100 times, rounding decides how far a chain with a clip gets: 7e-4 with JAX 0.7.
+    # At 100 times, rounding decides how far a chain with a clip gets.
     third = 1e-2 if name == "in a chain" else 1e-4
     assert (last < np.array([first, 1e-4, third]) * losses[:, 0]).all()
 
