@@ -1,6 +1,5 @@
 """Tests for updates called without `jax.jit`: one compilation, no leak."""
 
-import contextlib
 import gc
 import weakref
 
@@ -14,23 +13,25 @@ import stablegrad as sg
 
 PARAMS = {"w": jnp.ones((3, 2))}
 COMPILATION = "/jax/core/compile/backend_compile_duration"
+# Every compilation of this process: older JAX cannot take a listener away again.
+_compiled = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, duration, **_: event == COMPILATION and _compiled.append(duration)
+)
 
 
-@contextlib.contextmanager
-def compilations():
-    """A list that grows by one for each program that is compiled."""
-    found = []
+class Compilations:
+    """Counts the programs that are compiled inside of its block."""
 
-    def listen(event, duration, **rest):
-        del rest
-        if event == COMPILATION:
-            found.append(duration)
+    def __enter__(self):
+        self.before = len(_compiled)
+        return self
 
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield found
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
+    def __exit__(self, *exception):
+        del exception
+
+    def __len__(self):
+        return len(_compiled) - self.before
 
 
 TRANSFORMATIONS = {
@@ -45,7 +46,7 @@ TRANSFORMATIONS = {
 def test_an_unjitted_update_compiles_one_program(name):
     tx = optax.with_extra_args_support(TRANSFORMATIONS[name]())
     state = tx.init(PARAMS)
-    with compilations() as found:
+    with Compilations() as found:
         _, state = tx.update(PARAMS, state, PARAMS, value=1.0)
         assert len(found) == 1
         for value in (1.0, 2.0, 3.0):
@@ -56,7 +57,7 @@ def test_an_unjitted_update_compiles_one_program(name):
 def test_an_unjitted_apply_compiles_one_program():
     tx, params = sg.stabilize(optax.adam(0.1)), PARAMS
     state = tx.init(params)
-    with compilations() as found:
+    with Compilations() as found:
         for value in (1.0, 2.0, 3.0):
             params, state = sg.apply(tx, PARAMS, state, params, value=value)
         assert len(found) == 1
@@ -107,7 +108,7 @@ def test_a_new_value_fn_is_used_and_the_old_one_is_not_kept(method):
 def test_one_value_fn_compiles_one_program():
     tx, value_fn = sg.guard(scaled_by_value_fn()), Constant(2.0)
     state = tx.init(PARAMS)
-    with compilations() as found:
+    with Compilations() as found:
         for _ in range(3):
             _, state = tx.update(PARAMS, state, PARAMS, value_fn=value_fn)
         assert len(found) == 1
