@@ -65,7 +65,7 @@ PIECES = {
 }
 RESPONSES = {"clip", "skip", "back_off", "trust_region", "halt"}
 READERS = {"metrics", "events", "is_healthy", "raise_if_halted", "apply"}
-KEEPERS = {"keep_if_skipped"}
+KEEPERS = {"keep_if_skipped", "unwrap"}
 BEFORE_TRAINING = {"critical_learning_rate", "learning_rate_range_test", "sharpness"}
 IN_NETWORKS = {"limit_gradient"}
 SCHEDULES = {"explosion_aware_schedule", "observe_metric"}
@@ -125,7 +125,8 @@ def run(name, params, grads, steps):
 def test_every_public_function_is_in_a_registry():
     functions = {name for name, _ in inspect.getmembers(sg, inspect.isfunction)}
     functions = {name for name in functions if not name.startswith("_")}
-    others = PIECES | RESPONSES | READERS | SCHEDULES | BEFORE_TRAINING | IN_NETWORKS
+    others = PIECES | RESPONSES | READERS | KEEPERS | SCHEDULES
+    others |= BEFORE_TRAINING | IN_NETWORKS
     assert functions == set(TRANSFORMATIONS) | others
 
 

@@ -67,7 +67,7 @@ def accepted_mean(
     decay: float = 0.99,
     min_count: int = 500,
 ) -> Threshold:
-    """A multiple of the mean of accepted norms, or so many deviations above it."""
+    """Return a threshold on the mean of accepted norms, or on their deviation."""
 
     def init(groups: int) -> AcceptedState:
         one = jnp.ones((groups,), jnp.float32)

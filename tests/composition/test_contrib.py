@@ -79,7 +79,7 @@ def test_schedule_free_is_evaluated_through_the_state_of_its_guard():
     for step in (NAN_STEP, SPIKE_STEP):
         assert_untouched(run, step)
     evaluated = optax.contrib.schedule_free_eval_params(
-        run.state.guarded_inner, run.params
+        sg.unwrap(run.state), run.params
     )
     assert run._replace(params=evaluated).last < 0.05
 

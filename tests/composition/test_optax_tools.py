@@ -1,5 +1,6 @@
 """Optax's own tools applied to a guard's state and functions."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -106,3 +107,16 @@ def test_schedule_free_is_evaluated_on_the_guarded_inner_state():
     )
     np.testing.assert_allclose(found, expected, rtol=1e-6)
     assert (found != PARAMS["b"]).all()
+
+
+def test_a_state_without_its_guards_is_that_of_the_optimizer_alone():
+    params = {"w": jnp.ones(3)}
+    clip, adam = optax.clip(1.0), optax.adam(0.1)
+    inner = sg.guard(optax.chain(clip, sg.guard(adam)), sg.skip())
+    guarded, bare = optax.chain(clip, inner), optax.chain(clip, optax.chain(clip, adam))
+    state, expected = guarded.init(params), bare.init(params)
+    for _ in range(2):
+        _, state = guarded.update(params, state, params)
+        _, expected = bare.update(params, expected, params)
+    chex.assert_trees_all_close(sg.unwrap(state), expected, rtol=1e-6)
+    chex.assert_trees_all_equal(sg.unwrap(expected), expected)

@@ -47,7 +47,7 @@ def test_injected_hyperparameters_wait_while_a_step_is_rejected():
     assert_survived(run)
     for step in (NAN_STEP, SPIKE_STEP):
         assert_untouched(run, step)
-    rates = run.history[1].guarded_inner.hyperparams["learning_rate"]
+    rates = sg.unwrap(run.history[1]).hyperparams["learning_rate"]
     assert rates[NAN_STEP] == rates[NAN_STEP - 1] > rates[NAN_STEP + 1]
 
 
