@@ -21,7 +21,6 @@ from ..._trees import count_if, increment
 from ._probe import Look, ratio
 from ._progress import LONGEST, Progress, after_loss, gain, init_progress, window
 
-LEAP = 4.0  # Times the last length: from where a step is probed out of its turn.
 DENSE = 5  # Probes at the start, one a step.
 DECAY = 0.85  # Of the averages over probes.
 AIM = 0.7  # Of `high`: where a cut leads to.

@@ -13,7 +13,6 @@ from ._probe import KINDS, Attempt, look
 from ._radius import (
     AIM,
     CARE,
-    LEAP,
     NEVER,
     TrustRegionState,
     after_probe,
@@ -50,9 +49,8 @@ def trust_region(
 
     The first probes come one a step, later ones every `every`-th step. A step that
     would double the loss, or make it nan or inf, is shortened before it is taken, and
-    R with it; so is the first, and one that is more than 4 times as long as the last,
-    if its own r is above 0.7 * high. The latter is probed whatever its turn, so a rate
-    that jumps is met at its first step. The schedule's rate is never exceeded. Where no part of a step may be taken, it is held back, and R stays.
+    R with it; so is the first, if its own r is above 0.7 * high. The schedule's rate is
+    never exceeded. Where no part of a step may be taken, it is held back, and R stays.
     A probe whose promise drowns in the rounding of the loss lengthens R.
 
     At the edge of stability, or with heavy momentum, healthy steps gain nothing on
@@ -147,7 +145,7 @@ def _trust_region(every, high, low, grow, probe, required) -> Response:
         held = jnp.where(overflows, 0.0, held)
 
         def probed(state):
-            first = (state.probes_known == 0) | leaps
+            first = state.probes_known == 0
             rise = longest_rise(state, attempt.loss)
             limit = jnp.where(first, accept, jnp.inf)
             found = look(attempt, probe, held, rise, limit, AIM * accept)
@@ -161,9 +159,7 @@ def _trust_region(every, high, low, grow, probe, required) -> Response:
         def unprobed(state):
             return state, overflows, held
 
-        leaps = (length > LEAP * state.own_length) & (state.own_length > 0)
-        due = is_due(state, every) | (leaps & ~state.trust_mismatch)
-        due &= sound & jnp.isfinite(attempt.loss)
+        due = is_due(state, every) & sound & jnp.isfinite(attempt.loss)
         after, alarm, scale = lax.cond(due, probed, unprobed, state)
         after = after_step(after, attempt.loss, length, scale, sound)
         return Foresight(scale, alarm, after)
