@@ -9,11 +9,10 @@ import optax
 from .. import _trees
 from .._checks import require, require_count
 from .._norms import measure
-from ._base import transformation
-from ._elements import changed_or_same
-from ._readings import ClipNumbers, ClipRecord
+from .._platform import cond_on_cpu
+from ._base import Clipped, transformation
+from ._readings import ClipNumbers
 
-NAME = "limit_direction"
 # The mean of equal unit vectors has length 1, of independent ones about 0.2.
 LEAST_LENGTH = 0.5
 
@@ -41,11 +40,11 @@ def limit_direction(
     """Turn a gradient that points against the running mean direction.
 
         m_t = d m_{t-1} + (1 - d) g_t / ||g_t||;    c_t = cos(g_t, m_{t-1})
-        if c_t < C and ||m_{t-1}|| >= 1/2:  the part of g_t along m is changed so that
-            the cosine is C; if that made g_t longer, it is shortened to its old norm
+        if c_t < C and ||m_{t-1}|| >= 1/2:  change the part of g_t along m so that the
+            cosine is C, and shorten g_t to its old norm if that made it longer
 
-    The mean follows the direction of every finite gradient before it is turned. No
-    outlier's size can bend it, and a lasting turn is followed within ten steps at
+    The mean follows the direction of every finite gradient before it is turned. The
+    size of an outlier cannot bend it, and it follows a lasting turn within ten steps at
     d = 0.9. Directions that cancel each other have a short mean, and no limit.
 
     Args:
@@ -55,9 +54,8 @@ def limit_direction(
         warmup_steps: Finite steps before anything is turned, >= 1.
 
     Returns:
-        A transformation for `optax.chain`. A gradient that holds a nan or inf, or whose
-        norm is 1e18 or more, becomes all zeros, teaches nothing, and is counted in
-        `metrics`. The state holds one float32 a parameter.
+        A transformation for `optax.chain`. A gradient with a nan or inf, or of norm
+        1e18 or more, becomes zeros. The state holds one float32 a parameter.
 
     Raises:
         ValueError: If a concrete argument is out of range.
@@ -73,17 +71,17 @@ def limit_direction(
     require("min_cosine", min_cosine, "in (-1, 1)", lambda x: -1 < x < 1)
     require("decay", decay, "in [0, 1)", lambda x: 0 <= x < 1)
     require_count("warmup_steps", warmup_steps)
-    start = DirectionStatistics(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32))
-    record = ClipRecord(NAME, lambda tree: start)
 
-    def init_fn(params) -> DirectionState:
-        mean = jax.tree.map(lambda p: jnp.zeros_like(p, _wide(p)), params)
-        return DirectionState(mean, record.init(params))
+    def start(tree) -> DirectionStatistics:
+        del tree
+        return DirectionStatistics(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32))
 
-    def update_fn(updates, state, params=None, **extra):
+    def memory(params) -> tuple:
+        return (jax.tree.map(lambda p: jnp.zeros_like(p, _wide(p)), params),)
+
+    def step(updates, before: DirectionStatistics, memory, params, extra) -> Clipped:
         del params, extra
-        mean = state.mean_direction
-        before = record.statistics(state.clip_numbers, updates)
+        (mean,) = memory
         measured = measure(updates)
         finite = measured.finite
         usable = finite & (measured.norm > 0)
@@ -106,14 +104,12 @@ def limit_direction(
             new = (shorter * norm) * (u + ((along - cosine) * inverse) * m)
             return jnp.where(turns, new.astype(g.dtype), g)
 
-        def all_turned():
-            return _trees.map_inexact(turned, updates, updates, mean)
-
         def followed(m, g):
             new = decay * m + (1 - decay) * (g.astype(m.dtype) / norm)
             return jnp.where(usable, new.astype(m.dtype), m)
 
-        out = changed_or_same(updates, turns, all_turned)
+        all_turned = lambda: _trees.map_inexact(turned, updates, updates, mean)
+        out = cond_on_cpu(turns, all_turned, lambda: updates)
         # The length of a mean of unit vectors follows from its old length and the dot
         # product alone, without a pass over the mean.
         square = (
@@ -122,9 +118,8 @@ def limit_direction(
             + jnp.square(1 - decay)
         )
         left = jnp.where(turns, shorter * jnp.hypot(across, along), 1.0)
-        numbers = record.after_step(
-            state.clip_numbers,
-            updates,
+        return Clipped(
+            _trees.zero_unless(finite, out, updates),
             DirectionStatistics(
                 jnp.where(usable, jnp.maximum(square, 0.0), before.mean_square),
                 _trees.count_if(usable, before.direction_steps),
@@ -134,13 +129,11 @@ def limit_direction(
             limit=least,
             scale=left,
             finite=finite,
+            memory=(_trees.map_inexact(followed, updates, mean, updates),),
             shrunk=turns,
         )
-        return _trees.zero_unless(finite, out, updates), DirectionState(
-            _trees.map_inexact(followed, updates, mean, updates), numbers
-        )
 
-    return transformation(NAME, DirectionState, init_fn, update_fn)
+    return transformation("limit_direction", DirectionState, start, step, memory)
 
 
 def _wide(leaf):
@@ -150,11 +143,8 @@ def _wide(leaf):
 
 def _dot(a, b, like) -> jax.Array:
     """Return the real part of the dot product over all floating-point leaves."""
-    pairs = zip(
-        _trees.inexact_leaves(a, like), _trees.inexact_leaves(b, like), strict=True
-    )
-    wide = lambda leaf: leaf.astype(_wide(leaf))
-    return sum(
-        (jnp.sum(jnp.real(wide(x) * jnp.conj(y))) for x, y in pairs),
-        jnp.zeros((), jnp.float32),
-    )
+    total = jnp.zeros((), jnp.float32)
+    a, b = _trees.inexact_leaves(a, like), _trees.inexact_leaves(b, like)
+    for x, y in zip(a, b, strict=True):
+        total += jnp.sum(jnp.real(x.astype(_wide(x)) * jnp.conj(y)))
+    return total

@@ -3,13 +3,10 @@
 import jax
 import optax
 
-from .. import _checks
 from ..granularity._groups import Granularity
 from ..thresholds._ema_ratio import ema_ratio
-from ._base import clip_norms, clip_to_threshold
+from ._base import clip_norms, clip_to_threshold, only_published
 from .published._adagc import adagc
-
-NAME = "clip_by_ema"
 
 
 def clip_by_ema(
@@ -25,11 +22,11 @@ def clip_by_ema(
 
         g_i <- g_i * min(1, ratio * m_i / ||g_i||)
 
-    By default, m is the running mean of `ema_ratio`, which starts at the median,
-    follows bounded norms, and starts again after a lasting shift.
+    The mean m is that of `ema_ratio`: it starts at the median, follows bounded norms,
+    and starts again after a lasting shift.
 
     As published, m starts at the smallest of the first norms and follows clipped ones,
-    so that it rises by 0.1 % a step at most, and most healthy steps are clipped. With h
+    so that it rises by at most 0.1 % a step, and most healthy steps are clipped. With h
     the factor on the leaf and G the whole gradient:
 
         warm-up:  h = min(1, max_norm / (||G|| + 1e-8));  m = min(m, h ||g||)
@@ -41,13 +38,12 @@ def clip_by_ema(
         warmup_steps: Steps that set the first mean, >= 1. None: 25; 100 if published.
         per: The groups that are clipped separately, as for `fixed`.
         published: Whether to follow the recurrence of the paper exactly.
-        max_norm: The limit on the norm of the whole gradient during the warm-up, > 0.
-            Only with `published`.
+        max_norm: Limit on the norm of the whole gradient during the warm-up, > 0. Only
+            with `published`.
 
     Returns:
-        A transformation for `optax.chain`. A gradient that holds a nan or inf, or whose
-        norm is 1e18 or more, becomes all zeros, teaches nothing, and is counted in
-        `metrics`. As published it is passed on.
+        A transformation for `optax.chain`. A gradient with a nan or inf, or of norm
+        1e18 or more, becomes zeros and teaches nothing; if published, it passes.
 
     Raises:
         ValueError: If a concrete argument is out of range.
@@ -63,12 +59,11 @@ def clip_by_ema(
     if published:
         ratio = 1.05 if ratio is None else ratio
         warmup_steps = 100 if warmup_steps is None else warmup_steps
-        return clip_norms(NAME, adagc(ratio, decay, warmup_steps, per, max_norm))
-    _checks.only_published(max_norm=(max_norm, 1.0))
-    threshold = ema_ratio(
-        2.0 if ratio is None else ratio,
-        decay=decay,
-        warmup_steps=25 if warmup_steps is None else warmup_steps,
-        per=per,
-    )
-    return clip_norms(NAME, clip_to_threshold(threshold))
+        clip = adagc(ratio, decay, warmup_steps, per, max_norm)
+    else:
+        only_published(clip_by_ema, max_norm=max_norm)
+        ratio = 2.0 if ratio is None else ratio
+        warmup_steps = 25 if warmup_steps is None else warmup_steps
+        threshold = ema_ratio(ratio, decay=decay, warmup_steps=warmup_steps, per=per)
+        clip = clip_to_threshold(threshold)
+    return clip_norms("clip_by_ema", clip)

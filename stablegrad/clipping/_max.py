@@ -6,16 +6,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .. import _checks, _trees
+from .. import _trees
 from .._checks import require_count
 from .._norms import measure
+from .._platform import cond_on_cpu
 from ..granularity._groups import independent
 from ..responses._clip import factors
 from ..thresholds._base import Scope, Threshold, judge, learn
 from ..thresholds._ema_ratio import ema_ratio
 from . import _elements
-from ._base import ClippingState, transformation
-from ._readings import ClipRecord
+from ._base import Clipped, ClippingState, only_published, transformation
 from .published import _ada_clip
 
 NAME = "clip_by_max"
@@ -32,8 +32,8 @@ def clip_by_max(
 
         M_i = max |g_i|;    g_i <- g_i * min(1, ratio m_i / |g_i|), element by element
 
-    By default, m is the running mean of `ema_ratio`, and elements are clamped to the
-    limit, so that they keep their order.
+    The usual largest m is the running mean of M by `ema_ratio`. Elements are clamped to
+    the limit, so that they keep their order.
 
     As published, m is the bias-corrected running mean of M including the current step,
     so that every second step is clipped. Elements above m are multiplied by m / M: one
@@ -41,17 +41,15 @@ def clip_by_max(
     again whenever the moments are reset, which multiplies m by up to 500.
 
     Args:
-        ratio: Tolerated multiple of the usual maximum, > 1. Ignored if published, where
-            it is 1.
+        ratio: Tolerated multiple of the usual maximum, > 1. 1 if published.
         decay: Weight of the past, in [0, 1). None: 0.98; 0.999 if published.
         reset_every: Steps between resets of the moments, which restart the bias
             correction, >= 0; 0 for never. Only with `published`.
         published: Whether to follow the recurrence of the paper exactly.
 
     Returns:
-        A transformation for `optax.chain`. A gradient that holds a nan or inf, or whose
-        norm is 1e18 or more, becomes all zeros, teaches nothing, and is counted in
-        `metrics`. As published it is passed on.
+        A transformation for `optax.chain`. A gradient with a nan or inf, or of norm
+        1e18 or more, becomes zeros and teaches nothing; if published, it passes.
 
     Raises:
         ValueError: If a concrete argument is out of range.
@@ -67,22 +65,18 @@ def clip_by_max(
     require_count("reset_every", reset_every, 0)
     if published:
         return _ada_clip.ada_clip(NAME, 0.999 if decay is None else decay, reset_every)
-    _checks.only_published(reset_every=(reset_every, 1000))
+    only_published(clip_by_max, reset_every=reset_every)
     decay = 0.98 if decay is None else decay
     return _clamp_to(ema_ratio(ratio, decay=decay, per="leaf"))
 
 
 def _clamp_to(threshold: Threshold) -> optax.GradientTransformationExtraArgs:
     """Return the transformation that clamps each leaf to a threshold's limit."""
-    record = ClipRecord(
-        NAME, lambda tree: threshold.init(len(_trees.inexact_leaves(tree)))
-    )
 
-    def update_fn(updates, state, params=None, **extra):
-        del params, extra
+    def step(updates, statistics, memory, params, extra) -> Clipped:
+        del memory, params, extra
         measured = measure(updates)
         finite: Any = measured.finite
-        statistics = record.statistics(state.clip_numbers, updates)
         largest = jnp.where(finite, _elements.leaf_maxima(updates), 0.0)
         grouping = independent(largest.shape[0])
         limit = threshold.limit(statistics, Scope(grouping))
@@ -90,23 +84,20 @@ def _clamp_to(threshold: Threshold) -> optax.GradientTransformationExtraArgs:
         bounds = jnp.where(judgement.exceeded, judgement.limit, jnp.inf)
         clamp = lambda: _elements.clamp(updates, _elements.per_leaf(bounds, updates))
         scale = jnp.min(factors(judgement), initial=1.0)
-        squares = _elements.squares_after(measured, scale < 1, clamp)
-        numbers = record.after_step(
-            state.clip_numbers,
-            updates,
+        squares = cond_on_cpu(
+            scale < 1,
+            lambda: measure(clamp()).leaf_squares,
+            lambda: measured.leaf_squares,
+        )
+        return Clipped(
+            _trees.zero_unless(finite, clamp(), updates),
             learn(threshold, statistics, judgement),
             raw=measured.norm,
             clipped=jnp.where(finite, jnp.sqrt(jnp.sum(squares)), 0.0),
-            limit=jnp.min(judgement.limit, initial=jnp.inf),
+            limit=judgement.limit,
             scale=scale,
             finite=finite,
         )
-        clipped = _trees.zero_unless(finite, clamp(), updates)
-        return clipped, ClippingState(numbers)
 
-    return transformation(
-        NAME,
-        ClippingState,
-        lambda params: ClippingState(record.init(params)),
-        update_fn,
-    )
+    start = lambda tree: threshold.init(len(_trees.inexact_leaves(tree)))
+    return transformation(NAME, ClippingState, start, step)

@@ -15,18 +15,17 @@ def clip_by_norm(
 
         g <- g * min(1, c / ||g||)
 
-    It differs from `optax.clip_by_global_norm` in three ways. The norm is computed in
-    float32, so that float16 elements of 300 are shrunk to size and do not overflow. The
-    gradient is multiplied by one factor, which XLA fuses into the optimizer. A nan does
-    not spread.
+    Unlike `optax.clip_by_global_norm`, it computes the norm in float32, so that float16
+    elements of 300 do not overflow; it multiplies the gradient by one factor, which XLA
+    fuses into the optimizer; and it does not spread a nan.
 
     Args:
         max_norm: The largest norm c, in the gradient's unit. Finite, >= 0.
         per: The groups that are clipped separately, as for `fixed`.
 
     Returns:
-        A transformation for `optax.chain`. A gradient that holds a nan or inf, or whose
-        norm is 1e18 or more, becomes all zeros and is counted in `metrics`.
+        A transformation for `optax.chain`. A gradient with a nan or inf, or of norm
+        1e18 or more, becomes zeros and is counted in `metrics`.
 
     Raises:
         ValueError: If a concrete `max_norm` is out of range.

@@ -32,8 +32,8 @@ def clip_by_param_norm(
     Args:
         ratio: Tolerated share of the parameters' norm, > 0. The paper's 0.01 is for
             batches of 1024 and more; small batches need up to 0.16.
-        eps: The least norm of a unit's parameters that is assumed, > 0. None: 1; 1e-3
-            if published.
+        eps: Least norm of a unit's parameters that is assumed, > 0. None: 1; 1e-3 if
+            published.
         axis: The axes of a unit, as for `units`.
         stacked: The leaves with a leading layer axis, as for `units`.
         exclude: The leaves that are not clipped, as for `units`. The paper leaves out
@@ -42,8 +42,8 @@ def clip_by_param_norm(
 
     Returns:
         A transformation for `optax.chain`, which needs `params` at every step. A
-        gradient that holds a nan or inf, or whose norm is 1e18 or more, becomes all
-        zeros and is counted in `metrics`. As published it is passed on.
+        gradient with a nan or inf, or of norm 1e18 or more, becomes zeros; if
+        published, it passes.
 
     Raises:
         ValueError: If a concrete argument is out of range; when initialised, if the
@@ -52,10 +52,8 @@ def clip_by_param_norm(
     Example:
         >>> import optax
         >>> import stablegrad as sg
-        >>> tx = optax.chain(
-        ...     sg.clip_by_param_norm(0.02, exclude="head"),
-        ...     optax.sgd(0.1, momentum=0.9, nesterov=True),
-        ... )
+        >>> clip = sg.clip_by_param_norm(0.02, exclude="head")
+        >>> tx = optax.chain(clip, optax.sgd(0.1, momentum=0.9, nesterov=True))
 
     Reference:
         Brock et al., High-performance large-scale image recognition without

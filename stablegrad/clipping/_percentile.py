@@ -8,8 +8,6 @@ from ..thresholds._percentile import percentile
 from ._base import clip_norms, clip_to_threshold
 from .published._autoclip import autoclip
 
-NAME = "clip_by_percentile"
-
 
 def clip_by_percentile(
     q: float | jax.Array | None = None,
@@ -22,11 +20,10 @@ def clip_by_percentile(
 
         c_t = percentile(norms, q);    g <- g * min(1, c_t / ||g||)
 
-    By default, the percentile is taken over a window of bounded norms before the
-    current one, as in `percentile`. It shrinks under 1 % of healthy steps, and follows
-    a lasting shift within 60 steps.
+    The norms are those of `percentile`: a window of bounded norms before the current
+    one. It shrinks under 1 % of healthy steps, and follows a lasting shift within 60.
 
-    As published, it is taken over all norms including the current one. With q = 10 it
+    As published, the norms are all so far, the current one included. With q = 10 it
     shrinks nine of ten steps; it follows a lasting rise only after ten times as many
     steps as came before; and one nan makes every later step nan.
 
@@ -38,9 +35,8 @@ def clip_by_percentile(
         published: Whether to follow the recurrence of the paper exactly.
 
     Returns:
-        A transformation for `optax.chain`. A gradient that holds a nan or inf, or whose
-        norm is 1e18 or more, becomes all zeros, teaches nothing, and is counted in
-        `metrics`. As published it is passed on.
+        A transformation for `optax.chain`. A gradient with a nan or inf, or of norm
+        1e18 or more, becomes zeros and teaches nothing; if published, it passes.
 
     Raises:
         ValueError: If a concrete argument is out of range.
@@ -55,8 +51,9 @@ def clip_by_percentile(
     """
     if published:
         window = 10_000 if window is None else window
-        return clip_norms(NAME, autoclip(10.0 if q is None else q, window, per))
-    threshold = percentile(
-        99.5 if q is None else q, window=1000 if window is None else window, per=per
-    )
-    return clip_norms(NAME, clip_to_threshold(threshold))
+        clip = autoclip(10.0 if q is None else q, window, per)
+    else:
+        window = 1000 if window is None else window
+        threshold = percentile(99.5 if q is None else q, window=window, per=per)
+        clip = clip_to_threshold(threshold)
+    return clip_norms("clip_by_percentile", clip)

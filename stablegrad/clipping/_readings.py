@@ -1,10 +1,9 @@
-"""Numbers of a clip in a chain: its readings for `metrics`, and its own statistics.
+"""Numbers of a clip in a chain: its readings for `metrics`, before its statistics.
 
-All of them are packed in one float32 and one int32 array, under the name of the clip.
-The readings come first, so that `metrics` finds them without the rest of the layout.
+All are packed in one float32 and one int32 array, under the name of the clip. The
+readings come first, so that `metrics` finds them without the rest of the layout.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -31,73 +30,32 @@ class ClipReadings(NamedTuple):
 ENCODED_READINGS = ("raw_norm", "clipped_norm", "limit")
 
 
-class _Packable(NamedTuple):
+class PackableReadings(NamedTuple):
     """Readings as vectors: counts that are counted up at once cost no copy."""
 
     numbers: jax.Array  # float32 (4,): the other fields.
     counts: jax.Array  # int32 (2,)
 
 
-def _init_readings() -> _Packable:
-    return _Packable(jnp.asarray([0, 0, 0, 1], jnp.float32), jnp.zeros((2,), jnp.int32))
+def init_readings() -> PackableReadings:
+    """Return the readings before the first step."""
+    ones = jnp.asarray([0, 0, 0, 1], jnp.float32)
+    return PackableReadings(ones, jnp.zeros((2,), jnp.int32))
 
 
-_READINGS = Packing(jax.eval_shape(_init_readings))
+_READINGS = Packing(jax.eval_shape(init_readings))
 
 
-class ClipRecord:
-    """Packs the readings of a clip together with its statistics."""
-
-    def __init__(self, name: str, init: Callable[[Any], Any] = lambda tree: ()):
-        """Take a name, and what returns the statistics before the first step.
-
-        `init` is given the parameters or the updates: the layout depends on their
-        structure, shapes and dtypes alone.
-        """
-        self._name = name
-        self._init = init
-
-    def init(self, params) -> ClipNumbers:
-        """Return the numbers before the first step."""
-        start = self._start(params)
-        return {self._name: Packing(start).pack(start)}
-
-    def statistics(self, numbers: ClipNumbers, updates) -> Any:
-        """Return the statistics of the clip."""
-        return self._packing(updates).unpack(numbers[self._name])[1]
-
-    def after_step(
-        self,
-        numbers: ClipNumbers,
-        updates,
-        statistics,
-        *,
-        raw,
-        clipped,
-        limit,
-        scale,
-        finite,
-        shrunk=None,
-    ) -> ClipNumbers:
-        """Return the numbers after one step, with new statistics.
-
-        The step counts as clipped if it is finite and `shrunk`, which by default means
-        that the scale is below 1.
-        """
-        before = _READINGS.unpack(numbers[self._name])
-        shrunk = finite & (scale < 1 if shrunk is None else shrunk)
-        scale = jnp.where(jnp.isfinite(scale), scale, 0.0).astype(jnp.float32)
-        readings = _Packable(
-            jnp.stack([encode(raw), encode(clipped), encode(limit), scale]),
-            _trees.count_if(jnp.stack([shrunk, ~finite]), before.counts),
-        )
-        return {self._name: self._packing(updates).pack((readings, statistics))}
-
-    def _start(self, tree) -> tuple[_Packable, Any]:
-        return _init_readings(), self._init(tree)
-
-    def _packing(self, tree) -> Packing:
-        return Packing(jax.eval_shape(lambda: self._start(tree)))
+def next_readings(
+    before: PackableReadings, raw, clipped, limit, scale, finite, shrunk
+) -> PackableReadings:
+    """Return the readings after a step, which is counted if it is `shrunk`."""
+    scale = jnp.where(jnp.isfinite(scale), scale, 0.0).astype(jnp.float32)
+    flags = jnp.stack([finite & shrunk, ~finite])
+    return PackableReadings(
+        jnp.stack([encode(raw), encode(clipped), encode(limit), scale]),
+        _trees.count_if(flags, before.counts),
+    )
 
 
 def numbers_of_clips(state: Any) -> dict[str, jax.Array]:

@@ -1,6 +1,6 @@
 """Clip elements against their running second moment: the idea of SPAM."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +9,10 @@ import optax
 from .. import _checks, _trees
 from .._checks import require, require_count
 from .._norms import measure
+from .._platform import cond_on_cpu
 from .._scales import Scales, scale_leaves
 from . import _elements, _moments
-from ._base import transformation
-from ._readings import ClipNumbers, ClipRecord
+from ._base import Clipped, transformation
 from .published import _spam
 
 NAME = "clip_by_second_moment"
@@ -34,10 +34,9 @@ def clip_by_second_moment(
         v_hat = v / (1 - d^k);    b = sqrt(threshold * max(v_hat, mean(v_hat)))
         g <- g * min(1, b / |g|);    v <- d v + (1 - d) |g|^2
 
-    By default, v is that of the steps before, corrected for its start from zero, and
-    counts at no less than the mean of its leaf. The limit is in force from the second
-    step. A reset, if asked for, clears the correction as well; the mean of the leaf
-    outlives it.
+    The second moment v is that of the steps before, corrected for its start from zero,
+    and counts at no less than the mean of its leaf. The limit is in force from the
+    second step. A reset clears the correction as well, but not the mean of the leaf.
 
     As published, b = sqrt(threshold v) without correction, so that the limit drifts
     from 10 to 45 standard deviations within one period. An element whose v is zero is
@@ -51,8 +50,7 @@ def clip_by_second_moment(
             the clipped gradient. Its `nu` is then the second moment, and a reset clears
             its moments. None: the clip keeps a second moment of its own.
         decay: Weight d of the past, in (0, 1); that of `inner` if there is one.
-        reset_every: Steps from one reset to the next, >= 0; 0 for never. None: 0; 500
-            if published.
+        reset_every: Steps between resets, >= 0; 0 for never. None: 0; 500 if published.
         reset_on_spike: Whether to reset after a step of which clipping leaves less than
             half of the norm. Not with `published`.
         rewarmup_steps: Steps over which the updates grow from 0.01 back to 1 after each
@@ -62,9 +60,8 @@ def clip_by_second_moment(
             Adam adds `eps` before the bias correction of v; here, `inner` decides.
 
     Returns:
-        A transformation for `optax.chain`. A gradient that holds a nan or inf, or whose
-        norm is 1e18 or more, becomes all zeros, is not passed to `inner`, and is
-        counted in `metrics`. As published it is passed on.
+        A transformation for `optax.chain`. A gradient with a nan or inf, or of norm
+        1e18 or more, becomes zeros and does not reach `inner`; if published, it passes.
 
     Raises:
         ValueError: If a concrete argument is out of range; when initialised, if `inner`
@@ -94,18 +91,10 @@ def clip_by_second_moment(
     return _clamp_to_moment(*settings, reset_on_spike)
 
 
-class SecondMomentState(NamedTuple):
-    """State of `clip_by_second_moment`."""
-
-    clip_inner: Any  # State of the inner optimizer.
-    clip_moment: Any  # Second moment of the clipped gradient, () if `inner` has it.
-    clip_numbers: ClipNumbers  # Readings and statistics.
-
-
 class MomentStatistics(NamedTuple):
     """Statistics of the second moment."""
 
-    leaf_means: jax.Array  # float32 (leaves,): means of one's own moment.
+    leaf_means: jax.Array  # float32 (leaves,): means of the clip's own moment.
     leaf_levels: jax.Array  # float32 (leaves,): corrected means; no reset clears them.
     moment_steps: jax.Array  # int32: steps in the moment since its last reset.
     moment_resets: jax.Array  # int32
@@ -121,12 +110,6 @@ def _clamp_to_moment(
         none = jnp.zeros((), jnp.int32)
         return MomentStatistics(zeros, zeros, none, none)
 
-    record = ClipRecord(name, start)
-
-    def init_fn(params) -> SecondMomentState:
-        inner, moment = _moments.init(name, optimizer, own_moment, params)
-        return SecondMomentState(inner, moment, record.init(params))
-
     def largest_squares(moment, correction, levels, like):
         """Return the largest square of each element; inf where nothing is known."""
 
@@ -139,9 +122,8 @@ def _clamp_to_moment(
             largest, like, moment, _elements.per_leaf(levels, like)
         )
 
-    def update_fn(updates, state, params=None, **extra):
-        inner, moment = state.clip_inner, state.clip_moment
-        before = record.statistics(state.clip_numbers, updates)
+    def step(updates, before: MomentStatistics, memory, params, extra) -> Clipped:
+        inner, moment = memory
         measured = measure(updates)
         finite = measured.finite
         yardstick = moment if own_moment else _moments.second_moment(inner)
@@ -153,8 +135,12 @@ def _clamp_to_moment(
         limits = lambda: largest_squares(yardstick, correction, levels, updates)
         clamp = lambda: _elements.clamp(updates, jax.tree.map(jnp.sqrt, limits()))
         above = finite & _elements.any_above(updates, limits())
-        squares = _elements.squares_after(measured, above, clamp)
-        clipped = _elements.changed_or_same(updates, above, clamp)
+        squares = cond_on_cpu(
+            above,
+            lambda: measure(clamp()).leaf_squares,
+            lambda: measured.leaf_squares,
+        )
+        clipped = cond_on_cpu(above, clamp, lambda: updates)
         left = jnp.where(finite, jnp.sqrt(jnp.sum(squares)), 0.0)
         ratio = jnp.where(finite & (measured.norm > 0), left / measured.norm, 1.0)
         clipped = _trees.zero_unless(finite, clipped, updates)
@@ -183,21 +169,22 @@ def _clamp_to_moment(
             if not own_moment:
                 zeros = _moments.cleared(new_inner, "mu", "nu", "count")
                 new_inner = _trees.select(resets, zeros, new_inner)
-        numbers = record.after_step(
-            state.clip_numbers,
-            updates,
-            MomentStatistics(
-                jnp.where(resets, 0.0, new_means),
-                levels,
-                jnp.where(resets, 0, steps),
-                _trees.count_if(resets, before.moment_resets),
-            ),
+        statistics = MomentStatistics(
+            jnp.where(resets, 0.0, new_means),
+            levels,
+            jnp.where(resets, 0, steps),
+            _trees.count_if(resets, before.moment_resets),
+        )
+        return Clipped(
+            out,
+            statistics,
             raw=measured.norm,
             clipped=left,
             limit=jnp.inf,
-            scale=jnp.where(ratio < 1 - 1e-6, ratio, 1.0),
+            scale=jnp.where(ratio < 1 - 1e-6, ratio, 1.0),  # Not a rounding error.
             finite=finite,
+            memory=(new_inner, moment),
         )
-        return out, SecondMomentState(new_inner, moment, numbers)
 
-    return transformation(name, SecondMomentState, init_fn, update_fn)
+    memory = lambda params: _moments.init(name, optimizer, own_moment, params)
+    return transformation(name, _moments.MomentState, start, step, memory)

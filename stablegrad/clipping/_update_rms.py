@@ -15,8 +15,7 @@ from ..responses._clip import factors
 from ..thresholds._base import Scope, judge, learn
 from ..thresholds._zscore import zscore
 from . import _elements, _moments
-from ._base import transformation
-from ._readings import ClipNumbers, ClipRecord
+from ._base import Clipped, transformation
 from .published import _stable_adamw
 
 NAME = "clip_update_rms"
@@ -38,10 +37,10 @@ def clip_update_rms(
 
         r_i = sqrt(mean(g^2 / v_hat));    g_i <- g_i * min(1, max(D, limit_i) / r_i)
 
-    By default, v_hat is that of the steps before, and counts at no less than the mean
-    of its leaf. The gradient is shrunk before any moment follows it. limit_i is that of
-    `zscore(z)` on r_i: a lasting shift by any factor is normal within 62 steps, long
-    before the second moment has followed.
+    The second moment v_hat is that of the steps before, and counts at no less than the
+    mean of its leaf. No moment follows the gradient before it is shrunk. limit_i is
+    that of `zscore(z)` on r_i: a lasting shift by any factor is normal within 62 steps,
+    long before the second moment has followed.
 
     As published, v_hat includes the current gradient, so that r is at most
     1 / sqrt(1 - d). The update of `inner` is divided by max(1, r / D), after the
@@ -49,25 +48,23 @@ def clip_update_rms(
 
     Args:
         max_rms: The multiple D of the second moment's root that is always normal, > 0.
-            None: 2; 1 if published. A huge first gradient raises the second moment, and
-            fades from it with d; until then, steps below it are normal.
+            None: 2; 1 if published.
         inner: The optimizer, which takes the clipped gradient. Required if published.
             None: the transformation only clips, as a member of a chain.
         decay: Weight d of the past, in (0, 1): that of the optimizer's second moment.
             None: 0.999; 0.99 if published.
         eps: The least root of a second moment that is assumed, > 0.
-        z: Standard deviations of log r above its level that are still normal, > 0. Not
-            used if published.
+        z: Standard deviations of log r above its level that are normal, > 0. Not used
+            if published.
         published: Whether to follow the recurrence of the paper exactly.
 
     Returns:
-        A transformation for `optax.chain`. A gradient that holds a nan or inf, or whose
-        norm is 1e18 or more, becomes all zeros, is not passed to `inner`, and is
-        counted in `metrics`. As published it is passed on.
+        A transformation for `optax.chain`. A gradient with a nan or inf, or of norm
+        1e18 or more, becomes zeros and does not reach `inner`; if published, it passes.
 
     Raises:
-        ValueError: If a concrete argument is out of range, or if `published` is given
-            without `inner`.
+        ValueError: If a concrete argument is out of range, or `published` comes without
+            `inner`.
 
     Example:
         >>> import optax
@@ -97,14 +94,6 @@ def clip_update_rms(
     return _clip_gradient(optimizer, top, decay, eps, threshold)
 
 
-class UpdateRmsState(NamedTuple):
-    """State of `clip_update_rms`."""
-
-    clip_inner: Any  # State of the inner optimizer.
-    clip_moment: Any  # float32: the second moment, shaped like the parameters.
-    clip_numbers: ClipNumbers  # Readings and statistics.
-
-
 class UpdateRmsStatistics(NamedTuple):
     """Statistics of the root mean squares."""
 
@@ -120,16 +109,8 @@ def _clip_gradient(
 
     def start(tree) -> UpdateRmsStatistics:
         leaves = len(_trees.inexact_leaves(tree))
-        none = jnp.zeros((), jnp.int32)
-        return UpdateRmsStatistics(
-            jnp.zeros((leaves,), jnp.float32), none, threshold.init(leaves)
-        )
-
-    record = ClipRecord(NAME, start)
-
-    def init_fn(params) -> UpdateRmsState:
-        inner, moment = _moments.init(NAME, optimizer, True, params)
-        return UpdateRmsState(inner, moment, record.init(params))
+        zeros, none = jnp.zeros((leaves,), jnp.float32), jnp.zeros((), jnp.int32)
+        return UpdateRmsStatistics(zeros, none, threshold.init(leaves))
 
     def rms(updates, moment, correction, least) -> jax.Array:
         """Return the root mean square of g / sqrt(v_hat) of each leaf, (leaves,)."""
@@ -142,14 +123,14 @@ def _clip_gradient(
         ratios = _trees.map_inexact(squares, updates, updates, moment, floors)
         return UNIT * jnp.sqrt(_moments.means(ratios, updates))
 
-    def update_fn(updates, state, params=None, **extra):
-        before = record.statistics(state.clip_numbers, updates)
+    def step(updates, before: UpdateRmsStatistics, memory, params, extra) -> Clipped:
+        old_inner, old_moment = memory
         measured = measure(updates)
         finite = measured.finite
         correction = _moments.correction(decay, before.moment_steps)
         least = jnp.maximum(correction * before.leaf_means, jnp.square(eps))
         observed = finite & (before.moment_steps > 0)
-        ratio = rms(updates, state.clip_moment, correction, least.astype(jnp.float32))
+        ratio = rms(updates, old_moment, correction, least.astype(jnp.float32))
         ratio = jnp.where(observed, ratio, 0.0)
         grouping = independent(ratio.shape[0])
         normal = threshold.limit(before.rms, Scope(grouping))
@@ -160,8 +141,8 @@ def _clip_gradient(
         judgement = judgement._replace(limit=limit, exceeded=exceeded)
         scales = Scales(factors(judgement._replace(signal=ratio)))
         clipped = scale_leaves(updates, scales, updates, keep=finite)
-        out, inner = optimizer.update(clipped, state.clip_inner, params, **extra)
-        moment = _moments.track(state.clip_moment, clipped, decay)
+        out, inner = optimizer.update(clipped, old_inner, params, **extra)
+        moment = _moments.track(old_moment, clipped, decay)
         squares = jnp.square(scales.by_leaf) * measured.leaf_squares
         means = _moments.track_means(before.leaf_means, squares, decay, updates)
         statistics = UpdateRmsStatistics(
@@ -169,20 +150,16 @@ def _clip_gradient(
             _trees.count_if(finite, before.moment_steps),
             learn(threshold, before.rms, judgement),
         )
-        numbers = record.after_step(
-            state.clip_numbers,
-            updates,
+        return Clipped(
+            _trees.zero_unless(finite, out, updates),
             statistics,
             raw=measured.norm,
             clipped=jnp.where(finite, scaled_norm(measured, scales, updates), 0.0),
-            limit=jnp.min(limit, initial=jnp.inf),
+            limit=limit,
             scale=scales.smallest(),
             finite=finite,
-        )
-        return _trees.zero_unless(finite, out, updates), UpdateRmsState(
-            _trees.select(finite, inner, state.clip_inner),
-            _trees.select(finite, moment, state.clip_moment),
-            numbers,
+            memory=_trees.select(finite, (inner, moment), (old_inner, old_moment)),
         )
 
-    return transformation(NAME, UpdateRmsState, init_fn, update_fn)
+    memory = lambda params: _moments.init(NAME, optimizer, True, params)
+    return transformation(NAME, _moments.MomentState, start, step, memory)

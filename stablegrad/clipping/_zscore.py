@@ -3,13 +3,10 @@
 import jax
 import optax
 
-from .. import _checks
 from ..granularity._groups import Granularity
 from ..thresholds._zscore import zscore
-from ._base import clip_norms, clip_to_threshold
-from .published._zclip import MODES, OPTIONS, zclip
-
-NAME = "clip_by_zscore"
+from ._base import clip_norms, clip_to_threshold, only_published
+from .published._zclip import zclip
 
 
 def clip_by_zscore(
@@ -30,8 +27,8 @@ def clip_by_zscore(
 
         c_t = exp(m + z s);    g <- g * min(1, c_t / ||g||)
 
-    By default, m and s are the robust mean and deviation of log norms of `zscore`,
-    for which a lasting shift by any factor is normal within 62 steps.
+    Here m and s are the robust mean and deviation of log norms of `zscore`, for which a
+    lasting shift by any factor is normal within 62 steps.
 
     As published, they are those of the norms, and learn from clipped norms: a lasting
     threefold rise is clipped for ever, and one nan switches the clip off for ever. With
@@ -59,9 +56,8 @@ def clip_by_zscore(
         eps: Added to the deviation, > 0.
 
     Returns:
-        A transformation for `optax.chain`. A gradient that holds a nan or inf, or whose
-        norm is 1e18 or more, becomes all zeros, teaches nothing, and is counted in
-        `metrics`. As published it is passed on.
+        A transformation for `optax.chain`. A gradient with a nan or inf, or of norm
+        1e18 or more, becomes zeros and teaches nothing; if published, it passes.
 
     Raises:
         ValueError: If a concrete argument is out of range, or one that belongs to the
@@ -75,28 +71,20 @@ def clip_by_zscore(
     Reference:
         Kumar et al., ZClip (2025), https://arxiv.org/abs/2504.02507.
     """
-    if published:
-        clip = zclip(
-            z,
-            0.97 if decay is None else decay,
-            warmup_steps,
-            per,
-            max_norm=max_norm,
-            mode=mode,
-            option=option,
-            clip_factor=clip_factor,
-            skip_update_on_spike=skip_update_on_spike,
-            eps=eps,
-        )
-        return clip_norms(NAME, clip)
-    _checks.only_published(
-        max_norm=(max_norm, 1.0),
-        mode=(mode, MODES[0]),
-        option=(option, OPTIONS[0]),
-        clip_factor=(clip_factor, 1.0),
-        skip_update_on_spike=(skip_update_on_spike, False),
-        eps=(eps, 1e-6),
+    settings = dict(
+        max_norm=max_norm,
+        mode=mode,
+        option=option,
+        clip_factor=clip_factor,
+        skip_update_on_spike=skip_update_on_spike,
+        eps=eps,
     )
-    decay = 0.98 if decay is None else decay
-    threshold = zscore(z, decay=decay, warmup_steps=warmup_steps, per=per)
-    return clip_norms(NAME, clip_to_threshold(threshold))
+    if published:
+        decay = 0.97 if decay is None else decay
+        clip = zclip(z, decay, warmup_steps, per, **settings)
+    else:
+        only_published(clip_by_zscore, **settings)
+        decay = 0.98 if decay is None else decay
+        threshold = zscore(z, decay=decay, warmup_steps=warmup_steps, per=per)
+        clip = clip_to_threshold(threshold)
+    return clip_norms("clip_by_zscore", clip)

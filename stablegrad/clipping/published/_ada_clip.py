@@ -10,9 +10,8 @@ from ... import _trees
 from ..._checks import require
 from ..._norms import measure
 from .. import _moments
-from .._base import ClippingState, transformation
+from .._base import Clipped, ClippingState, transformation
 from .._elements import leaf_maxima, scale_above
-from .._readings import ClipRecord
 
 
 class AdaClipStatistics(NamedTuple):
@@ -26,22 +25,15 @@ class AdaClipStatistics(NamedTuple):
 def ada_clip(
     name: str, decay, reset_every: int
 ) -> optax.GradientTransformationExtraArgs:
-    """Return AdaClip; arguments as for `clip_by_max`.
-
-    Reference:
-        Huang et al., Stable-SPAM (2025), https://arxiv.org/abs/2502.17055.
-    """
+    """Return AdaClip; arguments as for `clip_by_max`."""
     require("decay", decay, "in [0, 1)", lambda x: 0 <= x < 1)
 
     def start(tree) -> AdaClipStatistics:
         leaves, none = len(_trees.inexact_leaves(tree)), jnp.zeros((), jnp.int32)
         return AdaClipStatistics(jnp.zeros((leaves,), jnp.float32), none, none)
 
-    record = ClipRecord(name, start)
-
-    def update_fn(updates, state, params=None, **extra):
-        del params, extra
-        before = record.statistics(state.clip_numbers, updates)
+    def step(updates, before: AdaClipStatistics, memory, params, extra) -> Clipped:
+        del memory, params, extra
         measured = measure(updates)
         largest = leaf_maxima(updates)
         steps = _trees.increment(before.correction_steps)
@@ -52,22 +44,14 @@ def ada_clip(
         clipped = scale_above(updates, limit, factors)
         if reset_every:
             steps = jnp.where(total % reset_every == 0, 1, steps)
-        finite = measured.finite
-        numbers = record.after_step(
-            state.clip_numbers,
-            updates,
+        return Clipped(
+            clipped,
             AdaClipStatistics(running, steps, total),
             raw=measured.norm,
-            clipped=jnp.where(finite, measure(clipped).norm, 0.0),
-            limit=jnp.min(limit, initial=jnp.inf),
+            clipped=jnp.where(measured.finite, measure(clipped).norm, 0.0),
+            limit=limit,
             scale=jnp.min(factors, initial=1.0),
-            finite=finite,
+            finite=measured.finite,
         )
-        return clipped, ClippingState(numbers)
 
-    return transformation(
-        name,
-        ClippingState,
-        lambda params: ClippingState(record.init(params)),
-        update_fn,
-    )
+    return transformation(name, ClippingState, start, step)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from ..._checks import require, require_count
 from ...granularity._groups import Granularity
 from ...thresholds._base import Scope
-from .._base import ClipStep, NormClip
+from .._base import NormClip, NormStep
 
 EPS = 1e-8
 
@@ -21,11 +21,7 @@ class AdaGCStatistics(NamedTuple):
 
 
 def adagc(ratio, decay, warmup_steps: int, per: Granularity, max_norm) -> NormClip:
-    """Return AdaGC; arguments as for `clip_by_ema`.
-
-    Reference:
-        Wang et al., AdaGC (2025), https://arxiv.org/abs/2502.11034.
-    """
+    """Return AdaGC; arguments as for `clip_by_ema`."""
     require("ratio", ratio, "> 1", lambda x: 1 < x < float("inf"))
     require("decay", decay, "in [0, 1)", lambda x: 0 <= x < 1)
     require("max_norm", max_norm, "> 0", lambda x: 0 < x < float("inf"))
@@ -36,7 +32,7 @@ def adagc(ratio, decay, warmup_steps: int, per: Granularity, max_norm) -> NormCl
             jnp.zeros((groups,), jnp.float32), jnp.zeros((groups,), jnp.int32)
         )
 
-    def step(statistics: AdaGCStatistics, norms, scope: Scope) -> ClipStep:
+    def step(statistics: AdaGCStatistics, norms, scope: Scope) -> NormStep:
         del scope
         mean, seen = statistics
         warming = seen + 1 < warmup_steps
@@ -48,6 +44,6 @@ def adagc(ratio, decay, warmup_steps: int, per: Granularity, max_norm) -> NormCl
         followed = decay * mean + (1 - decay) * clipped
         new = jnp.where(warming, lowest, followed)
         count = jnp.where(warming, seen + 1, seen)
-        return ClipStep(factor, limit, AdaGCStatistics(new, count))
+        return NormStep(factor, limit, AdaGCStatistics(new, count))
 
     return NormClip(per, init, step, published=True)

@@ -9,7 +9,7 @@ from ..._checks import require, require_count
 from ...granularity._groups import Granularity
 from ...thresholds._base import Scope
 from ...thresholds._statistics import write
-from .._base import ClipStep, NormClip
+from .._base import NormClip, NormStep
 
 
 class AutoClipStatistics(NamedTuple):
@@ -20,11 +20,7 @@ class AutoClipStatistics(NamedTuple):
 
 
 def autoclip(q, window: int, per: Granularity) -> NormClip:
-    """Return AutoClip; arguments as for `clip_by_percentile`.
-
-    Reference:
-        Seetharaman et al., AutoClip (2020), https://arxiv.org/abs/2007.14469.
-    """
+    """Return AutoClip; arguments as for `clip_by_percentile`."""
     require("q", q, "in [0, 100]", lambda x: 0 <= x <= 100)
     require_count("window", window)
 
@@ -33,7 +29,7 @@ def autoclip(q, window: int, per: Granularity) -> NormClip:
             jnp.zeros((groups, window), jnp.float32), jnp.zeros((groups,), jnp.int32)
         )
 
-    def step(statistics: AutoClipStatistics, norms, scope: Scope) -> ClipStep:
+    def step(statistics: AutoClipStatistics, norms, scope: Scope) -> NormStep:
         del scope
         history = write(statistics.history, statistics.steps_seen % window, norms)
         seen = statistics.steps_seen + 1
@@ -42,6 +38,6 @@ def autoclip(q, window: int, per: Granularity) -> NormClip:
         poisoned = jnp.any(used & jnp.isnan(history), axis=-1)
         limit = jnp.where(poisoned, jnp.nan, limit)
         factor = jnp.minimum(limit / (norms + 1e-6), 1.0)
-        return ClipStep(factor, limit, AutoClipStatistics(history, seen))
+        return NormStep(factor, limit, AutoClipStatistics(history, seen))
 
     return NormClip(per, init, step, published=True)

@@ -9,7 +9,7 @@ from ..._checks import require, require_count
 from ...granularity._groups import Granularity
 from ...thresholds._base import Scope
 from ...thresholds._statistics import write
-from .._base import ClipStep, NormClip
+from .._base import NormClip, NormStep
 
 MODES = ("zscore", "percentile")
 OPTIONS = ("adaptive_scaling", "mean")
@@ -29,18 +29,15 @@ def zclip(
     decay,
     warmup_steps: int,
     per: Granularity,
+    *,
     max_norm,
-    mode: str,
-    option: str,
+    mode,
+    option,
     clip_factor,
-    skip_update_on_spike: bool,
+    skip_update_on_spike,
     eps,
 ) -> NormClip:
-    """Return ZClip; arguments as for `clip_by_zscore`.
-
-    Reference:
-        Kumar et al., ZClip (2025), https://arxiv.org/abs/2504.02507.
-    """
+    """Return ZClip; arguments as for `clip_by_zscore`."""
     require("z", z, "> 0", lambda x: 0 < x < float("inf"))
     require("decay", decay, "in (0, 1)", lambda x: 0 < x < 1)
     require("clip_factor", clip_factor, "> 0", lambda x: 0 < x < float("inf"))
@@ -51,13 +48,9 @@ def zclip(
     require_count("warmup_steps", warmup_steps)
 
     def init(groups: int) -> ZClipStatistics:
-        zeros = jnp.zeros((groups,), jnp.float32)
-        return ZClipStatistics(
-            jnp.zeros((groups, warmup_steps), jnp.float32),
-            jnp.zeros((groups,), jnp.int32),
-            zeros,
-            zeros,
-        )
+        norms = jnp.zeros((groups, warmup_steps), jnp.float32)
+        none, zeros = jnp.zeros((groups,), jnp.int32), jnp.zeros((groups,), jnp.float32)
+        return ZClipStatistics(norms, none, zeros, zeros)
 
     def adaptive_limit(statistics: ZClipStatistics, norms):
         """Return the limit on norms that are spikes, and which are."""
@@ -69,7 +62,7 @@ def zclip(
             return mean, score > z
         return clip_factor * (mean + z * deviation / (score / z)), score > z
 
-    def step(statistics: ZClipStatistics, norms, scope: Scope) -> ClipStep:
+    def step(statistics: ZClipStatistics, norms, scope: Scope) -> NormStep:
         del scope
         before_mean, before_variance = statistics.norm_mean, statistics.norm_variance
         warming = statistics.steps_seen < warmup_steps
@@ -92,6 +85,6 @@ def zclip(
             jnp.where(full, jnp.mean(kept, axis=-1), mean),
             jnp.where(full, jnp.var(kept, axis=-1), variance),
         )
-        return ClipStep(factor, limit, learned)
+        return NormStep(factor, limit, learned)
 
     return NormClip(per, init, step, published=True)
