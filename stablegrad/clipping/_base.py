@@ -147,7 +147,6 @@ def clip_norms(name: str, clip: NormClip) -> optax.GradientTransformationExtraAr
     """Return the transformation that clips the gradients of a chain by their norms."""
 
     def step(updates, statistics, memory, params, extra) -> Clipped:
-        del memory, extra
         grouping = group(clip.per, updates)
         measured, norms = measure_groups(grouping, updates)
         param_norms = None

@@ -18,15 +18,11 @@ LEAST_LENGTH = 0.5
 
 
 class DirectionState(NamedTuple):
-    """State of `limit_direction`."""
-
     mean_direction: Any  # float32 or complex64, shaped like the parameters.
     clip_numbers: ClipNumbers  # Readings and statistics.
 
 
 class DirectionStatistics(NamedTuple):
-    """Statistics of the mean direction."""
-
     mean_square: jax.Array  # float32: the square of its length.
     direction_steps: jax.Array  # int32: steps in the mean, saturating.
 
@@ -43,9 +39,8 @@ def limit_direction(
         if c_t < C and ||m_{t-1}|| >= 1/2:  change the part of g_t along m so that the
             cosine is C, and shorten g_t to its old norm if that made it longer
 
-    The mean follows the direction of every finite gradient before it is turned. The
-    size of an outlier cannot bend it, and it follows a lasting turn within ten steps at
-    d = 0.9. Directions that cancel each other have a short mean, and no limit.
+    The mean follows finite gradients before they are turned: the size of an outlier
+    cannot bend it. Directions that cancel each other have a short mean, and no limit.
 
     Args:
         min_cosine: Smallest cosine C that is still normal, in (-1, 1). Independent
@@ -72,15 +67,12 @@ def limit_direction(
     require("decay", decay, "in [0, 1)", lambda x: 0 <= x < 1)
     require_count("warmup_steps", warmup_steps)
 
-    def start(tree) -> DirectionStatistics:
-        del tree
-        return DirectionStatistics(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32))
-
-    def memory(params) -> tuple:
-        return (jax.tree.map(lambda p: jnp.zeros_like(p, _wide(p)), params),)
+    zeros = DirectionStatistics(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32))
+    unseen = lambda params: (
+        jax.tree.map(lambda p: jnp.zeros_like(p, _wide(p)), params),
+    )
 
     def step(updates, before: DirectionStatistics, memory, params, extra) -> Clipped:
-        del params, extra
         (mean,) = memory
         measured = measure(updates)
         finite = measured.finite
@@ -133,7 +125,9 @@ def limit_direction(
             shrunk=turns,
         )
 
-    return transformation("limit_direction", DirectionState, start, step, memory)
+    return transformation(
+        "limit_direction", DirectionState, lambda tree: zeros, step, unseen
+    )
 
 
 def _wide(leaf):

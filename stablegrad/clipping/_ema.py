@@ -20,14 +20,10 @@ def clip_by_ema(
 ) -> optax.GradientTransformationExtraArgs:
     """Shrink a leaf whose norm is above a multiple of its running mean: AdaGC.
 
-        g_i <- g_i * min(1, ratio * m_i / ||g_i||)
+        g_i <- g_i * min(1, ratio * m_i / ||g_i||),    m that of `ema_ratio`
 
-    The mean m is that of `ema_ratio`: it starts at the median, follows bounded norms,
-    and starts again after a lasting shift.
-
-    As published, m starts at the smallest of the first norms and follows clipped ones,
-    so that it rises by at most 0.1 % a step, and most healthy steps are clipped. With h
-    the factor on the leaf and G the whole gradient:
+    As published, with h the factor on the leaf and G the whole gradient, m rises by at
+    most 0.1 % a step, so that most healthy steps are clipped:
 
         warm-up:  h = min(1, max_norm / (||G|| + 1e-8));  m = min(m, h ||g||)
         then:     h = min(1, ratio m / ||g||);  m = d m + (1 - d) h ||g||
@@ -38,8 +34,7 @@ def clip_by_ema(
         warmup_steps: Steps that set the first mean, >= 1. None: 25; 100 if published.
         per: The groups that are clipped separately, as for `fixed`.
         published: Whether to follow the recurrence of the paper exactly.
-        max_norm: Limit on the norm of the whole gradient during the warm-up, > 0. Only
-            with `published`.
+        max_norm: Limit on ||G|| during the warm-up, > 0. Only with `published`.
 
     Returns:
         A transformation for `optax.chain`. A gradient with a nan or inf, or of norm

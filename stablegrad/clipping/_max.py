@@ -30,15 +30,11 @@ def clip_by_max(
 ) -> optax.GradientTransformationExtraArgs:
     """Clamp the elements of a leaf that exceed its usual largest one: AdaClip.
 
-        M_i = max |g_i|;    g_i <- g_i * min(1, ratio m_i / |g_i|), element by element
-
-    The usual largest m is the running mean of M by `ema_ratio`. Elements are clamped to
-    the limit, so that they keep their order.
+        M = max |g_i|;    g_i <- g_i * min(1, ratio m / |g_i|),    m that of `ema_ratio`
 
     As published, m is the bias-corrected running mean of M including the current step,
-    so that every second step is clipped. Elements above m are multiplied by m / M: one
-    just above m becomes smaller than those just below it. The bias correction starts
-    again whenever the moments are reset, which multiplies m by up to 500.
+    and elements above m are multiplied by m / M: every second step is clipped, and one
+    element just above m becomes smaller than those just below it.
 
     Args:
         ratio: Tolerated multiple of the usual maximum, > 1. 1 if published.
@@ -74,7 +70,6 @@ def _clamp_to(threshold: Threshold) -> optax.GradientTransformationExtraArgs:
     """Return the transformation that clamps each leaf to a threshold's limit."""
 
     def step(updates, statistics, memory, params, extra) -> Clipped:
-        del memory, params, extra
         measured = measure(updates)
         finite: Any = measured.finite
         largest = jnp.where(finite, _elements.leaf_maxima(updates), 0.0)

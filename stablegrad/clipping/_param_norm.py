@@ -26,18 +26,15 @@ def clip_by_param_norm(
 
         g_u <- g_u * min(1, ratio * max(||w_u||, eps) / ||g_u||)
 
-    The default eps = 1 is the norm of a unit under the usual initialisations. The
-    published eps = 1e-3 hardly lets layers that start at zero move under SGD.
-
     Args:
         ratio: Tolerated share of the parameters' norm, > 0. The paper's 0.01 is for
             batches of 1024 and more; small batches need up to 0.16.
-        eps: Least norm of a unit's parameters that is assumed, > 0. None: 1; 1e-3 if
-            published.
+        eps: Least norm of a unit's parameters that is assumed, > 0. None: 1, usual at
+            initialisation; 1e-3 if published, which hardly moves layers of zeros.
         axis: The axes of a unit, as for `units`.
         stacked: The leaves with a leading layer axis, as for `units`.
-        exclude: The leaves that are not clipped, as for `units`. The paper leaves out
-            the classifier, for example `exclude="head"`.
+        exclude: The leaves that are not clipped, as for `units`; in the paper the
+            classifier, for example "head".
         published: Whether to follow the recurrence of the paper exactly.
 
     Returns:
@@ -53,11 +50,10 @@ def clip_by_param_norm(
         >>> import optax
         >>> import stablegrad as sg
         >>> clip = sg.clip_by_param_norm(0.02, exclude="head")
-        >>> tx = optax.chain(clip, optax.sgd(0.1, momentum=0.9, nesterov=True))
+        >>> tx = optax.chain(clip, optax.sgd(0.1))
 
     Reference:
-        Brock et al., High-performance large-scale image recognition without
-        normalization (2021), https://arxiv.org/abs/2102.06171.
+        Brock et al. (2021), https://arxiv.org/abs/2102.06171.
     """
     per = units(axis, stacked, exclude)
     if published:

@@ -21,11 +21,9 @@ def clip_by_percentile(
         c_t = percentile(norms, q);    g <- g * min(1, c_t / ||g||)
 
     The norms are those of `percentile`: a window of bounded norms before the current
-    one. It shrinks under 1 % of healthy steps, and follows a lasting shift within 60.
-
-    As published, the norms are all so far, the current one included. With q = 10 it
-    shrinks nine of ten steps; it follows a lasting rise only after ten times as many
-    steps as came before; and one nan makes every later step nan.
+    one. As published, they are all so far, with the current one: at q = 10, nine of ten
+    steps shrink, a lasting rise is followed after ten times the steps before it, and
+    one nan makes every later step nan.
 
     Args:
         q: Percentile, in [0, 100]. None: 99.5; 10 if published.

@@ -34,14 +34,12 @@ def clip_by_second_moment(
         v_hat = v / (1 - d^k);    b = sqrt(threshold * max(v_hat, mean(v_hat)))
         g <- g * min(1, b / |g|);    v <- d v + (1 - d) |g|^2
 
-    The second moment v is that of the steps before, corrected for its start from zero,
-    and counts at no less than the mean of its leaf. The limit is in force from the
-    second step. A reset clears the correction as well, but not the mean of the leaf.
+    with v that of the steps before, and the mean over its leaf. The limit is in force
+    from the second step. A reset clears v and k, but not the mean.
 
-    As published, b = sqrt(threshold v) without correction, so that the limit drifts
-    from 10 to 45 standard deviations within one period. An element whose v is zero is
-    clamped to zero until the next reset. The first 20 steps after each reset have no
-    limit. The moments are reset on a clock, and their bias correction is not.
+    As published, b = sqrt(threshold v): the limit drifts from 10 to 45 standard
+    deviations within one period, is off for 20 steps after each reset, and clamps an
+    element whose v is zero to zero. Moments are reset on a clock.
 
     Args:
         threshold: Tolerated square in units of the second moment, > 1. 5000 is 71
@@ -54,8 +52,7 @@ def clip_by_second_moment(
         reset_on_spike: Whether to reset after a step of which clipping leaves less than
             half of the norm. Not with `published`.
         rewarmup_steps: Steps over which the updates grow from 0.01 back to 1 after each
-            reset, along a cosine, >= 0. None: 0; 150 if published and there is an
-            `inner`.
+            reset, along a cosine, >= 0. None: 0; 150 if published with an `inner`.
         published: Whether to follow the recurrence of the paper exactly. The paper's
             Adam adds `eps` before the bias correction of v; here, `inner` decides.
 
@@ -92,8 +89,6 @@ def clip_by_second_moment(
 
 
 class MomentStatistics(NamedTuple):
-    """Statistics of the second moment."""
-
     leaf_means: jax.Array  # float32 (leaves,): means of the clip's own moment.
     leaf_levels: jax.Array  # float32 (leaves,): corrected means; no reset clears them.
     moment_steps: jax.Array  # int32: steps in the moment since its last reset.

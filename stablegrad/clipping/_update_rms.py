@@ -37,14 +37,11 @@ def clip_update_rms(
 
         r_i = sqrt(mean(g^2 / v_hat));    g_i <- g_i * min(1, max(D, limit_i) / r_i)
 
-    The second moment v_hat is that of the steps before, and counts at no less than the
-    mean of its leaf. No moment follows the gradient before it is shrunk. limit_i is
-    that of `zscore(z)` on r_i: a lasting shift by any factor is normal within 62 steps,
-    long before the second moment has followed.
+    with v_hat that of the steps before, at least its mean over the leaf, and limit_i
+    that of `zscore(z)` on r_i. No moment follows the gradient before it is shrunk.
 
-    As published, v_hat includes the current gradient, so that r is at most
-    1 / sqrt(1 - d). The update of `inner` is divided by max(1, r / D), after the
-    moments of `inner` have followed the gradient.
+    As published, v_hat includes the current gradient, and the update of `inner` is
+    divided by max(1, r / D) after the moments of `inner` have followed the gradient.
 
     Args:
         max_rms: The multiple D of the second moment's root that is always normal, > 0.
@@ -72,8 +69,7 @@ def clip_update_rms(
         >>> tx = optax.chain(sg.clip_update_rms(), optax.adamw(1e-3))
 
     Reference:
-        Wortsman et al., Stable and low-precision training for large-scale
-        vision-language models (2023), https://arxiv.org/abs/2304.13013.
+        Wortsman et al. (2023), https://arxiv.org/abs/2304.13013.
     """
     top = (1.0 if published else 2.0) if max_rms is None else max_rms
     decay = (0.99 if published else 0.999) if decay is None else decay
@@ -95,8 +91,6 @@ def clip_update_rms(
 
 
 class UpdateRmsStatistics(NamedTuple):
-    """Statistics of the root mean squares."""
-
     leaf_means: jax.Array  # float32 (leaves,): means of the second moment.
     moment_steps: jax.Array  # int32: steps in the moment.
     rms: Any  # Statistics of the threshold.

@@ -25,20 +25,17 @@ def clip_by_zscore(
 ) -> optax.GradientTransformationExtraArgs:
     """Shrink a gradient whose norm is an outlier among the past norms: ZClip.
 
-        c_t = exp(m + z s);    g <- g * min(1, c_t / ||g||)
+        c_t = exp(m + z s);    g <- g * min(1, c_t / ||g||),    m, s those of `zscore`
 
-    Here m and s are the robust mean and deviation of log norms of `zscore`, for which a
-    lasting shift by any factor is normal within 62 steps.
-
-    As published, they are those of the norms, and learn from clipped norms: a lasting
-    threefold rise is clipped for ever, and one nan switches the clip off for ever. With
-    n the norm, mean m, deviation s and clip factor f:
+    As published, mean m and deviation s are those of the norms n, and follow c, or n
+    where there is no c. A lasting threefold rise is clipped for ever. With f the clip
+    factor:
 
         zscore:      z_t = (n - m) / (s + eps);  if z_t > z:  c = f (m + z^2 s / z_t)
         percentile:  if n > m + z s:  c = m + z s
+        g <- g min(c, max_norm) / (n + 1e-6)  where n > min(c, max_norm)
 
-    or c = m for option="mean". Where n > min(c, max_norm), the gradient becomes
-    g min(c, max_norm) / (n + 1e-6). m and s follow c, or n where there is no c.
+    or c = m for option="mean".
 
     Args:
         z: Standard deviations above the mean that are still normal, > 0.

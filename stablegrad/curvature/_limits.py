@@ -11,7 +11,7 @@ def stable_limit(
     averaged: bool = False,
     weight_decay: float = 0.0,
 ) -> float:
-    """The learning rate eta below which steps contract along an eigenvector.
+    """Return the learning rate eta below which steps contract along an eigenvector.
 
         eta (curvature k + w) < 2,    k = (1 + 2b if nesterov else 1) / (1 + b)
 

@@ -35,7 +35,6 @@ class Sharpness:
     unfloored_participation: float  # nan without `tx`.
 
     def __str__(self) -> str:
-        """The eigenvalues, the rate that they allow, and warnings."""
         if not math.isfinite(self.largest):
             return (
                 "The curvature is not finite, though the loss and its gradient are: "
@@ -81,28 +80,23 @@ def sharpness(
     iterations: int = 20,
     seed: int = 0,
 ) -> Sharpness:
-    """Measures the largest and smallest curvature of a loss, raw or preconditioned.
+    """Measure the largest and smallest curvature of a loss, raw or preconditioned.
 
         lambda = eigenvalues of H,  or of  P^-1/2 H P^-1/2,  P = max(P, 0.01 rms(P))
         P = (1 - b1^t) (sqrt(v_t / (1 - b2^t)) + eps),  v_t with this gradient included
+        stable:  eta (lambda k + w) < 2,    k = (1 + 2b if nesterov else 1) / (1 + b)
 
-    by the Lanczos method in float32. With momentum b and weight decay w, steps are
-    stable for
-
-        eta (lambda k + w) < 2,    k = (1 + 2b if nesterov else 1) / (1 + b)
-
-    with k times (1 - b) if the momentum is an average, as in Adam: 2 / lambda for
-    gradient descent, 3.8 / lambda with momentum 0.9, 38 / lambda for Adam. Above the
-    limit training spikes, and may still converge. The cost is `iterations` Hessian
-    products, each about two gradients, and as many copies of the parameters; twice that
-    with `tx`.
+    by the Lanczos method in float32, with momentum b and weight decay w. k is (1 - b)
+    times that if the momentum is an average, as in Adam. Above the limit training
+    spikes, and may still converge. The cost is `iterations` Hessian products and as
+    many copies of the parameters; twice that with `tx`.
 
     Args:
         loss_fn: As for `critical_learning_rate`.
         params: As for `critical_learning_rate`.
         batch: As for `critical_learning_rate`; one batch for all products.
-        tx: An optimizer that keeps one second moment `nu` of all parameters, as Adam
-            and RMSProp do, for the preconditioner P. None: the plain Hessian.
+        tx: An optimizer with one second moment `nu` of all parameters, as Adam and
+            RMSProp have, for the preconditioner P. None: the plain Hessian.
         state: The state of `tx` during training. None: the initial state.
         momentum: b, in [0, 1); b1 of Adam. None: 0 without `tx`, else the value that
             two steps on artificial gradients show.
@@ -119,26 +113,21 @@ def sharpness(
 
     Raises:
         TypeError: If `loss_fn` does not return a real scalar.
-        ValueError: If an argument is out of range, `params` has no floating-point leaf,
-            the loss or its gradient is not finite, `state` is given without `tx`, `tx`
-            keeps no second moment of all parameters, or its decays are neither given
-            nor shown by its state.
+        ValueError: If an argument is out of range; if `params` has no floating-point
+            leaf; if the loss or its gradient is not finite; if `state` is given without
+            `tx`; if `tx` has no second moment of all parameters, or its decays are
+            neither given nor shown by its state.
 
     Example:
         >>> import jax.numpy as jnp
         >>> import stablegrad as sg
-        >>> def loss_fn(params, batch):
-        ...     return 0.5 * jnp.sum(batch * params**2)
+        >>> loss_fn = lambda params, batch: 0.5 * jnp.sum(batch * params**2)
         >>> found = sg.sharpness(loss_fn, jnp.ones(3), jnp.array([3.0, 1.0, -5.0]))
-        >>> round(found.largest, 4), round(found.smallest, 4)
-        (3.0, -5.0)
-        >>> round(found.stable_rate, 4)
-        0.6667
+        >>> [round(x, 4) for x in (found.largest, found.smallest, found.stable_rate)]
+        [3.0, -5.0, 0.6667]
 
     Reference:
-        Cohen et al., Gradient descent on neural networks typically occurs at the edge
-        of stability (2021), https://arxiv.org/abs/2103.00065; Cohen et al., Adaptive
-        gradient methods at the edge of stability (2022),
+        Cohen et al. (2021), https://arxiv.org/abs/2103.00065; Cohen et al. (2022),
         https://arxiv.org/abs/2207.14484. The floor is original to stablegrad.
     """
     _checks.require_count("iterations", iterations)
@@ -183,7 +172,7 @@ def sharpness(
 
 @functools.partial(jax.jit, static_argnames=("loss", "tx", "averages"))
 def _inverse_roots(loss, tx, state, params, data, averages, eps):
-    """The loss, the norm of its gradient, and P^-1/2 with and without the floor."""
+    """Return the loss, its gradient's norm, and P^-1/2 with and without the floor."""
     value, grads = jax.value_and_grad(loss)(params, data)
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     roots = [jnp.ones(size, jnp.float32)]

@@ -45,8 +45,6 @@ class PlateauReadings(NamedTuple):
 
 
 class PlateauState(NamedTuple):
-    """State of `reduce_on_plateau`."""
-
     plateau_rule: dict[str, None]  # Convention, mode and threshold mode.
     plateau_settings: PlateauSettings
     plateau_readings: PlateauReadings

@@ -1,4 +1,4 @@
-"""`observe_metric`: passes a metric to plateaus outside of the training step."""
+"""Pass a metric to plateaus outside of the training step."""
 
 from typing import Any, TypeVar
 
@@ -14,9 +14,8 @@ def observe_metric(state: State, *, value: Any) -> State:
     """Pass a metric to every `reduce_on_plateau` in an optimizer state.
 
     Use it for a metric that is not known at every step, such as a validation loss once
-    an epoch. The scale is reduced in the returned state and used from the next step on.
-    If steps pass `value=` for another transformation, build the plateau with
-    `metric=None`. Otherwise, the plateau compares the two metrics with each other.
+    an epoch. The reduced scale is used from the next step on. If steps pass `value=`
+    for another transformation, build the plateau with `metric=None`.
 
     Args:
         state: A state that contains a plateau's state: that of a chain, a wrapper or a
@@ -24,13 +23,8 @@ def observe_metric(state: State, *, value: Any) -> State:
         value: The metric, a real scalar. A nan or inf is counted and ignored.
 
     Returns:
-        A new state of the same structure, shapes and dtypes. The function is pure and
-        works inside and outside of `jax.jit`. Assign the new state:
-
-        - Optax: `state = sg.observe_metric(state, value=metric)`
-        - Linen: `train_state = sg.observe_metric(train_state, value=metric)`
-        - NNX: `optimizer.opt_state = sg.observe_metric(
-          optimizer.opt_state, value=metric)`
+        A new state of the same structure, shapes and dtypes, to assign where `state`
+        was, such as to `optimizer.opt_state`. The function is pure and can be jitted.
 
     Raises:
         ValueError: If the state contains no plateau, or `value` is not a scalar.

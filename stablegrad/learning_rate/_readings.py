@@ -1,4 +1,4 @@
-"""What schedules and plateaus have to tell, wherever they are in a state."""
+"""Readings of the schedules and plateaus anywhere in a state."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -20,9 +20,9 @@ TOLD = (
 
 
 def numbers_of_rates(state: Any) -> dict[str, jax.Array]:
-    """The numbers of every schedule and plateau in a state, as flat scalars.
+    """Return the numbers of every schedule and plateau in a state, as flat scalars.
 
-    Those of a second one of its kind are called `schedule_2_...`, `plateau_2_...`.
+    A second one of its kind is called `schedule_2_...` or `plateau_2_...`.
     """
     numbers: dict[str, jax.Array] = {}
     counts: dict[str, int] = {}

@@ -1,9 +1,7 @@
-"""A response: what to do about a step that its thresholds do not call normal.
+"""Responses: what to do about a step that its thresholds do not call normal.
 
-The engine asks each response twice in a step. `propose` turns judgements into a
-verdict, before the step is taken. `settle` updates the response's state once the engine
-has decided. Responses never touch a gradient: the engine multiplies and selects once,
-for all of them.
+The engine calls `propose` before the step is taken, and `settle` once it has decided.
+Responses never touch a gradient: the engine multiplies and selects once, for all.
 """
 
 import functools
@@ -21,7 +19,7 @@ from .trust_region._probe import Attempt
 
 
 class Verdict(NamedTuple):
-    """What a response asks for in this step."""
+    """The request of a response for this step."""
 
     gradient_scales: Scales | None  # Factors in [0, 1] on the gradient; None: ones.
     update_scales: Scales | None  # The same on the update.
@@ -30,7 +28,7 @@ class Verdict(NamedTuple):
 
 
 class Foresight(NamedTuple):
-    """What a response asks for that probes the loss along the step."""
+    """The request of a response that probes the loss along the step."""
 
     step_scale: jax.Array  # float32 in [0, 1], (): on the step.
     alarm: jax.Array  # bool, (): whether taking the whole step would have done harm.
@@ -55,7 +53,6 @@ class Response(NamedTuple):
 
     def init(self, params) -> Any:
         """Explain that a response is no optax transformation."""
-        del params
         raise TypeError(
             f"`{self.name}(...)` is a response of a guard, not an optax "
             f"transformation. Give it to a guard instead of a chain: "
@@ -74,8 +71,8 @@ def proceed(**changes) -> Verdict:
 def combine(verdicts) -> Verdict:
     """Return the strictest of all verdicts.
 
-    Clips take the minimum, not the product: each limit is a limit on the raw norm, and
-    the smallest factor meets them all. Learning-rate factors multiply.
+    Clips take the minimum: each limit is one on the raw norm, and the smallest factor
+    meets them all. Learning-rate factors multiply.
     """
     strictest = proceed()
     for verdict in verdicts:

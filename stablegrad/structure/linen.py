@@ -16,9 +16,8 @@ class LimitGradient(linen.Module):
     Example:
         >>> from flax import linen
         >>> from stablegrad.structure.linen import LimitGradient
-        >>> model = linen.Sequential(
-        ...     [linen.Dense(8), LimitGradient(1.0), linen.Dense(2)]
-        ... )
+        >>> layers = [linen.Dense(8), LimitGradient(1.0), linen.Dense(2)]
+        >>> model = linen.Sequential(layers)
     """
 
     max_norm: float
@@ -26,5 +25,5 @@ class LimitGradient(linen.Module):
 
     @linen.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns `x`."""
+        """Return `x`."""
         return limit_gradient(x, self.max_norm, per=self.per)

@@ -83,17 +83,13 @@ WORDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """One entry of a comparison.
-
-    `compare` makes candidates from names and transformations. Build one yourself if
-    `update` needs more than `value=`.
+    """An optimizer to compare; build one if its `update` needs more than `value=`.
 
     Attributes:
         name: Name in the table.
         build: `build(learning_rate, steps)` returns the transformation. The rate may be
             a traced scalar; `steps` is a Python integer.
-        own_rate: Whether `build` ignores the rate. The candidate then runs at one rate
-            only.
+        own_rate: Whether `build` ignores the rate, so that it runs at one rate only.
         extra: Names of the extra arguments of `update`: "value", "grad", "value_fn".
         observes: Whether the loss of each evaluation is passed to `observe_metric`, for
             `reduce_on_plateau(metric=None)`.
@@ -101,11 +97,9 @@ class Candidate:
     Example:
         >>> import optax
         >>> import stablegrad as sg
-        >>> probing = sg.sweep.Candidate(
-        ...     "probing",
-        ...     lambda rate, steps: sg.guard(optax.sgd(rate), sg.trust_region(every=8)),
-        ...     extra=("value", "value_fn"),
-        ... )
+        >>> build = lambda rate, steps: sg.guard(optax.sgd(rate), sg.trust_region())
+        >>> extra = ("value", "value_fn")
+        >>> probing = sg.sweep.Candidate("probing", build, extra=extra)
     """
 
     name: str

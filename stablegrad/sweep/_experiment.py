@@ -16,8 +16,6 @@ SLICE = 1000  # Validation examples that are evaluated in one call.
 
 
 class Experiment(NamedTuple):
-    """The problem, its data and the training budget."""
-
     init: Callable[[jax.Array], Any]  # key -> parameters
     loss: Any  # (params, batch) -> scalar; None with a training step.
     step: Callable | None  # The user's training step, if any.

@@ -15,8 +15,6 @@ from .._elements import leaf_maxima, scale_above
 
 
 class AdaClipStatistics(NamedTuple):
-    """Statistics of AdaClip."""
-
     running_max: jax.Array  # float32 (leaves,)
     correction_steps: jax.Array  # int32: 1 after each reset of the moments.
     total_steps: jax.Array  # int32
@@ -33,7 +31,6 @@ def ada_clip(
         return AdaClipStatistics(jnp.zeros((leaves,), jnp.float32), none, none)
 
     def step(updates, before: AdaClipStatistics, memory, params, extra) -> Clipped:
-        del memory, params, extra
         measured = measure(updates)
         largest = leaf_maxima(updates)
         steps = _trees.increment(before.correction_steps)

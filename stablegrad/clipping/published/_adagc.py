@@ -14,8 +14,6 @@ EPS = 1e-8
 
 
 class AdaGCStatistics(NamedTuple):
-    """Statistics of AdaGC."""
-
     running_norm: jax.Array  # float32 (groups,): running mean of clipped norms.
     steps_seen: jax.Array  # int32 (groups,), up to `warmup_steps` - 1.
 
@@ -33,7 +31,6 @@ def adagc(ratio, decay, warmup_steps: int, per: Granularity, max_norm) -> NormCl
         )
 
     def step(statistics: AdaGCStatistics, norms, scope: Scope) -> NormStep:
-        del scope
         mean, seen = statistics
         warming = seen + 1 < warmup_steps
         whole = jnp.sqrt(jnp.sum(jnp.square(norms))) + EPS

@@ -13,8 +13,6 @@ from .._base import NormClip, NormStep
 
 
 class AutoClipStatistics(NamedTuple):
-    """Statistics of AutoClip."""
-
     history: jax.Array  # float32 (groups, window): raw norms, a ring.
     steps_seen: jax.Array  # int32 (groups,)
 
@@ -30,7 +28,6 @@ def autoclip(q, window: int, per: Granularity) -> NormClip:
         )
 
     def step(statistics: AutoClipStatistics, norms, scope: Scope) -> NormStep:
-        del scope
         history = write(statistics.history, statistics.steps_seen % window, norms)
         seen = statistics.steps_seen + 1
         used = jnp.arange(window)[None, :] < seen[:, None]

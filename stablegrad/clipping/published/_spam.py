@@ -16,8 +16,6 @@ PROTECTED = 20  # Steps without a limit, at the start and after each reset.
 
 
 class SpamStatistics(NamedTuple):
-    """Statistics of SPAM."""
-
     total_steps: jax.Array  # int32
     moment_resets: jax.Array  # int32
 

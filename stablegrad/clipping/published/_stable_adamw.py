@@ -14,8 +14,6 @@ from .._base import Clipped, transformation
 
 
 class StableAdamWStatistics(NamedTuple):
-    """Statistics of StableAdamW."""
-
     moment_steps: jax.Array  # int32: steps in the moment.
 
 

@@ -16,8 +16,6 @@ OPTIONS = ("adaptive_scaling", "mean")
 
 
 class ZClipStatistics(NamedTuple):
-    """Statistics of ZClip."""
-
     warmup_norms: jax.Array  # float32 (groups, warmup_steps)
     steps_seen: jax.Array  # int32 (groups,), up to `warmup_steps`.
     norm_mean: jax.Array  # float32 (groups,)
@@ -63,7 +61,6 @@ def zclip(
         return clip_factor * (mean + z * deviation / (score / z)), score > z
 
     def step(statistics: ZClipStatistics, norms, scope: Scope) -> NormStep:
-        del scope
         before_mean, before_variance = statistics.norm_mean, statistics.norm_variance
         warming = statistics.steps_seen < warmup_steps
         value, spike = adaptive_limit(statistics, norms)

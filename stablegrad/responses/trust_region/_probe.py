@@ -1,13 +1,12 @@
-"""A probe: what the loss does along a step d, beside what the gradient promised.
+"""A probe: the loss along a step d, compared with what the gradient promises.
 
-With s = g . d, the promise, and a in (0, 1] the part of the step that is looked at:
+With s = g . d, the promise, and a in (0, 1] the part of the step that is probed:
 
     excess(a) = L(theta + a d) - L(theta) - a s;    r(a) = excess(a) / (a |s|)
 
-To second order excess(a) = a^2 d^T H d / 2, so r grows in proportion to a: it is 0 as
-promised, 1/2 at the minimum of the line, 1 where nothing is gained. 1 / r is the
-critical multiple of the step, in units of which learning rates are stated before
-training (`critical_learning_rate`).
+To second order excess(a) = a^2 d^T H d / 2, so r is proportional to a: 0 as promised,
+1/2 at the minimum of the line, 1 where nothing is gained. 1 / r is the critical
+multiple of the step.
 """
 
 from collections.abc import Callable
@@ -47,7 +46,7 @@ class Attempt(NamedTuple):
 
 
 class Look(NamedTuple):
-    """What was found along a step; rank-0 arrays."""
+    """The findings along a step; rank-0 arrays."""
 
     part: jax.Array  # float32 in (0, 1]: a, the part of the step that was accepted.
     excess: jax.Array  # float32: excess(a).
@@ -60,14 +59,14 @@ class Look(NamedTuple):
 
 
 def ratio(excess, slope) -> jax.Array:
-    """r, or inf where the step does not descend or the loss is not finite."""
+    """Return r, or inf where the step does not descend or the loss is not finite."""
     descends = (slope < 0) & jnp.isfinite(excess)
     r = excess / jnp.where(descends, jnp.maximum(-slope, 1e-37), 1.0)
     return jnp.where(descends, jnp.clip(r, -LARGEST, LARGEST), jnp.inf)
 
 
 def slope_along(attempt: Attempt, scale) -> jax.Array:
-    """s = g . d for d = scale * step, in float32; complex leaves count as pairs."""
+    """Return g . d for d = scale * step, in float32; complex leaves count as pairs."""
     gradients = _trees.inexact_leaves(attempt.gradient)
     pairs = zip(gradients, _taken(attempt, scale), strict=True)
     products = [jnp.zeros((), jnp.float32)]
@@ -79,7 +78,7 @@ def slope_along(attempt: Attempt, scale) -> jax.Array:
 
 
 def _taken(attempt: Attempt, scale):
-    """What `scale` times the step changes: less, where parameters are rounded."""
+    """Return the change by `scale` times the step, after the rounding of parameters."""
 
     def change(param, step):
         step = scale.astype(step.dtype) * step
@@ -93,12 +92,12 @@ def _taken(attempt: Attempt, scale):
 
 
 def look(attempt: Attempt, kind: str, scale, rise, accept, aim) -> Look:
-    """Looks along `scale` times the step, and nearer until it may be taken.
+    """Look along `scale` times the step, and nearer until it may be taken.
 
     A part may be taken if the loss stays finite and rises by `rise` at most and, where
     the step descends, if r is `accept` at most. A part that may not is shortened to
-    where r would be `aim`. Where r stays the same, c times the loss's own gradient
-    gives 1 - 1/c, which no shorter step mends: a mismatch.
+    where r would be `aim`. A gradient that is c times the loss's own gives r = 1 - 1/c
+    at any length: a mismatch.
     """
     step = attempt.step()
     attempt = attempt._replace(step=lambda: step)
@@ -147,7 +146,7 @@ def _moved(attempt: Attempt, scale):
 
 
 def _forward(attempt: Attempt, scale, slope):
-    """The excess by one forward pass a look."""
+    """Return a function for the excess that takes one forward pass a look."""
 
     def excess_at(part):
         there = scalar_signal(
@@ -159,7 +158,7 @@ def _forward(attempt: Attempt, scale, slope):
 
 
 def _hvp(attempt: Attempt, scale, slope):
-    """The excess to second order: one `jvp` of a `jvp`, whatever the number of looks.
+    """Return a function for the excess to second order, from one `jvp` of a `jvp`.
 
     It sees curvature at the parameters alone: not a wall further on.
     """

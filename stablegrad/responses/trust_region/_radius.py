@@ -1,14 +1,13 @@
-"""The radius: how long a step may be, from what the probes found.
+"""The radius: the longest step, adjusted by the probes.
 
     r > high: shorter, at once     low <= r <= high: as it is     r < low: longer
 
-Where the schedule's own steps stay calm, nothing binds, and the longer that lasts the
-more is left to the schedule. Where the radius does bind, it is careful at the start,
-when curvature changes fastest, and grows careful again the longer it binds without
-progress: what holds a long run back is noise, which probes on one batch do not see.
+`care` multiplies `high` and `low`. It rises while the radius does not bind. Where the
+radius binds, it falls with the number of binding probes without progress, because
+noise, which probes on one batch do not see, limits a long run.
 
-A step may gain nothing and be right: at the edge of stability, and where momentum
-carries it. So once the start is over, nothing is cut while the loss improves.
+A healthy step may gain nothing, at the edge of stability or with momentum. So after the
+first probes nothing is cut while the loss improves.
 """
 
 from typing import NamedTuple
@@ -34,12 +33,11 @@ RELIEF = 3.0  # Probes taken back by one that improves over the longest window.
 MOST_BOUND = 1e4  # Where the count ends.
 LOOSE_OVER, LOOSE = 50, 1.6  # Free probes that raise `high`, and by how much.
 RELEASE = 4.0  # Times the optimizer's own length: from where a radius is no bound.
+SHOWN = ("ratio", "scale", "probes", "cuts", "mismatch")  # In `metrics`.
 NEVER = LARGEST  # A radius that does not bind; the state stays finite.
 
 
 class TrustRegionState(NamedTuple):
-    """State of `trust_region`; every array has rank 0."""
-
     trust_radius: jax.Array  # float32, > 0: the longest step; `NEVER` if free.
     trust_ratio: jax.Array  # float32: r, averaged over probes.
     trust_scale: jax.Array  # float32 in [0, 1]: on the last step.
@@ -58,36 +56,30 @@ class TrustRegionState(NamedTuple):
 
 
 def init_radius() -> TrustRegionState:
-    """No limit yet, nothing known."""
+    """Return the state before the first step, without a limit."""
     zero, none = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
-    never = jnp.full((), NEVER, jnp.float32)
-    return TrustRegionState(
-        trust_radius=never,
-        trust_ratio=zero,
-        trust_scale=jnp.ones((), jnp.float32),
-        trust_probes=none,
-        trust_cuts=none,
-        trust_mismatch=jnp.zeros((), bool),
-        own_length=zero,
-        cut_length=never,
-        mean_excess=zero,
-        mean_slope=zero,
-        progress=init_progress(),
-        steps_tried=none,
-        probes_known=none,
-        probes_bound=zero,
-        probes_free=none,
-    )
+    never, one = jnp.full((), NEVER, jnp.float32), jnp.ones((), jnp.float32)
+    shown = (never, zero, one, none, none, jnp.zeros((), bool))
+    lengths = (zero, never, zero, zero)
+    return TrustRegionState(*shown, *lengths, init_progress(), none, none, zero, none)
+
+
+def readings(state: TrustRegionState) -> dict[str, jax.Array]:
+    """Return the numbers of a trust region by name, for `metrics`."""
+    binds = state.trust_radius < RELEASE * state.own_length
+    radius = jnp.where(binds, state.trust_radius, jnp.inf)
+    shown = {f"trust_{name}": getattr(state, f"trust_{name}") for name in SHOWN}
+    return {"trust_radius": radius, **shown}
 
 
 def is_due(state: TrustRegionState, every) -> jax.Array:
-    """Whether this step is probed."""
+    """Return whether this step is probed."""
     due = (state.probes_known < DENSE) | (state.steps_tried % every == 0)
     return due & ~state.trust_mismatch
 
 
 def care(state: TrustRegionState, is_bound) -> jax.Array:
-    """The factor on `high` and `low`."""
+    """Return the factor on `high` and `low`."""
     late = jnp.maximum(state.probes_bound - EARLY, 0.0)
     binding = jnp.maximum(CARE / (1 + late / CARE_OVER), LEAST_CARE)
     free = jnp.minimum(state.probes_free.astype(jnp.float32) / LOOSE_OVER, 1.0)
@@ -95,7 +87,7 @@ def care(state: TrustRegionState, is_bound) -> jax.Array:
 
 
 def longest_rise(state: TrustRegionState, loss) -> jax.Array:
-    """The rise of the loss that is an alarm: it doubles, or leaves its usual range."""
+    """Return the rise that is an alarm: the loss doubles, or leaves its usual range."""
     usual = jnp.maximum(jnp.abs(state.progress.far), 4 * state.progress.spread)
     return jnp.maximum(jnp.abs(loss), jnp.where(state.steps_tried > 0, usual, 0.0))
 
@@ -103,7 +95,7 @@ def longest_rise(state: TrustRegionState, loss) -> jax.Array:
 def after_step(
     state: TrustRegionState, loss, own_length, scale, is_sound
 ) -> TrustRegionState:
-    """The state that has seen a step; one of no length counts for the loss alone."""
+    """Return the state after a step; one of no length counts for the loss alone."""
     return state._replace(
         progress=after_loss(state.progress, loss, state.steps_tried),
         steps_tried=jnp.where(
@@ -117,9 +109,9 @@ def after_step(
 def after_probe(
     state: TrustRegionState, found: Look, length, own_length, high, low, grow
 ) -> tuple[TrustRegionState, jax.Array]:
-    """The state after a probe of a step of `length`, and whether it was an alarm.
+    """Return the state after a probe of a step of `length`, and whether it is an alarm.
 
-    `own_length` is what the optimizer asked for, before the radius.
+    `own_length` is the length that the optimizer asked for, before the radius.
     """
     alarm = ((found.looks > 1) | ~found.accepted) & ~found.mismatch
     harmful = alarm & found.accepted
@@ -177,7 +169,7 @@ def after_probe(
 
 
 def _averages(state: TrustRegionState, found: Look, alarm):
-    """Excess and slope, kept for steps as long as this one."""
+    """Return the mean excess and slope, for steps as long as this one."""
     part = jnp.where(alarm, found.part, 1.0)
     weight = jnp.where(state.probes_known == 0, 0.0, DECAY)
     # The excess goes with the square of the length.
@@ -189,7 +181,7 @@ def _averages(state: TrustRegionState, found: Look, alarm):
 
 
 def _bound(state: TrustRegionState, improves):
-    """Binding probes, of which progress takes some back once the start is over."""
+    """Return the count of binding probes; progress takes some back after the start."""
     relief = RELIEF * window(state.steps_tried) / LONGEST
     least = jnp.minimum(state.probes_bound, float(EARLY))
     relieved = jnp.maximum(state.probes_bound + 1 - relief, least)
