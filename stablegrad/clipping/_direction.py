@@ -22,11 +22,6 @@ class DirectionState(NamedTuple):
     clip_numbers: ClipNumbers  # Readings and statistics.
 
 
-class DirectionStatistics(NamedTuple):
-    mean_square: jax.Array  # float32: the square of its length.
-    direction_steps: jax.Array  # int32: steps in the mean, saturating.
-
-
 def limit_direction(
     min_cosine: float | jax.Array = -0.5,
     *,
@@ -67,22 +62,23 @@ def limit_direction(
     require("decay", decay, "in [0, 1)", lambda x: 0 <= x < 1)
     require_count("warmup_steps", warmup_steps)
 
-    zeros = DirectionStatistics(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32))
+    zeros = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
     unseen = lambda params: (
         jax.tree.map(lambda p: jnp.zeros_like(p, _wide(p)), params),
     )
 
-    def step(updates, before: DirectionStatistics, memory, params, extra) -> Clipped:
+    def step(updates, statistics, memory, params, extra) -> Clipped:
+        mean_square, steps = statistics  # The squared length of the mean; its steps.
         (mean,) = memory
         measured = measure(updates)
         finite = measured.finite
         usable = finite & (measured.norm > 0)
         norm = jnp.where(usable, measured.norm, 1.0)
-        length = jnp.sqrt(before.mean_square)
+        length = jnp.sqrt(mean_square)
         inverse = 1 / jnp.maximum(length, 1e-12)
         along_mean = _dot(updates, mean, updates) / norm
         cosine = jnp.clip(along_mean * inverse, -1.0, 1.0)
-        ready = before.direction_steps >= warmup_steps
+        ready = steps >= warmup_steps
         least = jnp.asarray(min_cosine, jnp.float32)
         turns = usable & ready & (length >= LEAST_LENGTH) & (cosine < least)
         across = jnp.sqrt(1 - jnp.square(cosine))
@@ -105,16 +101,16 @@ def limit_direction(
         # The length of a mean of unit vectors follows from its old length and the dot
         # product alone, without a pass over the mean.
         square = (
-            jnp.square(decay) * before.mean_square
+            jnp.square(decay) * mean_square
             + 2 * decay * (1 - decay) * along_mean
             + jnp.square(1 - decay)
         )
         left = jnp.where(turns, shorter * jnp.hypot(across, along), 1.0)
         return Clipped(
             _trees.zero_unless(finite, out, updates),
-            DirectionStatistics(
-                jnp.where(usable, jnp.maximum(square, 0.0), before.mean_square),
-                _trees.count_if(usable, before.direction_steps),
+            (
+                jnp.where(usable, jnp.maximum(square, 0.0), mean_square),
+                _trees.count_if(usable, steps),
             ),
             raw=measured.norm,
             clipped=jnp.where(finite, left * measured.norm, 0.0),

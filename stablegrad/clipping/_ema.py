@@ -1,12 +1,16 @@
-"""Clip by a multiple of each leaf's running norm: AdaGC."""
+"""Clip by a multiple of each leaf's running norm: AdaGC, robust and as published."""
 
 import jax
+import jax.numpy as jnp
 import optax
 
+from .._checks import require, require_count
 from ..granularity._groups import Granularity
+from ..thresholds._base import Scope
 from ..thresholds._ema_ratio import ema_ratio
-from ._base import clip_norms, clip_to_threshold, only_published
-from .published._adagc import adagc
+from ._base import NormClip, NormStep, clip_norms, clip_to_threshold, only_published
+
+EPS = 1e-8
 
 
 def clip_by_ema(
@@ -54,7 +58,7 @@ def clip_by_ema(
     if published:
         ratio = 1.05 if ratio is None else ratio
         warmup_steps = 100 if warmup_steps is None else warmup_steps
-        clip = adagc(ratio, decay, warmup_steps, per, max_norm)
+        clip = _published(ratio, decay, warmup_steps, per, max_norm)
     else:
         only_published(clip_by_ema, max_norm=max_norm)
         ratio = 2.0 if ratio is None else ratio
@@ -62,3 +66,27 @@ def clip_by_ema(
         threshold = ema_ratio(ratio, decay=decay, warmup_steps=warmup_steps, per=per)
         clip = clip_to_threshold(threshold)
     return clip_norms("clip_by_ema", clip)
+
+
+def _published(ratio, decay, warmup_steps: int, per: Granularity, max_norm) -> NormClip:
+    require("ratio", ratio, "> 1", lambda x: 1 < x < float("inf"))
+    require("decay", decay, "in [0, 1)", lambda x: 0 <= x < 1)
+    require("max_norm", max_norm, "> 0", lambda x: 0 < x < float("inf"))
+    require_count("warmup_steps", warmup_steps)
+
+    def init(groups: int):
+        return jnp.zeros((groups,), jnp.float32), jnp.zeros((groups,), jnp.int32)
+
+    def step(statistics, norms, scope: Scope) -> NormStep:
+        mean, seen = statistics  # `seen` counts up to `warmup_steps` - 1.
+        warming = seen + 1 < warmup_steps
+        whole = jnp.sqrt(jnp.sum(jnp.square(norms))) + EPS
+        limit = jnp.where(warming, norms * (max_norm / whole), ratio * mean)
+        factor = jnp.minimum(jnp.where(warming, max_norm / whole, limit / norms), 1.0)
+        clipped = factor * norms
+        lowest = jnp.where(seen == 0, clipped, jnp.minimum(mean, clipped))
+        followed = decay * mean + (1 - decay) * clipped
+        new = jnp.where(warming, lowest, followed)
+        return NormStep(factor, limit, (new, jnp.where(warming, seen + 1, seen)))
+
+    return NormClip(per, init, step, published=True)

@@ -1,4 +1,4 @@
-"""Clip the elements of a leaf to its usual largest one: Stable-SPAM's AdaClip."""
+"""Clip the elements of a leaf to its usual largest one: AdaClip of Stable-SPAM."""
 
 from typing import Any
 
@@ -7,16 +7,15 @@ import jax.numpy as jnp
 import optax
 
 from .. import _trees
-from .._checks import require_count
+from .._checks import require, require_count
 from .._norms import measure
 from .._platform import cond_on_cpu
 from ..granularity._groups import independent
 from ..responses._clip import factors
 from ..thresholds._base import Scope, Threshold, judge, learn
 from ..thresholds._ema_ratio import ema_ratio
-from . import _elements
+from . import _elements, _moments
 from ._base import Clipped, ClippingState, only_published, transformation
-from .published import _ada_clip
 
 NAME = "clip_by_max"
 
@@ -60,7 +59,7 @@ def clip_by_max(
     """
     require_count("reset_every", reset_every, 0)
     if published:
-        return _ada_clip.ada_clip(NAME, 0.999 if decay is None else decay, reset_every)
+        return _published(0.999 if decay is None else decay, reset_every)
     only_published(clip_by_max, reset_every=reset_every)
     decay = 0.98 if decay is None else decay
     return _clamp_to(ema_ratio(ratio, decay=decay, per="leaf"))
@@ -95,4 +94,35 @@ def _clamp_to(threshold: Threshold) -> optax.GradientTransformationExtraArgs:
         )
 
     start = lambda tree: threshold.init(len(_trees.inexact_leaves(tree)))
+    return transformation(NAME, ClippingState, start, step)
+
+
+def _published(decay, reset_every: int) -> optax.GradientTransformationExtraArgs:
+    require("decay", decay, "in [0, 1)", lambda x: 0 <= x < 1)
+
+    def start(tree):
+        leaves, none = len(_trees.inexact_leaves(tree)), jnp.zeros((), jnp.int32)
+        return jnp.zeros((leaves,), jnp.float32), none, none
+
+    def step(updates, before, memory, params, extra) -> Clipped:
+        running, steps, total = before
+        measured = measure(updates)
+        largest = _elements.leaf_maxima(updates)
+        steps, total = _trees.increment(steps), _trees.increment(total)
+        running = decay * running + (1 - decay) * largest
+        limit = running * _moments.correction(decay, steps)
+        factors = limit / largest
+        clipped = _elements.scale_above(updates, limit, factors)
+        if reset_every:
+            steps = jnp.where(total % reset_every == 0, 1, steps)
+        return Clipped(
+            clipped,
+            (running, steps, total),
+            raw=measured.norm,
+            clipped=jnp.where(measured.finite, measure(clipped).norm, 0.0),
+            limit=limit,
+            scale=jnp.min(factors, initial=1.0),
+            finite=measured.finite,
+        )
+
     return transformation(NAME, ClippingState, start, step)

@@ -1,16 +1,18 @@
-"""Clip by a share of each unit's parameters: adaptive gradient clipping."""
+"""Clip by a share of each unit's parameters: AGC, robust and as published."""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
+from .._checks import require
 from ..granularity import _units
-from ..granularity._groups import units
+from ..granularity._groups import Units, units
+from ..thresholds._base import Scope
 from ..thresholds._param_ratio import param_ratio
-from ._base import clip_norms, clip_to_threshold
-from .published._agc import agc
+from ._base import NormClip, NormStep, clip_norms, clip_to_threshold
 
 
 def clip_by_param_norm(
@@ -57,8 +59,20 @@ def clip_by_param_norm(
     """
     per = units(axis, stacked, exclude)
     if published:
-        clip = agc(ratio, 1e-3 if eps is None else eps, per)
+        clip = _published(ratio, 1e-3 if eps is None else eps, per)
     else:
         threshold = param_ratio(ratio, eps=1.0 if eps is None else eps, per=per)
         clip = clip_to_threshold(threshold)
     return clip_norms("clip_by_param_norm", clip)
+
+
+def _published(ratio, eps, per: Units) -> NormClip:
+    require("ratio", ratio, "> 0", lambda x: 0 < x < float("inf"))
+    require("eps", eps, ">= 0", lambda x: 0 <= x < float("inf"))
+
+    def step(statistics, norms, scope: Scope) -> NormStep:
+        limit = ratio * jnp.maximum(scope.param_norms, eps)
+        shrunk = limit / jnp.maximum(norms, 1e-6)
+        return NormStep(jnp.where(norms > limit, shrunk, 1.0), limit, statistics)
+
+    return NormClip(per, lambda groups: (), step, of_params=True, published=True)

@@ -1,12 +1,15 @@
-"""Clip by a percentile of past norms: AutoClip."""
+"""Clip by a percentile of past norms: AutoClip, robust and as published."""
 
 import jax
+import jax.numpy as jnp
 import optax
 
+from .._checks import require, require_count
 from ..granularity._groups import Granularity
+from ..thresholds._base import Scope
 from ..thresholds._percentile import percentile
-from ._base import clip_norms, clip_to_threshold
-from .published._autoclip import autoclip
+from ..thresholds._statistics import write
+from ._base import NormClip, NormStep, clip_norms, clip_to_threshold
 
 
 def clip_by_percentile(
@@ -49,9 +52,29 @@ def clip_by_percentile(
     """
     if published:
         window = 10_000 if window is None else window
-        clip = autoclip(10.0 if q is None else q, window, per)
+        clip = _published(10.0 if q is None else q, window, per)
     else:
         window = 1000 if window is None else window
         threshold = percentile(99.5 if q is None else q, window=window, per=per)
         clip = clip_to_threshold(threshold)
     return clip_norms("clip_by_percentile", clip)
+
+
+def _published(q, window: int, per: Granularity) -> NormClip:
+    require("q", q, "in [0, 100]", lambda x: 0 <= x <= 100)
+    require_count("window", window)
+
+    def init(groups: int):
+        return jnp.zeros((groups, window), jnp.float32), jnp.zeros((groups,), jnp.int32)
+
+    def step(statistics, norms, scope: Scope) -> NormStep:
+        ring, seen = statistics
+        ring, seen = write(ring, seen % window, norms), seen + 1
+        used = jnp.arange(window)[None, :] < seen[:, None]
+        limit = jnp.nanpercentile(jnp.where(used, ring, jnp.nan), q, axis=-1)
+        poisoned = jnp.any(used & jnp.isnan(ring), axis=-1)
+        limit = jnp.where(poisoned, jnp.nan, limit)
+        factor = jnp.minimum(limit / (norms + 1e-6), 1.0)
+        return NormStep(factor, limit, (ring, seen))
+
+    return NormClip(per, init, step, published=True)

@@ -1,4 +1,4 @@
-"""Clip elements against their running second moment: the idea of SPAM."""
+"""Clip elements against their running second moment: SPAM, robust and as published."""
 
 from typing import NamedTuple
 
@@ -13,9 +13,9 @@ from .._platform import cond_on_cpu
 from .._scales import Scales, scale_leaves
 from . import _elements, _moments
 from ._base import Clipped, transformation
-from .published import _spam
 
 NAME = "clip_by_second_moment"
+PROTECTED = 20  # Published steps without a limit, at the start and after resets.
 SPIKE = 0.5  # A step that clipping leaves less than this share of its norm.
 
 
@@ -81,10 +81,10 @@ def clip_by_second_moment(
     if inner is not None:
         _checks.require_optimizer(NAME, inner)
     optimizer = optax.with_extra_args_support(inner or optax.identity())
-    settings = (NAME, threshold, optimizer, inner is None, decay, period, rewarmup)
+    settings = (threshold, optimizer, inner is None, decay, period, rewarmup)
     if published:
         require("reset_on_spike", reset_on_spike, "False as published", lambda x: not x)
-        return _spam.spam(*settings)
+        return _published(*settings)
     return _clamp_to_moment(*settings, reset_on_spike)
 
 
@@ -96,7 +96,7 @@ class MomentStatistics(NamedTuple):
 
 
 def _clamp_to_moment(
-    name, threshold, optimizer, own_moment, decay, period, rewarmup, reset_on_spike
+    threshold, optimizer, own_moment, decay, period, rewarmup, reset_on_spike
 ) -> optax.GradientTransformationExtraArgs:
     """Return the default method; `own_moment` if the optimizer has none."""
 
@@ -181,5 +181,52 @@ def _clamp_to_moment(
             memory=(new_inner, moment),
         )
 
-    memory = lambda params: _moments.init(name, optimizer, own_moment, params)
-    return transformation(name, _moments.MomentState, start, step, memory)
+    memory = lambda params: _moments.init(NAME, optimizer, own_moment, params)
+    return transformation(NAME, _moments.MomentState, start, step, memory)
+
+
+def _published(
+    threshold, optimizer, own_moment: bool, decay, period: int, rewarmup: int
+) -> optax.GradientTransformationExtraArgs:
+    def step(updates, before, memory, params, extra) -> Clipped:
+        inner, moment = memory
+        total, resets_before = before
+        number = _trees.increment(total)
+        age = number % period if period else number
+        resets = (age == 0) if period else jnp.zeros((), bool)
+        if own_moment:
+            zero = jax.tree.map(jnp.zeros_like, moment)
+            moment = yardstick = _trees.select(resets, zero, moment)
+        else:
+            inner = _trees.select(resets, _moments.cleared(inner, "mu", "nu"), inner)
+            yardstick = _moments.second_moment(inner)
+        armed = (number >= PROTECTED) & (age >= PROTECTED)
+
+        def bound(v):
+            limit = jnp.sqrt(threshold * v.astype(jnp.float32))
+            return jnp.where(armed, limit, jnp.inf)
+
+        bounds = _trees.map_inexact(bound, updates, yardstick)
+        clipped = _elements.clamp(updates, bounds)
+        if own_moment:
+            moment = _moments.track(moment, clipped, decay)
+        out, inner = optimizer.update(clipped, inner, params, **extra)
+        if rewarmup and not own_moment:
+            warmth = Scales(_moments.warmth(age, rewarmup)).where(number >= period)
+            out = scale_leaves(out, warmth, updates)
+        raw, left = measure(updates).norm, measure(clipped).norm
+        ratio = jnp.where(raw > 0, left / raw, 1.0)
+        return Clipped(
+            out,
+            (number, _trees.count_if(resets, resets_before)),
+            raw=raw,
+            clipped=left,
+            limit=jnp.inf,
+            scale=jnp.where(ratio < 1 - 1e-6, ratio, 1.0),  # Not a rounding error.
+            finite=jnp.isfinite(raw),
+            memory=(inner, moment),
+        )
+
+    start = lambda tree: (jnp.zeros((), jnp.int32),) * 2
+    memory = lambda params: _moments.init(NAME, optimizer, own_moment, params)
+    return transformation(NAME, _moments.MomentState, start, step, memory)

@@ -1,4 +1,4 @@
-"""Clip a leaf by how far its gradient exceeds its second moment: StableAdamW."""
+"""Clip a leaf whose gradient exceeds its second moment: StableAdamW."""
 
 from typing import Any, NamedTuple
 
@@ -16,7 +16,6 @@ from ..thresholds._base import Scope, judge, learn
 from ..thresholds._zscore import zscore
 from . import _elements, _moments
 from ._base import Clipped, transformation
-from .published import _stable_adamw
 
 NAME = "clip_update_rms"
 # The unit of the ratios that are squared: no gradient below 1e18 overflows them.
@@ -86,7 +85,7 @@ def clip_update_rms(
         _checks.require_optimizer(NAME, inner)
     optimizer = optax.with_extra_args_support(inner or optax.identity())
     if published:
-        return _stable_adamw.stable_adamw(NAME, optimizer, top, decay, eps)
+        return _published(optimizer, top, decay, eps)
     return _clip_gradient(optimizer, top, decay, eps, threshold)
 
 
@@ -155,5 +154,38 @@ def _clip_gradient(
             memory=_trees.select(finite, (inner, moment), (old_inner, old_moment)),
         )
 
+    memory = lambda params: _moments.init(NAME, optimizer, True, params)
+    return transformation(NAME, _moments.MomentState, start, step, memory)
+
+
+def _published(optimizer, max_rms, decay, eps) -> optax.GradientTransformationExtraArgs:
+    def step(updates, before, memory, params, extra) -> Clipped:
+        inner, moment = memory
+        steps = _trees.increment(before)
+        moment = _moments.track(moment, updates, decay)
+        correction = _moments.correction(decay, steps)
+        least = jnp.asarray(eps, jnp.float32) ** 2
+
+        def squares(g, v):
+            return _elements.squares(g) / jnp.maximum(correction * v, least)
+
+        ratios = _trees.map_inexact(squares, updates, updates, moment)
+        rms = jnp.sqrt(_moments.means(ratios, updates))
+        scales = Scales(1 / jnp.maximum(rms / max_rms, 1.0))
+        out, inner = optimizer.update(updates, inner, params, **extra)
+        measured = measure(out, updates)
+        length = scaled_norm(measured, scales, out, updates)
+        return Clipped(
+            scale_leaves(out, scales, updates),
+            steps,
+            raw=measured.norm,
+            clipped=jnp.where(measured.finite, length, 0.0),
+            limit=max_rms,
+            scale=scales.smallest(),
+            finite=measured.finite,
+            memory=(inner, moment),
+        )
+
+    start = lambda tree: jnp.zeros((), jnp.int32)
     memory = lambda params: _moments.init(NAME, optimizer, True, params)
     return transformation(NAME, _moments.MomentState, start, step, memory)

@@ -42,9 +42,8 @@ class Sharpness:
             )
         preconditioned = not math.isnan(self.unfloored)
         limit = "nothing limits the learning rate: no eigenvalue is positive"
-        if math.isfinite(self.stable_rate):
-            rate = f"{self.stable_rate:.3g}"
-            limit = f"the optimizer is stable below a learning rate of {rate}"
+        if math.isfinite(rate := self.stable_rate):
+            limit = f"the optimizer is stable below a learning rate of {rate:.3g}"
         text = (
             f"The {'preconditioned ' if preconditioned else ''}loss curves by "
             f"{self.largest:.4g} at most and {self.smallest:.4g} at least (residual "
@@ -53,16 +52,17 @@ class Sharpness:
         )
         if self.residual > 1e-2 * abs(self.largest):
             text += " Not converged: pass more `iterations`."
-        if preconditioned:
-            text += " Without a floor under the second moments the largest is "
-            text += f"{self.unfloored:.4g}"
-            if self.unfloored_participation < _FEW:
-                share = f"{100 * self.unfloored_participation:.2g} %"
-                text += ", an artefact of vanishing gradients: "
-                text += f"{share} of the coordinates carry it"
-            text += ". Before training, the limit is often 10 to 100 times too low: "
-            text += "trust `critical_learning_rate`."
-        return text
+        if not preconditioned:
+            return text
+        artefact, share = "", self.unfloored_participation
+        if share < _FEW:
+            artefact = ", an artefact of vanishing gradients: "
+            artefact += f"{100 * share:.2g} % of the coordinates carry it"
+        return (
+            f"{text} Without a floor under the second moments the largest is "
+            f"{self.unfloored:.4g}{artefact}. Before training, the limit is often 10 "
+            "to 100 times too low: trust `critical_learning_rate`."
+        )
 
 
 def sharpness(

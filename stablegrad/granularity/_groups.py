@@ -150,10 +150,9 @@ def _unit_groups(settings: Units, tree, leaves) -> Grouping:
 
 def _label(per, path, leaf) -> Hashable:
     label = per(path, leaf)
-    if not isinstance(label, Hashable):
-        raise ValueError(
-            "the function `per` must return a label that can be hashed, such as a "
-            "string, or None to leave the leaf out, got "
-            f"{label!r} for {_trees.path_name(path)!r}."
-        )
-    return label
+    if isinstance(label, Hashable):
+        return label
+    raise ValueError(
+        "the function `per` must return a label that can be hashed, such as a string, "
+        f"or None to leave the leaf out, got {label!r} for {_trees.path_name(path)!r}."
+    )

@@ -14,6 +14,7 @@ weight by its bias, name or rank. More than one possible layout is an error.
 import operator
 import re
 from collections.abc import Callable
+from itertools import takewhile
 from typing import Any
 
 import jax
@@ -91,7 +92,9 @@ def _inferred_depths(leaves: list[Leaf]) -> list[int | None]:
         layers = leaf.shape[: leaf.depth]
         for subtree in _enclosing(leaf):
             if leaf.depth is not None or subtree in shared:
-                shared[subtree] = _common_prefix(shared.get(subtree, layers), layers)
+                pairs = zip(shared.get(subtree, layers), layers, strict=False)
+                common = takewhile(lambda pair: pair[0] == pair[1], pairs)
+                shared[subtree] = tuple(size for size, _ in common)
     depths = []
     for leaf in leaves:
         depth = leaf.depth
@@ -108,14 +111,6 @@ def _inferred_depths(leaves: list[Leaf]) -> list[int | None]:
 def _enclosing(leaf: Leaf) -> list[Parts]:
     """Return the subtrees that contain a leaf, from the smallest."""
     return [leaf.module[:end] for end in range(len(leaf.module), -1, -1)]
-
-
-def _common_prefix(a: Axes, b: Axes) -> Axes:
-    """Return the longest common beginning of two shapes."""
-    length = min(len(a), len(b))
-    while a[:length] != b[:length]:
-        length -= 1
-    return a[:length]
 
 
 def _inferred_axes(leaf: Leaf, depth: int | None, declared: bool) -> Axes | None:

@@ -47,10 +47,8 @@ class ExplosionAwareSchedule:
                 "`optax.inject_hyperparams(optax.adamw)(learning_rate=schedule)`; "
                 f"called with a step count, it got {described(state)}."
             )
-        if extra_args:
-            words = self._words(state, extra_args)
-        else:
-            words = unjudged(self._parts, state)
+        calm = not extra_args
+        words = unjudged(self._parts, state) if calm else self._words(state, extra_args)
         verdict = self._parts.rule.propose(state.explosions, words)
         return rate_now(self._parts, state, verdict.lr_scale).astype(jnp.float32)
 

@@ -40,10 +40,12 @@ class Response(NamedTuple):
 
     name: str
     thresholds: tuple[Threshold, ...]
-    init_state: Callable[[], Any]  # A pytree of rank-0 float32, int32 and bool arrays.
-    propose: Callable[[Any, tuple[Judgement, ...]], Verdict]
+    # () -> state: a pytree of rank-0 float32, int32 and bool arrays.
+    init_state: Callable[[], Any] = lambda: ()
+    # state, judgements -> verdict
+    propose: Callable[[Any, tuple[Judgement, ...]], Verdict] = lambda *_: proceed()
     # state, judgements, reason (0: taken) -> state
-    settle: Callable[[Any, tuple[Judgement, ...], jax.Array], Any]
+    settle: Callable[[Any, tuple[Judgement, ...], jax.Array], Any] = lambda *x: x[0]
     halts: Callable[[Any], jax.Array] = lambda state: jnp.zeros((), bool)
     # state, attempt -> foresight; only responses that probe the step have one.
     look_ahead: Callable[[Any, Attempt], Foresight] | None = None

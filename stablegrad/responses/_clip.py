@@ -55,14 +55,7 @@ def clip(threshold: Threshold) -> Response:
     def propose(state, judgements):
         (judgement,) = judgements
         scales = group_scales(judgement.grouping, factors(judgement))
-        if is_outgoing(threshold.of):
-            return proceed(update_scales=scales)
-        return proceed(gradient_scales=scales)
+        kind = "update_scales" if is_outgoing(threshold.of) else "gradient_scales"
+        return proceed(**{kind: scales})
 
-    return Response(
-        "clip",
-        (threshold,),
-        init_state=lambda: (),
-        propose=propose,
-        settle=lambda state, judgements, reason: state,
-    )
+    return Response("clip", (threshold,), propose=propose)

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from .._checks import require_steps
-from .._trees import increment
-from ._base import Response, proceed
+from .._trees import count_if
+from ._base import Response
 from ._reasons import is_nonfinite
 
 
@@ -45,17 +45,9 @@ def halt(after: int | jax.Array = 20) -> Response:
         return HaltState(jnp.zeros((), jnp.int32), jnp.zeros((), bool))
 
     def settle(state: HaltState, judgements, reason) -> HaltState:
-        longer = jnp.where(
-            is_nonfinite(reason), increment(state.nonfinite_run), state.nonfinite_run
-        )
+        longer = count_if(is_nonfinite(reason), state.nonfinite_run)
         run = jnp.where(reason == 0, 0, longer)
         return HaltState(run, run >= after)
 
-    return Response(
-        "halt",
-        (),
-        init,
-        propose=lambda state, judgements: proceed(),
-        settle=settle,
-        halts=lambda state: state.patience_over,
-    )
+    halts = lambda state: state.patience_over
+    return Response("halt", (), init, settle=settle, halts=halts)

@@ -67,7 +67,8 @@ def make_experiment(
     if _is_function(data):
         arrays, batch = None, lambda _, key: data(key)
     else:
-        arrays, batch = _arrays("data", data), _take_rows
+        arrays = _arrays("data", data)
+        batch = lambda data, rows: jax.tree.map(lambda x: x[rows], data)
     experiment = Experiment(
         init=params if _is_function(params) else lambda key: params,
         loss=function if is_loss else None,
@@ -122,10 +123,6 @@ def sampler(data, batch_size: int | None) -> Callable[[int, int, int], Any]:
         return jnp.asarray(rows[first % per_epoch :][:number], jnp.int32)
 
     return draw_rows
-
-
-def _take_rows(data, rows):
-    return jax.tree.map(lambda x: x[rows], data)
 
 
 def _is_function(given) -> bool:

@@ -99,7 +99,6 @@ class Comparison:
 
         Raises:
             ImportError: If Matplotlib is not installed.
-            ValueError: If `most` is out of range.
         """
         return draw(self, most)
 

@@ -123,16 +123,11 @@ def look(attempt: Attempt, kind: str, scale, rise, accept, aim) -> Look:
         alike = jnp.where(same & (r <= 1) & (looks > 0), alike + 1, 0)
         return part, excess, may_take(part, excess), looks + 1, alike
 
+    one, zero = jnp.ones((), jnp.float32), jnp.zeros((), jnp.float32)
+    no, none = jnp.zeros((), bool), jnp.zeros((), jnp.int32)
+    goes_on = lambda state: ~state[2] & (state[3] < TRIES)
     part, excess, accepted, looks, alike = jax.lax.while_loop(
-        lambda state: ~state[2] & (state[3] < TRIES),
-        nearer,
-        (
-            jnp.ones((), jnp.float32),
-            jnp.zeros((), jnp.float32),
-            jnp.zeros((), bool),
-            jnp.zeros((), jnp.int32),
-            jnp.zeros((), jnp.int32),
-        ),
+        goes_on, nearer, (one, zero, no, none, none)
     )
     blind = part * jnp.abs(slope) <= seen
     known = jnp.isfinite(excess) & jnp.isfinite(promised) & ~blind
@@ -140,19 +135,14 @@ def look(attempt: Attempt, kind: str, scale, rise, accept, aim) -> Look:
     return Look(part, excess, part * slope, known, blind, accepted, mismatch, looks)
 
 
-def _moved(attempt: Attempt, scale):
-    step = scale_leaves(attempt.step(), uniform(scale), attempt.gradient)
-    return optax.apply_updates(attempt.params, step)
-
-
 def _forward(attempt: Attempt, scale, slope):
     """Return a function for the excess that takes one forward pass a look."""
 
     def excess_at(part):
-        there = scalar_signal(
-            "value_fn", attempt.loss_fn(_moved(attempt, part * scale))
-        )
-        return there[0] - attempt.loss - part * slope
+        step = scale_leaves(attempt.step(), uniform(part * scale), attempt.gradient)
+        moved = optax.apply_updates(attempt.params, step)
+        (there,) = scalar_signal("value_fn", attempt.loss_fn(moved))
+        return there - attempt.loss - part * slope
 
     return excess_at
 
@@ -162,19 +152,17 @@ def _hvp(attempt: Attempt, scale, slope):
 
     It sees curvature at the parameters alone: not a wall further on.
     """
-    del slope
+    zero, one = jnp.zeros((), jnp.float32), jnp.ones((), jnp.float32)
 
     def along(part):
-        moved = jax.tree.map(
-            lambda p, d: p + part.astype(p.dtype) * d.astype(p.dtype),
-            *_inexact(attempt),
+        added = lambda p, d: p + part.astype(p.dtype) * d.astype(p.dtype)
+        leaves = iter(map(added, *_inexact(attempt)))
+        moved = _trees.map_inexact(
+            lambda _: next(leaves), attempt.gradient, attempt.params
         )
-        return scalar_signal("value_fn", attempt.loss_fn(_whole(attempt, moved)))[0]
+        return scalar_signal("value_fn", attempt.loss_fn(moved))[0]
 
-    def slope_at(part):
-        return jax.jvp(along, (part,), (jnp.ones((), jnp.float32),))[1]
-
-    zero, one = jnp.zeros((), jnp.float32), jnp.ones((), jnp.float32)
+    slope_at = lambda part: jax.jvp(along, (part,), (one,))[1]
     try:
         curvature = jax.jvp(slope_at, (zero,), (one,))[1]
     except (TypeError, NotImplementedError) as error:  # Which, depends on the order.
@@ -190,11 +178,6 @@ def _hvp(attempt: Attempt, scale, slope):
 def _inexact(attempt: Attempt):
     params = _trees.inexact_leaves(attempt.params, attempt.gradient)
     return params, _trees.inexact_leaves(attempt.step(), attempt.gradient)
-
-
-def _whole(attempt: Attempt, moved: list):
-    leaves = iter(moved)
-    return _trees.map_inexact(lambda _: next(leaves), attempt.gradient, attempt.params)
 
 
 _EXCESS = {"forward": _forward, "hvp": _hvp}

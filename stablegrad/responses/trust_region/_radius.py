@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from ..._norms import LARGEST
-from ..._trees import count_if, increment
+from ..._trees import count_if
 from ._probe import Look, ratio
 from ._progress import LONGEST, Progress, after_loss, gain, init_progress, window
 
@@ -98,9 +98,7 @@ def after_step(
     """Return the state after a step; one of no length counts for the loss alone."""
     return state._replace(
         progress=after_loss(state.progress, loss, state.steps_tried),
-        steps_tried=jnp.where(
-            is_sound, increment(state.steps_tried), state.steps_tried
-        ),
+        steps_tried=count_if(is_sound, state.steps_tried),
         own_length=jnp.where(is_sound, own_length, state.own_length),
         trust_scale=scale,
     )

@@ -8,7 +8,7 @@ from jax import lax
 from jax.core import Tracer
 
 from ..._checks import require, require_steps
-from .._base import Foresight, Response, proceed
+from .._base import Foresight, Response
 from ._probe import KINDS, Attempt, look
 from ._radius import (
     AIM,
@@ -153,8 +153,6 @@ def _trust_region(every, high, low, grow, probe, required) -> Response:
         "trust_region",
         (),
         init_radius,
-        propose=lambda state, judgements: proceed(),
-        settle=lambda state, judgements, reason: state,
         look_ahead=look_ahead,
         needs_value_fn=required,
         readings=readings,
