@@ -32,8 +32,6 @@ from ._readings import ClipNumbers, init_readings, next_readings
 
 
 class ClippingState(NamedTuple):
-    """State of a `clip_by_...` transformation."""
-
     clip_numbers: ClipNumbers  # Readings and statistics.
 
 

@@ -104,8 +104,8 @@ def _published(decay, reset_every: int) -> optax.GradientTransformationExtraArgs
         leaves, none = len(_trees.inexact_leaves(tree)), jnp.zeros((), jnp.int32)
         return jnp.zeros((leaves,), jnp.float32), none, none
 
-    def step(updates, before, memory, params, extra) -> Clipped:
-        running, steps, total = before
+    def step(updates, statistics, memory, params, extra) -> Clipped:
+        running, steps, total = statistics
         measured = measure(updates)
         largest = _elements.leaf_maxima(updates)
         steps, total = _trees.increment(steps), _trees.increment(total)

@@ -72,7 +72,6 @@ def init(asker: str, optimizer, own: bool, params) -> tuple[Any, Any]:
 
 
 def second_moment(state):
-    """Return the second moment in the state of an optimizer."""
     return _moment_nodes(state)[0].nu
 
 

@@ -4,6 +4,8 @@ All are packed in one float32 and one int32 array, under the name of the clip. T
 readings come first, so that `metrics` finds them without the rest of the layout.
 """
 
+import collections
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -36,7 +38,6 @@ class ClipReadings(NamedTuple):
 
 
 def init_readings() -> ClipReadings:
-    """Return the readings before the first step."""
     numbers = jnp.asarray([0, 0, 0, 1], jnp.float32)
     return ClipReadings(numbers, jnp.zeros((2,), jnp.int32))
 
@@ -59,15 +60,20 @@ def next_readings(
 def numbers_of_clips(state: Any) -> dict[str, jax.Array]:
     """Return the readings of every clip inside a state, as flat scalars."""
     found: dict[str, jax.Array] = {}
-    clips: dict[str, int] = {}
-    for name, (numbers, counts) in _found(state):
-        clips[name] = clips.get(name, 0) + 1
-        prefix = f"{name}_{clips[name]}" if clips[name] > 1 else name
+    for prefix, (numbers, counts) in numbered(_found(state)):
         for i, field in enumerate(NUMBERS):
             found[f"{prefix}_{field}"] = decode(numbers[..., i])
         for i, field in enumerate(COUNTS):
             found[f"{prefix}_{field}"] = counts[..., i]
     return found
+
+
+def numbered(found: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """Yield what was found with its name, and `name_2` for a second of that name."""
+    counts: collections.Counter[str] = collections.Counter()
+    for name, readings in found:
+        counts[name] += 1
+        yield f"{name}_{counts[name]}" if counts[name] > 1 else name, readings
 
 
 def _found(state: Any) -> list[tuple[str, ClipReadings]]:

@@ -1,7 +1,5 @@
 """Clip elements against their running second moment: SPAM, robust and as published."""
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -88,22 +86,14 @@ def clip_by_second_moment(
     return _clamp_to_moment(*settings, reset_on_spike)
 
 
-class MomentStatistics(NamedTuple):
-    leaf_means: jax.Array  # float32 (leaves,): means of the clip's own moment.
-    leaf_levels: jax.Array  # float32 (leaves,): corrected means; no reset clears them.
-    moment_steps: jax.Array  # int32: steps in the moment since its last reset.
-    moment_resets: jax.Array  # int32
-
-
 def _clamp_to_moment(
     threshold, optimizer, own_moment, decay, period, rewarmup, reset_on_spike
 ) -> optax.GradientTransformationExtraArgs:
     """Return the default method; `own_moment` if the optimizer has none."""
 
-    def start(tree) -> MomentStatistics:
+    def start(tree):
         zeros = jnp.zeros((len(_trees.inexact_leaves(tree)),), jnp.float32)
-        none = jnp.zeros((), jnp.int32)
-        return MomentStatistics(zeros, zeros, none, none)
+        return zeros, zeros, *[jnp.zeros((), jnp.int32)] * 2
 
     def largest_squares(moment, correction, levels, like):
         """Return the largest square of each element; inf where nothing is known."""
@@ -117,16 +107,17 @@ def _clamp_to_moment(
             largest, like, moment, _elements.per_leaf(levels, like)
         )
 
-    def step(updates, before: MomentStatistics, memory, params, extra) -> Clipped:
+    def step(updates, statistics, memory, params, extra) -> Clipped:
+        # Means of the clip's own moment; corrected ones, which no reset clears; steps
+        # in the moment since its last reset.
+        old_means, levels, steps, number_of_resets = statistics
         inner, moment = memory
         measured = measure(updates)
         finite = measured.finite
         yardstick = moment if own_moment else _moments.second_moment(inner)
-        correction = _moments.correction(decay, before.moment_steps)
-        means = before.leaf_means if own_moment else _moments.means(yardstick, updates)
-        levels = jnp.where(
-            correction * means > 0, correction * means, before.leaf_levels
-        )
+        correction = _moments.correction(decay, steps)
+        means = old_means if own_moment else _moments.means(yardstick, updates)
+        levels = jnp.where(correction * means > 0, correction * means, levels)
         limits = lambda: largest_squares(yardstick, correction, levels, updates)
         clamp = lambda: _elements.clamp(updates, jax.tree.map(jnp.sqrt, limits()))
         above = finite & _elements.any_above(updates, limits())
@@ -142,17 +133,16 @@ def _clamp_to_moment(
         out, new_inner = optimizer.update(clipped, inner, params, **extra)
         out = _trees.zero_unless(finite, out, updates)
         if rewarmup:
-            warming = before.moment_resets > 0
-            warmth = _moments.warmth(before.moment_steps, rewarmup)
-            out = scale_leaves(out, Scales(warmth).where(warming), updates)
+            warmth = Scales(_moments.warmth(steps, rewarmup))
+            out = scale_leaves(out, warmth.where(number_of_resets > 0), updates)
         new_inner = _trees.select(finite, new_inner, inner)
-        new_means = before.leaf_means
+        new_means = old_means
         if own_moment:
             tracked = _moments.track(moment, clipped, decay)
             moment = _trees.select(finite, tracked, moment)
-            followed = _moments.track_means(new_means, squares, decay, updates)
-            new_means = jnp.where(finite, followed, new_means)
-        steps = _trees.count_if(finite, before.moment_steps)
+            followed = _moments.track_means(old_means, squares, decay, updates)
+            new_means = jnp.where(finite, followed, old_means)
+        steps = _trees.count_if(finite, steps)
         resets = jnp.zeros((), bool)
         if period:
             resets |= finite & (steps == period)
@@ -164,11 +154,11 @@ def _clamp_to_moment(
             if not own_moment:
                 zeros = _moments.cleared(new_inner, "mu", "nu", "count")
                 new_inner = _trees.select(resets, zeros, new_inner)
-        statistics = MomentStatistics(
+        statistics = (
             jnp.where(resets, 0.0, new_means),
             levels,
             jnp.where(resets, 0, steps),
-            _trees.count_if(resets, before.moment_resets),
+            _trees.count_if(resets, number_of_resets),
         )
         return Clipped(
             out,
@@ -188,9 +178,9 @@ def _clamp_to_moment(
 def _published(
     threshold, optimizer, own_moment: bool, decay, period: int, rewarmup: int
 ) -> optax.GradientTransformationExtraArgs:
-    def step(updates, before, memory, params, extra) -> Clipped:
+    def step(updates, statistics, memory, params, extra) -> Clipped:
         inner, moment = memory
-        total, resets_before = before
+        total, number_of_resets = statistics
         number = _trees.increment(total)
         age = number % period if period else number
         resets = (age == 0) if period else jnp.zeros((), bool)
@@ -218,7 +208,7 @@ def _published(
         ratio = jnp.where(raw > 0, left / raw, 1.0)
         return Clipped(
             out,
-            (number, _trees.count_if(resets, resets_before)),
+            (number, _trees.count_if(resets, number_of_resets)),
             raw=raw,
             clipped=left,
             limit=jnp.inf,

@@ -1,7 +1,5 @@
 """Clip a leaf whose gradient exceeds its second moment: StableAdamW."""
 
-from typing import Any, NamedTuple
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -89,21 +87,14 @@ def clip_update_rms(
     return _clip_gradient(optimizer, top, decay, eps, threshold)
 
 
-class UpdateRmsStatistics(NamedTuple):
-    leaf_means: jax.Array  # float32 (leaves,): means of the second moment.
-    moment_steps: jax.Array  # int32: steps in the moment.
-    rms: Any  # Statistics of the threshold.
-
-
 def _clip_gradient(
     optimizer, top, decay, eps, threshold
 ) -> optax.GradientTransformationExtraArgs:
     """Return the default method."""
 
-    def start(tree) -> UpdateRmsStatistics:
-        leaves = len(_trees.inexact_leaves(tree))
-        zeros, none = jnp.zeros((leaves,), jnp.float32), jnp.zeros((), jnp.int32)
-        return UpdateRmsStatistics(zeros, none, threshold.init(leaves))
+    def start(tree):
+        leaves, none = len(_trees.inexact_leaves(tree)), jnp.zeros((), jnp.int32)
+        return jnp.zeros((leaves,), jnp.float32), none, threshold.init(leaves)
 
     def rms(updates, moment, correction, least) -> jax.Array:
         """Return the root mean square of g / sqrt(v_hat) of each leaf, (leaves,)."""
@@ -116,17 +107,18 @@ def _clip_gradient(
         ratios = _trees.map_inexact(squares, updates, updates, moment, floors)
         return UNIT * jnp.sqrt(_moments.means(ratios, updates))
 
-    def step(updates, before: UpdateRmsStatistics, memory, params, extra) -> Clipped:
+    def step(updates, statistics, memory, params, extra) -> Clipped:
+        means, steps, of_ratios = statistics  # Of the moment, and of the threshold.
         old_inner, old_moment = memory
         measured = measure(updates)
         finite = measured.finite
-        correction = _moments.correction(decay, before.moment_steps)
-        least = jnp.maximum(correction * before.leaf_means, jnp.square(eps))
-        observed = finite & (before.moment_steps > 0)
+        correction = _moments.correction(decay, steps)
+        least = jnp.maximum(correction * means, jnp.square(eps))
+        observed = finite & (steps > 0)
         ratio = rms(updates, old_moment, correction, least.astype(jnp.float32))
         ratio = jnp.where(observed, ratio, 0.0)
         grouping = independent(ratio.shape[0])
-        normal = threshold.limit(before.rms, Scope(grouping))
+        normal = threshold.limit(of_ratios, Scope(grouping))
         signal = jnp.minimum(ratio, LARGEST_JUDGED)
         judgement = judge(threshold, signal, normal, grouping, observed=observed)
         limit = jnp.maximum(judgement.limit, top)
@@ -137,11 +129,11 @@ def _clip_gradient(
         out, inner = optimizer.update(clipped, old_inner, params, **extra)
         moment = _moments.track(old_moment, clipped, decay)
         squares = jnp.square(scales.by_leaf) * measured.leaf_squares
-        means = _moments.track_means(before.leaf_means, squares, decay, updates)
-        statistics = UpdateRmsStatistics(
-            jnp.where(finite, means, before.leaf_means),
-            _trees.count_if(finite, before.moment_steps),
-            learn(threshold, before.rms, judgement),
+        new_means = _moments.track_means(means, squares, decay, updates)
+        statistics = (
+            jnp.where(finite, new_means, means),
+            _trees.count_if(finite, steps),
+            learn(threshold, of_ratios, judgement),
         )
         return Clipped(
             _trees.zero_unless(finite, out, updates),
@@ -159,9 +151,9 @@ def _clip_gradient(
 
 
 def _published(optimizer, max_rms, decay, eps) -> optax.GradientTransformationExtraArgs:
-    def step(updates, before, memory, params, extra) -> Clipped:
+    def step(updates, statistics, memory, params, extra) -> Clipped:
         inner, moment = memory
-        steps = _trees.increment(before)
+        steps = _trees.increment(statistics)
         moment = _moments.track(moment, updates, decay)
         correction = _moments.correction(decay, steps)
         least = jnp.asarray(eps, jnp.float32) ** 2

@@ -1,7 +1,5 @@
 """Clip by a z-score of the norm: ZClip, robust and as published."""
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -15,13 +13,6 @@ from ._base import NormClip, NormStep, clip_norms, clip_to_threshold, only_publi
 
 MODES = ("zscore", "percentile")
 OPTIONS = ("adaptive_scaling", "mean")
-
-
-class ZClipStatistics(NamedTuple):
-    warmup_norms: jax.Array  # float32 (groups, warmup_steps)
-    steps_seen: jax.Array  # int32 (groups,), up to `warmup_steps`.
-    norm_mean: jax.Array  # float32 (groups,)
-    norm_variance: jax.Array  # float32 (groups,)
 
 
 def clip_by_zscore(
@@ -124,14 +115,13 @@ def _published(
     require("option", option, f"one of {OPTIONS}", lambda x: x in OPTIONS)
     require_count("warmup_steps", warmup_steps)
 
-    def init(groups: int) -> ZClipStatistics:
+    def init(groups: int):
         norms = jnp.zeros((groups, warmup_steps), jnp.float32)
         none, zeros = jnp.zeros((groups,), jnp.int32), jnp.zeros((groups,), jnp.float32)
-        return ZClipStatistics(norms, none, zeros, zeros)
+        return norms, none, zeros, zeros
 
-    def adaptive_limit(statistics: ZClipStatistics, norms):
+    def adaptive_limit(norms, mean, deviation):
         """Return the limit on norms that are spikes, and which are."""
-        mean, deviation = statistics.norm_mean, jnp.sqrt(statistics.norm_variance)
         if mode == "percentile":
             return mean + z * deviation, norms > mean + z * deviation
         score = (norms - mean) / (deviation + eps)
@@ -139,27 +129,26 @@ def _published(
             return mean, score > z
         return clip_factor * (mean + z * deviation / (score / z)), score > z
 
-    def step(statistics: ZClipStatistics, norms, scope: Scope) -> NormStep:
-        before_mean, before_variance = statistics.norm_mean, statistics.norm_variance
-        warming = statistics.steps_seen < warmup_steps
-        value, spike = adaptive_limit(statistics, norms)
+    def step(statistics, norms, scope: Scope) -> NormStep:
+        first_norms, steps, before_mean, before_variance = statistics
+        warming = steps < warmup_steps
+        value, spike = adaptive_limit(norms, before_mean, jnp.sqrt(before_variance))
         spike &= ~warming
         target = jnp.where(spike, value, norms)
         limit = target if max_norm is None else jnp.minimum(target, max_norm)
         factor = jnp.where(norms > limit, limit / (norms + 1e-6), 1.0)
-        seen = statistics.steps_seen + 1
-        kept = write(statistics.warmup_norms, statistics.steps_seen, norms)
+        first_norms, seen = write(first_norms, steps, norms), steps + 1
         full = seen == warmup_steps
         mean = decay * before_mean + (1 - decay) * target
         variance = decay * before_variance + (1 - decay) * jnp.square(target - mean)
         frozen = warming | (spike if skip_update_on_spike else False)
         mean = jnp.where(frozen, before_mean, mean)
         variance = jnp.where(frozen, before_variance, variance)
-        learned = ZClipStatistics(
-            kept,
-            jnp.where(warming, seen, statistics.steps_seen),
-            jnp.where(full, jnp.mean(kept, axis=-1), mean),
-            jnp.where(full, jnp.var(kept, axis=-1), variance),
+        learned = (
+            first_norms,
+            jnp.where(warming, seen, steps),
+            jnp.where(full, jnp.mean(first_norms, axis=-1), mean),
+            jnp.where(full, jnp.var(first_norms, axis=-1), variance),
         )
         return NormStep(factor, limit, learned)
 

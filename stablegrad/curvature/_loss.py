@@ -133,7 +133,6 @@ def step(loss: Loss, tx, params, state, data, scale):
 
 
 def require_finite(value, gradient_norm) -> None:
-    """Raise ValueError unless the loss and its gradient are finite."""
     loss, gradient = float(value), float(gradient_norm)
     if not (math.isfinite(loss) and math.isfinite(gradient)):
         raise ValueError(

@@ -65,14 +65,6 @@ def init_plateau(rule: tuple[str, ...], settings: PlateauSettings) -> PlateauSta
     return PlateauState(layout(rule), *distinct((settings, readings)))
 
 
-def plain(state: PlateauState) -> PlateauState:
-    """Return the state with arrays in place of the variables of Flax NNX."""
-    leaves = jax.tree.leaves(state)
-    first = len(PlateauSettings._fields)
-    settings, readings = PlateauSettings(*leaves[:first]), leaves[first:]
-    return PlateauState(state.plateau_rule, settings, PlateauReadings(*readings))
-
-
 def evaluate(state: PlateauState, value) -> PlateauState:
     """Return the state after one more value of the metric, a float32 scalar."""
     settings, old = state.plateau_settings, state.plateau_readings

@@ -4,8 +4,9 @@ from typing import Any, TypeVar
 
 import jax
 
+from .._trees import without_variables
 from ..thresholds._signals import scalar_signal
-from ._evaluations import PlateauState, evaluate, plain
+from ._evaluations import PlateauState, evaluate
 
 State = TypeVar("State")
 
@@ -51,7 +52,7 @@ def observe_metric(state: State, *, value: Any) -> State:
 
 
 def _observe(state: PlateauState, metric) -> PlateauState:
-    evaluated = evaluate(plain(state), metric)
+    evaluated = evaluate(without_variables(state), metric)
     return jax.tree.structure(state).unflatten(jax.tree.leaves(evaluated))
 
 

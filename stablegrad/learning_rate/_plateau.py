@@ -110,11 +110,9 @@ def reduce_on_plateau(
         )
 
     def init_fn(params) -> Any:
-        del params
         return init_plateau(rule, settings())
 
     def update_fn(updates, state, params=None, **extra) -> Any:
-        del params
         state = state._replace(plateau_settings=settings())
         if metric is not None and extra.get(metric) is not None:
             (value,) = scalar_signal(metric, extra[metric])

@@ -7,11 +7,7 @@ from ._limit_gradient import limit_gradient
 
 
 class LimitGradient(linen.Module):
-    """A layer that returns its input, and limits the gradient that flows back.
-
-    Attributes:
-        max_norm: As for `stablegrad.limit_gradient`.
-        per: As for `stablegrad.limit_gradient`.
+    """A layer that applies `stablegrad.limit_gradient` to its input.
 
     Example:
         >>> from flax import linen

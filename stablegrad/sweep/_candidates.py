@@ -85,15 +85,6 @@ WORDS = {
 class Candidate:
     """An optimizer to compare; build one if its `update` needs more than `value=`.
 
-    Attributes:
-        name: Name in the table.
-        build: `build(learning_rate, steps)` returns the transformation. The rate may be
-            a traced scalar; `steps` is a Python integer.
-        own_rate: Whether `build` ignores the rate, so that it runs at one rate only.
-        extra: Names of the extra arguments of `update`: "value", "grad", "value_fn".
-        observes: Whether the loss of each evaluation is passed to `observe_metric`, for
-            `reduce_on_plateau(metric=None)`.
-
     Example:
         >>> import optax
         >>> import stablegrad as sg
@@ -103,10 +94,10 @@ class Candidate:
     """
 
     name: str
-    build: Callable[[Any, int], Transformation]
-    own_rate: bool = False
-    extra: tuple[str, ...] = ("value",)
-    observes: bool = False
+    build: Callable[[Any, int], Transformation]  # rate, which may be traced; steps
+    own_rate: bool = False  # Whether `build` ignores the rate: it runs at one only.
+    extra: tuple[str, ...] = ("value",)  # For `update`: "value", "grad", "value_fn".
+    observes: bool = False  # Whether evaluated losses are passed to `observe_metric`.
 
 
 def candidate(given: Any, name: str | None = None) -> Candidate:

@@ -1,17 +1,14 @@
 """Figure of a comparison: training curves, and final loss against learning rate."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from .. import _checks
 from ..curvature._figure import new_figure
 
-if TYPE_CHECKING:
-    from ._result import Comparison
 
-
-def draw(result: "Comparison", most: int) -> Any:
+def draw(result, most: int) -> Any:
     """Draw the best `most` candidates as a `matplotlib.figure.Figure`."""
     _checks.require_count("most", most)
     figure = new_figure(12, 5)
