@@ -108,7 +108,7 @@ def _clip_gradient(
         return UNIT * jnp.sqrt(_moments.means(ratios, updates))
 
     def step(updates, statistics, memory, params, extra) -> Clipped:
-        means, steps, of_ratios = statistics  # Of the moment, and of the threshold.
+        means, steps, of_ratios = statistics  # The moment: means, steps.
         old_inner, old_moment = memory
         measured = measure(updates)
         finite = measured.finite

@@ -105,7 +105,7 @@ def critical_learning_rate(
     loss, trained, frozen = _loss.problem(loss_fn, params)
     optimizer = _loss.optimizer(tx, "critical_learning_rate")
     rate = _loss.built_rate(optimizer, trained, learning_rate)
-    data = [(frozen, one) for one in (batch, *_further(more_batches, batch))]
+    data = [(frozen, one) for one in (batch, *_listed_batches(more_batches, batch))]
     with jax.default_matmul_precision("highest"):
         method = _hessian.choose(curvature, loss, trained, data[0])
         settings = dict(steps=steps, rate=rate, tolerance=tolerance, spike=spike)
@@ -123,7 +123,7 @@ def critical_learning_rate(
     return report(found, cross_lengths, best_loss, method)
 
 
-def _further(more_batches, batch) -> list[Any]:
+def _listed_batches(more_batches, batch) -> list[Any]:
     """List `more_batches`; raise ValueError if one is not structured like `batch`."""
     is_array = hasattr(more_batches, "dtype")
     found = more_batches if is_array else list(more_batches)

@@ -42,17 +42,17 @@ class Grouping:
 
     @property
     def whole(self) -> bool:
-        """Return whether all leaves are one group."""
+        """Whether all leaves are one group."""
         return self.axes is None and self.count == 1 and set(self.first) <= {0}
 
     @property
     def leafwise(self) -> bool:
-        """Return whether every leaf is a group."""
+        """Whether every leaf is a group."""
         return self.axes is None and self.first == tuple(range(self.count))
 
     @property
     def members(self) -> list[int]:
-        """Return the indices of the leaves that belong to a group."""
+        """The indices of the leaves that belong to a group."""
         return [i for i, first in enumerate(self.first) if first is not None]
 
 

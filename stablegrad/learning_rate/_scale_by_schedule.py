@@ -106,12 +106,12 @@ def scale_by_explosion_aware_schedule(
 
     def update_fn(updates, state, params=None, **extra):
         measured = measure(updates)
-        words = judged(parts, state, measured, updates, params, extra)
-        verdict = parts.rule.propose(state.explosions, words)
+        judgements = judged(parts, state, measured, updates, params, extra)
+        verdict = parts.rule.propose(state.explosions, judgements)
         rate = rate_now(parts, state, verdict.lr_scale)
         rate = -rate if flip_sign else rate
         scales = verdict.gradient_scales or uniform()
         scaled = scale_leaves(updates, scales.times(rate), updates, measured.finite)
-        return scaled, after_step(parts, state, words, measured.finite)
+        return scaled, after_step(parts, state, judgements, measured.finite)
 
     return optax.GradientTransformationExtraArgs(init_fn, CompiledUpdate(update_fn))

@@ -47,17 +47,19 @@ class ExplosionAwareSchedule:
                 "`optax.inject_hyperparams(optax.adamw)(learning_rate=schedule)`; "
                 f"called with a step count, it got {described(state)}."
             )
-        calm = not extra_args
-        words = unjudged(self._parts, state) if calm else self._words(state, extra_args)
-        verdict = self._parts.rule.propose(state.explosions, words)
-        return rate_now(self._parts, state, verdict.lr_scale).astype(jnp.float32)
+        parts = self._parts
+        known = (
+            self._judged(state, extra_args) if extra_args else unjudged(parts, state)
+        )
+        verdict = parts.rule.propose(state.explosions, known)
+        return rate_now(parts, state, verdict.lr_scale).astype(jnp.float32)
 
     def update(self, state: ScheduleState, **extra_args: Any) -> ScheduleState:
         """Return the state after this step."""
-        words = self._words(state, extra_args)
-        return after_step(self._parts, state, words, taken=jnp.ones((), bool))
+        judgements = self._judged(state, extra_args)
+        return after_step(self._parts, state, judgements, taken=jnp.ones((), bool))
 
-    def _words(self, state: ScheduleState, extra_args: dict[str, Any]):
+    def _judged(self, state: ScheduleState, extra_args: dict[str, Any]):
         return judged(self._parts, state, measure(None), None, None, extra_args)
 
 

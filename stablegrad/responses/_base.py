@@ -22,7 +22,7 @@ class Verdict(NamedTuple):
     """The request of a response for this step."""
 
     gradient_scales: Scales | None  # Factors in [0, 1] on the gradient; None: ones.
-    update_scales: Scales | None  # The same on the update.
+    update_scales: Scales | None  # Factors in [0, 1] on the update.
     lr_scale: jax.Array  # float32 in (0, 1], (): on the update, as a learning rate.
     reason: jax.Array  # int32, (): why the step must not be taken; 0 takes it.
 

@@ -42,8 +42,8 @@ def make_experiment(
     function, params, data, batch_size, validation, evaluate, hidden, **budget
 ) -> Experiment:
     """Combine the parts of a problem, and check that they fit together."""
-    is_loss = _takes(function, 2)
-    if not is_loss and not _takes(function, 4):
+    is_loss = _accepts(function, 2)
+    if not is_loss and not _accepts(function, 4):
         raise TypeError(
             "`loss_fn` must be a loss of (params, batch) or a training step of "
             f"(tx, params, opt_state, batch), got {_checks.described(function)}."
@@ -130,7 +130,7 @@ def _is_function(given) -> bool:
     return callable(given) and jax.tree.structure(given) == jax.tree.structure(0)
 
 
-def _takes(function, number: int) -> bool:
+def _accepts(function, number: int) -> bool:
     try:
         inspect.signature(function).bind(*range(number))
     except (TypeError, ValueError):

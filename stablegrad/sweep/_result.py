@@ -48,7 +48,7 @@ class Comparison:
 
     rows: tuple[Row, ...]  # One a candidate, the lowest final loss first.
     failed: dict[str, str]  # Error messages of candidates that did not end.
-    steps: int  # Of each run.
+    steps: int  # Number of steps of each run.
     seeds: tuple[int, ...]
     validated: bool  # Whether losses are those of a validation set.
     interrupted: bool = False  # Whether Ctrl-C ended the comparison early.

@@ -22,11 +22,11 @@ from ..._norms import LARGEST
 from ..._scales import scale_leaves, uniform
 from ...thresholds._signals import scalar_signal
 
-TRIES = 8  # Looks at one step at most, each nearer than the last.
-NEARER = (0.01, 0.5)  # What one look may shorten the step by.
-BLIND = 0.1  # The same where the loss, or the promise, says nothing of how far.
-SAME, ALIKE = 0.05, 3  # Difference of r that is none; looks in a row, each half as far.
-ROUNDING = 16  # Units in the last place of a loss, within which no change is seen.
+TRIES = 8  # Maximum number of looks at one step, each nearer than the last.
+NEARER = (0.01, 0.5)  # Smallest and largest factor on the part of the next look.
+BLIND = 0.1  # The factor if r is not finite.
+SAME, ALIKE = 0.05, 3  # Equal r: difference, and looks in a row, for a mismatch.
+ROUNDING = 16  # Smallest change of a loss that is seen, in units in the last place.
 
 KINDS = ("forward", "hvp")
 
@@ -34,15 +34,14 @@ KINDS = ("forward", "hvp")
 class Attempt(NamedTuple):
     """The step that is about to be taken, for a response that looks ahead."""
 
-    gradient: Any  # As it came, of which `slope` is taken.
-    step: Callable[[], Any]  # What would be added to the parameters, once looked at.
+    gradient: Any  # The incoming gradient.
+    step: Callable[[], Any]  # Returns the change of the parameters.
     params: Any
     length: jax.Array  # float32, (): L2 norm of `step`.
     loss: jax.Array  # float32, (): at `params`.
     loss_fn: Callable[[Any], jax.Array]  # params -> loss, on the same batch.
-    # Of the loss's own dtype: its unit in the last place, relative.
-    resolution: float = 2.0**-23
-    axes: MappedAxes = LOCAL  # Over which gradient and step are sharded.
+    resolution: float = 2.0**-23  # The relative unit in the last place of the loss.
+    axes: MappedAxes = LOCAL  # The axes over which gradient and step are sharded.
 
 
 class Look(NamedTuple):
@@ -165,7 +164,7 @@ def _hvp(attempt: Attempt, scale, slope):
     slope_at = lambda part: jax.jvp(along, (part,), (one,))[1]
     try:
         curvature = jax.jvp(slope_at, (zero,), (one,))[1]
-    except (TypeError, NotImplementedError) as error:  # Which, depends on the order.
+    except (TypeError, NotImplementedError) as error:  # Depends on the order.
         if "custom_" not in str(error):
             raise
         raise ValueError(

@@ -20,20 +20,20 @@ from ..._trees import count_if
 from ._probe import Look, ratio
 from ._progress import LONGEST, Progress, after_loss, gain, init_progress, window
 
-DENSE = 5  # Probes at the start, one a step.
-DECAY = 0.85  # Of the averages over probes.
-AIM = 0.7  # Of `high`: where a cut leads to.
-SHORTEST_CUT = 0.5  # What one cut may shorten the radius by, but for an alarm.
-FASTER = 2.0  # Growth while r is below a tenth of `low`: the radius is far too short.
-SLOWER, NEAR_A_CUT = 1.1, 0.5  # Growth from this part of the last cut's length on.
-EARLY = 30  # Probes of the start, over which the care stays what it is.
-CARE, LEAST_CARE = 0.7, 0.3  # The factor on `high` where a radius binds, and its floor.
+DENSE = 5  # The first probes, one a step.
+DECAY = 0.85  # Weight of the past in averages over probes.
+AIM = 0.7  # A cut aims at this share of `high`.
+SHORTEST_CUT = 0.5  # Smallest factor of one cut without an alarm.
+FASTER = 2.0  # Growth while r is below a tenth of `low`.
+SLOWER, NEAR_A_CUT = 1.1, 0.5  # Growth beyond this share of the last cut's length.
+EARLY = 30  # The first probes, during which the care is constant.
+CARE, LEAST_CARE = 0.7, 0.3  # Factor on `high` while a radius binds; its minimum.
 CARE_OVER = 50  # Later binding probes that halve the care.
-RELIEF = 3.0  # Probes taken back by one that improves over the longest window.
-MOST_BOUND = 1e4  # Where the count ends.
+RELIEF = 3.0  # Binding probes that one probe with progress takes back at most.
+MOST_BOUND = 1e4  # Largest count of binding probes.
 LOOSE_OVER, LOOSE = 50, 1.6  # Free probes that raise `high`, and by how much.
-RELEASE = 4.0  # Times the optimizer's own length: from where a radius is no bound.
-SHOWN = ("ratio", "scale", "probes", "cuts", "mismatch")  # In `metrics`.
+RELEASE = 4.0  # A radius of so many optimizer's steps does not bind.
+SHOWN = ("ratio", "scale", "probes", "cuts", "mismatch")  # Numbers for `metrics`.
 NEVER = LARGEST  # A radius that does not bind; the state stays finite.
 
 
@@ -44,15 +44,15 @@ class TrustRegionState(NamedTuple):
     trust_probes: jax.Array  # int32: probes made, each a forward pass at least.
     trust_cuts: jax.Array  # int32: times the radius was cut.
     trust_mismatch: jax.Array  # bool: gradients are not those of `value`.
-    own_length: jax.Array  # float32: of the last step that the optimizer wanted.
-    cut_length: jax.Array  # float32: of the step at the last cut; `NEVER` if none.
-    mean_excess: jax.Array  # float32: of the probes, for steps as long as the last.
-    mean_slope: jax.Array  # float32: the same.
+    own_length: jax.Array  # float32: length of the optimizer's last step.
+    cut_length: jax.Array  # float32: step length at the last cut; `NEVER` if none.
+    mean_excess: jax.Array  # float32: over probes, for steps as long as the last.
+    mean_slope: jax.Array  # float32: over probes, for steps as long as the last.
     progress: Progress
-    steps_tried: jax.Array  # int32: of some length.
-    probes_known: jax.Array  # int32: probes that told something.
-    probes_bound: jax.Array  # float32: of them, while the radius was set; see `care`.
-    probes_free: jax.Array  # int32: in a row, while it was not.
+    steps_tried: jax.Array  # int32: steps with a length.
+    probes_known: jax.Array  # int32: probes with a finite result that descend.
+    probes_bound: jax.Array  # float32: binding probes; see `_bound`.
+    probes_free: jax.Array  # int32: probes in a row while the radius did not bind.
 
 
 def init_radius() -> TrustRegionState:
@@ -130,7 +130,7 @@ def after_probe(
     factor = jnp.clip(AIM * high / jnp.maximum(r, 1e-9), SHORTEST_CUT, 1.0)
     cut_length = jnp.where(cut & bound, length, state.cut_length)
     descends = found.known & (found.slope < 0)
-    # What is too short to be seen is too short to do harm.
+    # A step whose change cannot be seen is short enough to grow.
     grows = ((descends & (r < low)) | found.blind) & ~alarm & ~worsens
     # While the loss improves, a little more may be tried.
     tries = descends & (r < high) & ~alarm & improves & bound
@@ -143,7 +143,7 @@ def after_probe(
     longer = state.trust_radius * growth
     radius = jnp.where(state.trust_radius < NEVER / growth, longer, NEVER)
     radius = jnp.where(cut, length * factor, radius)
-    # Where no part may be taken, the length is not to blame, and the radius stays.
+    # If no part may be taken, the length is not the cause, and the radius stays.
     radius = jnp.where(harmful, length * found.part, radius)
     radius = jnp.where(found.mismatch, NEVER, jnp.maximum(radius, 1e-30))
     shorter = jnp.where(cut, factor, 1.0)
