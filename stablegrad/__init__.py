@@ -10,6 +10,7 @@ from ._observe import (
     TrainingHalted as TrainingHalted,
     events as events,
     is_healthy as is_healthy,
+    keep_if_skipped as keep_if_skipped,
     metrics as metrics,
     raise_if_halted as raise_if_halted,
 )
@@ -52,6 +53,7 @@ from .thresholds._ema_ratio import ema_ratio as ema_ratio
 from .thresholds._limits import fixed as fixed, nonfinite as nonfinite
 from .thresholds._param_ratio import param_ratio as param_ratio
 from .thresholds._percentile import percentile as percentile
+from .thresholds._rarity import rarity as rarity
 from .thresholds._window_zscore import window_zscore as window_zscore
 from .thresholds._zscore import zscore as zscore
 

@@ -6,7 +6,6 @@ compares them with a threshold, the published ones follow the recurrence of a pa
 nan and inf included.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from .. import _checks, _trees
-from .._compiled import CompiledUpdate
+from .._compiled import compiled
 from .._norms import OVERFLOW, measure
 from .._packing import Packing
 from .._scales import scale_leaves
@@ -93,10 +92,8 @@ def transformation(
         packed = columns.pack((readings, done.statistics))
         return done.updates, kind(*done.memory, {name: packed})
 
-    check = functools.partial(_checks.require_state, name, kind)
-    return optax.GradientTransformationExtraArgs(
-        init_fn, CompiledUpdate(update_fn, check)
-    )
+    check = lambda state, tree: _checks.require_state(name, kind, state)
+    return optax.GradientTransformationExtraArgs(init_fn, compiled(update_fn, check))
 
 
 class NormStep(NamedTuple):

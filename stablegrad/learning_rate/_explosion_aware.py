@@ -14,7 +14,7 @@ from .._packing import encode
 from .._trees import count_if, distinct
 from ..engine._decide import StepContext, judge_incoming, limits_of
 from ..engine._families import Statistics
-from ..responses._back_off import explosion_response, signs
+from ..responses._back_off import explosion, explosion_response
 from ..responses._base import Response
 from ..responses._explosions import ExplosionSettings, ExplosionState
 from ..responses._reasons import Reason
@@ -132,8 +132,8 @@ def after_step(
     parts: ExplosionAware, state: ScheduleState, words: tuple[Judgement, ...], taken
 ) -> ScheduleState:
     """The state after a step, taken or not, of which `words` tell."""
-    exploded, unknown = signs(zip(parts.thresholds, words, strict=False))
-    calm = taken & ~exploded & ~unknown
+    seen = explosion(parts.thresholds, words)
+    calm = taken & ~seen.exploded & ~seen.unknown
     moves = calm | (parts.advance == "always")
     reason = jnp.where(taken, 0, int(Reason.NONFINITE_GRADIENT)).astype(jnp.int32)
     lr_scale = parts.rule.propose(state.explosions, words).lr_scale

@@ -3,7 +3,7 @@
 import jax
 import optax
 
-from .._compiled import CompiledUpdate
+from .._compiled import compiled
 from .._norms import measure
 from .._scales import scale_leaves, uniform
 from .._trees import placed_like
@@ -29,7 +29,7 @@ def scale_by_explosion_aware_schedule(
     factor: float | jax.Array = 0.5,
     confirm_steps: int | jax.Array = 1,
     hold_steps: int | jax.Array = 10,
-    regrow_steps: int | jax.Array = 1000,
+    regrow_steps: int | jax.Array = 100,
     min_scale: float | jax.Array = 1e-4,
     limit: Threshold | None = None,
     limit_below: float | jax.Array = 1.0,
@@ -54,7 +54,7 @@ def scale_by_explosion_aware_schedule(
             norm of the updates that reach this transformation, before it scales them.
         factor: One cut. Dimensionless, in (0, 1).
         confirm_steps: Explosions in a row that it takes to cut, >= 1.
-        hold_steps: Calm steps before regrowth starts, >= 0.
+        hold_steps: Calm steps that arm the next cut and start regrowth, >= 0.
         regrow_steps: Calm steps that undo one cut, >= 1.
         min_scale: Smallest k_t, in (0, 1].
         limit: A threshold to clip to while k_t is low; None: no clip.
@@ -114,4 +114,4 @@ def scale_by_explosion_aware_schedule(
         scaled = scale_leaves(updates, scales.times(rate), updates, measured.finite)
         return scaled, after_step(parts, state, judgements, measured.finite)
 
-    return optax.GradientTransformationExtraArgs(init_fn, CompiledUpdate(update_fn))
+    return optax.GradientTransformationExtraArgs(init_fn, compiled(update_fn))

@@ -69,7 +69,7 @@ def explosion_aware_schedule(
     factor: float | jax.Array = 0.5,
     confirm_steps: int | jax.Array = 1,
     hold_steps: int | jax.Array = 10,
-    regrow_steps: int | jax.Array = 1000,
+    regrow_steps: int | jax.Array = 100,
     min_scale: float | jax.Array = 1e-4,
     advance: str = "always",
 ) -> ExplosionAwareSchedule:
@@ -93,7 +93,7 @@ def explosion_aware_schedule(
             passed by name to `update`; the other two are None.
         factor: One cut. Dimensionless, in (0, 1).
         confirm_steps: Explosions in a row that it takes to cut, >= 1.
-        hold_steps: Calm steps before regrowth starts, >= 0.
+        hold_steps: Calm steps that arm the next cut and start regrowth, >= 0.
         regrow_steps: Calm steps that undo one cut, >= 1.
         min_scale: Smallest k_t, in (0, 1].
         advance: When p_t moves on: "always", at every step; or "calm", not at steps

@@ -1,5 +1,7 @@
 """The preset: one line that guards an optimizer with sane defaults."""
 
+import warnings
+
 import jax
 import optax
 
@@ -13,17 +15,18 @@ from ..responses._skip import skip
 from ..responses.trust_region._response import optional_trust_region
 from ..thresholds._base import optional
 from ..thresholds._limits import nonfinite
-from ..thresholds._zscore import zscore
+from ..thresholds._rarity import rarity
 
 
 def stabilize(
     inner: optax.GradientTransformation,
     *,
-    clip_z: float | jax.Array = 2.5,
-    skip_z: float | jax.Array = 6.0,
-    back_off_z: float | jax.Array = 4.0,
+    share: float | jax.Array = 0.01,
+    window: int | jax.Array = 256,
+    refuse_factor: float | jax.Array = 32.0,
+    loss_margin: float | jax.Array = 2.0,
     factor: float | jax.Array = 0.5,
-    regrow_steps: int | jax.Array = 1000,
+    regrow_steps: int | jax.Array = 100,
     min_scale: float | jax.Array = 0.01,
     max_consecutive: int | jax.Array = 20,
     halt_after: int | jax.Array = 20,
@@ -31,48 +34,55 @@ def stabilize(
     axis_name: AxisName = None,
     averaged_gradients: bool = False,
     exact_updates: bool | None = None,
+    clip_z: float | None = None,
+    skip_z: float | None = None,
+    back_off_z: float | None = None,
 ) -> GuardedTransformation:
     """Guard an optimizer with defaults that healthy training hardly notices.
 
     It is this guard, no more:
 
         guard(inner,
-              clip(zscore(clip_z, per=per)),
+              clip(rarity(share, window=window, per=per)),
               skip(nonfinite(), nonfinite(of="value"),
-                   zscore(skip_z), zscore(skip_z, of="value"),
+                   rarity(share, window=window, margin=refuse_factor),
                    max_consecutive=max_consecutive),
-              back_off(zscore(back_off_z, of="value"), factor=factor,
-                       confirm_steps=2, regrow_steps=regrow_steps,
-                       min_scale=min_scale),
+              back_off(rarity(share, window=window, margin=loss_margin, of="value"),
+                       factor=factor, confirm_steps=2, hold_steps=20,
+                       regrow_steps=regrow_steps, min_scale=min_scale),
               trust_region(),
               halt(after=halt_after))
 
-    Without `value=` the thresholds on the loss stay silent: outlying and non-finite
-    losses are not seen, and the learning rate is never backed off. Without `value_fn=`
-    (see `trust_region`) no step is probed. With it, every fourth step costs one forward
-    pass and one evaluation of the update more, and steps that are too long are
-    shortened before they are taken. With another `per` than "global", outlying
-    gradients are clipped and not rejected: zscore(skip_z) is left out, and a leaf that
-    explodes costs the others nothing.
+    A gradient whose norm is rare is shrunk to what is usual. A step is refused only if
+    gradient or loss is not finite, or if the norm is `refuse_factor` times beyond the
+    usual. Whatever comes again and again becomes usual: a batch of another kind, a new
+    task, a loss term. A loss that rises far above its usual spread for two steps in a
+    row cuts the learning rate once, and it is back after 20 + `regrow_steps` calm
+    steps; a high loss refuses no step.
+
+    Without `value=` non-finite losses are not seen, and the learning rate is never
+    backed off; a warning says so once, unless `value=None` is passed. Without
+    `value_fn=` (see `trust_region`) no step is probed. With it, every fourth step costs
+    one forward pass and one evaluation of the update more, and steps that are too long
+    are shortened before they are taken. With another `per` than "global", each group is
+    shrunk to what is usual of its own, and none is refused for its size.
 
     Args:
         inner: The optimizer, any optax transformation.
-        clip_z: Standard deviations of the log-norm above which the gradient is shrunk.
-            2.5 touches under 1 % of healthy steps, and only their tails.
-        skip_z: The same, above which a step is rejected, of the gradient's log-norm and
-            of the loss. 6.0: practically never by chance, so what is rejected is bad
-            data, not a hard batch.
-        back_off_z: Standard deviations of the loss above which the learning rate is
-            cut, if twice in a row: one bad batch is not the learning rate's fault, and
-            two outliers in a row need not be so large.
+        share: Share of steps that count as rare by gradient norm or loss, in (0, 1).
+            Rare gradients are shrunk to the norm that the others stay below.
+        window: Steps that a norm or a loss is remembered for, >= 2.
+        refuse_factor: Multiple of the usual norm from which a step is refused instead
+            of shrunk, >= 1. 32: what is left of so large a gradient, once shrunk, is
+            the direction of whatever broke it.
+        loss_margin: Multiple of the usual rise above the loss's level from which the
+            learning rate is cut, if twice in a row, >= 1.
         factor: One cut of the learning rate, in (0, 1). 0.5 finds the stable rate
             within a factor of two.
-        regrow_steps: Calm steps that undo one cut. 1000: slow enough not to explode
-            again at once, fast enough to matter within one run.
+        regrow_steps: Calm steps that undo one cut, >= 1.
         min_scale: Smallest factor on the learning rate, in (0, 1]. 0.01: a rate that is
             more than 100 times too high wants mending, not absorbing.
-        max_consecutive: Finite outliers rejected in a row at most. 20: longer than a
-            bad shard, short enough to lose little where the data has really changed.
+        max_consecutive: Finite outliers rejected in a row at most.
         halt_after: Non-finite steps, with none taken, until `halted` is raised. 20: no
             transient lasts as long.
         per: The granularity of the clip, as for `fixed`. "global" keeps the gradient's
@@ -80,6 +90,10 @@ def stabilize(
         axis_name: As for `guard`.
         averaged_gradients: As for `guard`.
         exact_updates: As for `guard`.
+        clip_z: Deprecated, without effect, as are `skip_z` and `back_off_z`: limits are
+            those of `rarity`.
+        skip_z: See `clip_z`.
+        back_off_z: See `clip_z`.
 
     Returns:
         A guarded transformation, for `update` or `stablegrad.apply`.
@@ -92,20 +106,30 @@ def stabilize(
         >>> import stablegrad as sg
         >>> tx = sg.stabilize(optax.adamw(optax.cosine_decay_schedule(3e-4, 10_000)))
     """
+    if not (clip_z is None and skip_z is None and back_off_z is None):
+        warnings.warn(
+            "`clip_z`, `skip_z` and `back_off_z` have no effect: `stabilize` judges by "
+            "`rarity`; see `share`, `refuse_factor` and `loss_margin`. They will be "
+            "removed in the next release.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+    refused = rarity(share, window=window, margin=refuse_factor)
+    risen = rarity(share, window=window, margin=loss_margin, of="value")
     return guard(
         inner,
-        clip(zscore(clip_z, per=per)),
+        clip(rarity(share, window=window, per=per)),
         skip(
             nonfinite(),
             optional(nonfinite(of="value")),
-            *([zscore(skip_z)] if per == "global" else []),
-            optional(zscore(skip_z, of="value")),
+            *([refused] if per == "global" else []),
             max_consecutive=max_consecutive,
         ),
         back_off(
-            optional(zscore(back_off_z, of="value")),
+            optional(risen),
             factor=factor,
             confirm_steps=2,
+            hold_steps=20,
             regrow_steps=regrow_steps,
             min_scale=min_scale,
         ),

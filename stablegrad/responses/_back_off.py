@@ -1,18 +1,20 @@
 """Back off: lower the learning rate after an explosion, then let it regrow."""
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from .._checks import require
+from .._norms import LARGEST
 from ..granularity._group_norms import group_scales
 from ..thresholds._base import Judgement, Threshold
-from ..thresholds._signals import is_outgoing
-from ._base import Response, any_true, check_thresholds, proceed
+from ..thresholds._signals import Signal, is_outgoing
+from ._base import Response, check_thresholds, proceed
 from ._clip import factors
 from ._explosions import (
+    Explosion,
     ExplosionSettings,
     ExplosionState,
     after_step,
@@ -27,34 +29,39 @@ def back_off(
     factor: float | jax.Array = 0.5,
     confirm_steps: int | jax.Array = 1,
     hold_steps: int | jax.Array = 10,
-    regrow_steps: int | jax.Array = 1000,
+    regrow_steps: int | jax.Array = 100,
     min_scale: float | jax.Array = 1e-4,
     limit: Threshold | None = None,
     limit_below: float | jax.Array = 1.0,
 ) -> Response:
-    """Multiplies the learning rate by `factor` at an explosion, holds, then regrows.
+    """Multiply the learning rate by `factor` at a rise, hold it, then let it regrow.
 
     With e_t: some threshold is exceeded for the `confirm_steps`-th time in a row or
-    later; a_t: a step has been taken since the last cut; and c_t: `hold_steps` steps
-    have been taken and calm since the last explosion:
+    later; x_t: how far it is exceeded, signal - limit, and x' the same at the last cut;
+    and c_t: `hold_steps` steps have been taken and calm since the last explosion:
 
-        k_t = max(factor * k_{t-1}, min_scale)               if e_t and a_t
+        k_t = max(factor * k_{t-1}, min_scale)        if e_t and (c_t or x_t > 2 x')
         k_t = min(1, k_{t-1} * factor ** (-1 / regrow_steps))  if c_t, else k_{t-1}
 
-    A nan or inf is no explosion, nor the end of a run of them: it says nothing of the
-    learning rate. Pass `nonfinite()` to cut at one all the same. The update of step t
-    is multiplied by the cut k at once, and by the regrown k from the next step on. A
-    run of rejected steps cuts once: a learning rate can only be to blame for steps that
-    were taken. Regrowth undoes one cut in `regrow_steps` calm steps, so the schedule's
-    own rate is reached again; it is never exceeded. Where k_t < `limit_below`, the step
-    is clipped besides, to what `limit` calls normal.
+    One rise is one cut, however long it lasts. What keeps rising is followed, a cut for
+    each doubling, down to `min_scale`. A run of rejected steps cuts once as well: a
+    learning rate can only be to blame for steps that were taken. The update of step t
+    is multiplied by the cut k at once, and by the regrown k from the next step on.
+
+    Regrowth undoes one cut in `regrow_steps` calm steps: after a cut to 1/2, k is 0.71
+    after hold_steps + 50 of them and 1 after hold_steps + 100, so the schedule's own
+    rate is reached again; it is never exceeded. A nan or inf is no explosion, nor the
+    end of a run of them: it says nothing of the learning rate. Pass `nonfinite()` to
+    cut at one all the same. Where k_t < `limit_below`, the step is clipped besides, to
+    what `limit` calls normal.
 
     Args:
         *thresholds: What counts as an explosion; at least one.
         factor: One cut. Dimensionless, in (0, 1).
         confirm_steps: Explosions in a row that it takes to cut, >= 1. With 2, a single
             bad batch, which is no fault of the learning rate, costs nothing.
-        hold_steps: Calm steps before regrowth starts, >= 0.
+        hold_steps: Calm steps after which the next rise cuts again and regrowth starts,
+            >= 0. 0: every explosion cuts.
         regrow_steps: Calm steps that undo one cut, >= 1.
         min_scale: Smallest factor on the learning rate, in (0, 1].
         limit: A threshold to clip to while the rate is low, as `clip` does; exceeding
@@ -90,7 +97,7 @@ def explosion_response(
     limit: Threshold | None = None,
     limit_below: float | jax.Array = 1.0,
 ) -> Response:
-    """The response of `back_off`, whose errors name `asker`.
+    """Return the response of `back_off`, whose errors name `asker`.
 
     Its thresholds are those given and then `limit`.
     """
@@ -107,15 +114,15 @@ def explosion_response(
     require("limit_below", limit_below, "in (0, 1]", lambda x: 0 < x <= 1)
 
     def propose(state: ExplosionState, judgements):
-        # The last judgement, if there is one more than thresholds, is the limit's.
-        said = list(zip(thresholds, judgements, strict=False))
-        verdict = proceed(lr_scale=scale_now(settings, state, signs(said)[0])[0])
+        seen = explosion(thresholds, judgements)
+        verdict = proceed(lr_scale=scale_now(settings, state, seen)[0])
         if limit is None:
             return verdict
         outgoing = is_outgoing(limit.of)
         # The gradient can only be clipped for what is known before the optimizer runs.
-        in_time = [word for word in said if outgoing or not is_outgoing(word[0].of)]
-        low = scale_now(settings, state, signs(in_time)[0])[0] < limit_below
+        in_time = explosion(thresholds, judgements, lambda of: not is_outgoing(of))
+        seen = seen if outgoing else in_time
+        low = scale_now(settings, state, seen)[0] < limit_below
         scales = group_scales(judgements[-1].grouping, factors(judgements[-1]))
         clipped = scales.where(low)
         if outgoing:
@@ -123,20 +130,31 @@ def explosion_response(
         return verdict._replace(gradient_scales=clipped)
 
     def settle(state: ExplosionState, judgements, reason) -> ExplosionState:
-        exploded, unknown = signs(zip(thresholds, judgements, strict=False))
-        return after_step(settings, state, exploded, unknown, taken=reason == 0)
+        seen = explosion(thresholds, judgements)
+        return after_step(settings, state, seen, taken=reason == 0)
 
-    return Response(asker, (*thresholds, *clips), init_explosions, propose, settle)
+    init = functools.partial(init_explosions, len(thresholds))
+    return Response(asker, (*thresholds, *clips), init, propose, settle)
 
 
-def signs(said: Iterable[tuple[Threshold, Judgement]]) -> tuple[jax.Array, jax.Array]:
-    """Whether a step explodes by these words, and whether a signal is not finite."""
-    said = list(said)
-    words = [judgement for _, judgement in said]
-    asked = [
-        jnp.any(judgement.nonfinite)
-        for threshold, judgement in said
-        if threshold.name == "nonfinite"
-    ]
-    exploded = functools.reduce(jnp.logical_or, asked, any_true(words, "exceeded"))
-    return exploded, any_true(words, "nonfinite")
+def explosion(
+    thresholds: tuple[Threshold, ...],
+    judgements: tuple[Judgement, ...],
+    counts: Callable[[Signal], bool] = lambda of: True,
+) -> Explosion:
+    """Return what a step tells by its judgements, of signals that count.
+
+    Judgements beyond those of `thresholds` are left out.
+    """
+    none = jnp.zeros((), bool)
+    exploded, unknown, excess = none, none, []
+    for threshold, judgement in zip(thresholds, judgements, strict=False):
+        above, bad = judgement.exceeded, judgement.nonfinite & counts(threshold.of)
+        above &= counts(threshold.of)
+        unknown |= jnp.any(bad)
+        if threshold.name == "nonfinite":
+            above |= bad
+        exploded |= jnp.any(above)
+        over = jnp.where(bad, LARGEST, judgement.signal - judgement.limit)
+        excess.append(jnp.max(jnp.where(above, over, 0.0), initial=0.0))
+    return Explosion(exploded, unknown, jnp.stack(excess))

@@ -1,11 +1,12 @@
-"""The state machine of a back-off: explosions cut a factor, calm steps regrow it.
+"""The state machine of a back-off: a rise cuts a factor once, calm steps regrow it.
 
-    k at 1 --explosion--> cut --hold_steps calm--> regrow, geometrically --> k at 1
-               ^                                     |
-               +-------------another explosion-------+
+    k at 1 --rise--> cut --hold_steps calm--> regrow, geometrically --> k at 1
+              ^        |                             |
+              |        +--a further rise             +--another rise
+              +--------+-----------------------------+
 
 `back_off`, `scale_by_explosion_aware_schedule` and `explosion_aware_schedule` are three
-doors to it. It knows nothing of gradients or thresholds: a step is three booleans.
+doors to it. It knows nothing of gradients or thresholds: a step is an `Explosion`.
 """
 
 from typing import NamedTuple
@@ -14,7 +15,20 @@ import jax
 import jax.numpy as jnp
 
 from .._checks import require, require_steps
+from .._norms import LARGEST
 from .._trees import increment
+
+FURTHER = 2.0  # A rise is a further one if its excess is that many times the last.
+
+
+class Explosion(NamedTuple):
+    """What a step tells a back-off."""
+
+    exploded: jax.Array  # bool, (): some threshold is exceeded.
+    unknown: jax.Array  # bool, (): some signal is not finite.
+    # float32 (thresholds,), >= 0: how far above its limit each signal is, 0 if it is
+    # not. At most a quarter of the largest number, also where it is not finite.
+    excess: jax.Array
 
 
 class ExplosionState(NamedTuple):
@@ -25,6 +39,7 @@ class ExplosionState(NamedTuple):
     hold_left: jax.Array  # int32, >= 0: calm steps before it regrows.
     explosion_run: jax.Array  # int32: explosions in a row so far.
     may_cut: jax.Array  # bool: a step was taken since the last cut.
+    excess_at_cut: jax.Array  # float32 (thresholds,): `excess` at the last cut.
 
 
 class ExplosionSettings(NamedTuple):
@@ -38,26 +53,27 @@ class ExplosionSettings(NamedTuple):
 
 
 def check_settings(settings: ExplosionSettings) -> None:
-    """Raises ValueError if a concrete setting is out of range."""
+    """Raise ValueError if a concrete setting is out of range."""
     require("factor", settings.factor, "in (0, 1)", lambda x: 0 < x < 1)
     for name, least in (("confirm_steps", 1), ("hold_steps", 0), ("regrow_steps", 1)):
         require_steps(name, getattr(settings, name), least)
     require("min_scale", settings.min_scale, "in (0, 1]", lambda x: 0 < x <= 1)
 
 
-def init_explosions() -> ExplosionState:
-    """No explosion so far, and no step to blame for one."""
+def init_explosions(thresholds: int) -> ExplosionState:
+    """Return the state before any explosion, with no step to blame for one."""
     return ExplosionState(
         scale_at_cut=jnp.ones((), jnp.float32),
         regrown_steps=jnp.zeros((), jnp.int32),
         hold_left=jnp.zeros((), jnp.int32),
         explosion_run=jnp.zeros((), jnp.int32),
         may_cut=jnp.zeros((), bool),
+        excess_at_cut=jnp.zeros((thresholds,), jnp.float32),
     )
 
 
-def scale_now(settings: ExplosionSettings, state: ExplosionState, exploded):
-    """The factor on this step, whether it explodes for long enough, and cuts."""
+def scale_now(settings: ExplosionSettings, state: ExplosionState, seen: Explosion):
+    """Return the factor on this step, whether an explosion is confirmed, and cuts."""
     # From the count, not step by step: float32 would lose a slow regrowth.
     regrown = state.regrown_steps.astype(jnp.float32) / settings.regrow_steps
     # A state that was reset to zeros has cut nothing yet.
@@ -66,17 +82,19 @@ def scale_now(settings: ExplosionSettings, state: ExplosionState, exploded):
     # A factor that is traced may turn out to be nan.
     scale = jnp.where(jnp.isfinite(scale), jnp.minimum(scale, 1.0), 1.0)
     cut = jnp.maximum(scale * settings.factor, settings.min_scale)
-    confirmed = exploded & (state.explosion_run + 1 >= settings.confirm_steps)
-    cuts = confirmed & state.may_cut & jnp.isfinite(cut)
+    confirmed = seen.exploded & (state.explosion_run + 1 >= settings.confirm_steps)
+    further = jnp.any(seen.excess > FURTHER * state.excess_at_cut)
+    armed = state.may_cut & ((state.hold_left == 0) | further)
+    cuts = confirmed & armed & jnp.isfinite(cut)
     return jnp.where(cuts, cut, scale).astype(jnp.float32), confirmed, cuts
 
 
 def after_step(
-    settings: ExplosionSettings, state: ExplosionState, exploded, unknown, taken
+    settings: ExplosionSettings, state: ExplosionState, seen: Explosion, taken
 ) -> ExplosionState:
-    """The state after a step that exploded, was not finite, was taken, or several."""
-    scale, confirmed, cuts = scale_now(settings, state, exploded)
-    calm = taken & ~exploded & ~unknown
+    """Return the state after a step, taken or not."""
+    scale, confirmed, cuts = scale_now(settings, state, seen)
+    calm = taken & ~seen.exploded & ~seen.unknown
     held = jnp.where(calm, jnp.maximum(state.hold_left - 1, 0), state.hold_left)
     regrows = calm & (state.hold_left == 0)
     regrown = jnp.where(regrows, increment(state.regrown_steps), state.regrown_steps)
@@ -85,9 +103,12 @@ def after_step(
         regrown_steps=jnp.where(cuts, 0, regrown),
         hold_left=jnp.where(confirmed, settings.hold_steps, held).astype(jnp.int32),
         explosion_run=jnp.where(
-            exploded,
+            seen.exploded,
             increment(state.explosion_run),
-            jnp.where(unknown, state.explosion_run, 0),
+            jnp.where(seen.unknown, state.explosion_run, 0),
         ),
         may_cut=taken | (state.may_cut & ~cuts),
+        excess_at_cut=jnp.where(
+            cuts, jnp.minimum(seen.excess, LARGEST / 4), state.excess_at_cut
+        ),
     )

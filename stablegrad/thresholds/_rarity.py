@@ -1,0 +1,185 @@
+"""Rarity: what comes often enough is usual, whatever its size."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .._checks import require
+from .._trees import increment
+from ..granularity._groups import Granularity
+from . import _statistics as stats
+from ._base import Family, Scope, Threshold
+from ._signals import Signal, check_signal, is_norm
+
+# Distances above the level whose frequency is counted, in octaves. Halves instead of
+# thirds miss an outlier of six deviations where the deviation is 5 %. The least one
+# keeps the limit of a constant signal above its rounding.
+EDGES = np.arange(1, 73, dtype=np.float32)[None] / 3
+LEVEL_WEIGHT = 0.03  # Weight of a step in the level and the spread.
+MOST_OCTAVES = 3.0  # A norm moves its level as if it were no further away.
+MOST_SPREADS = 8.0  # The same for other signals, in spreads.
+PATIENCE = 4  # Unusual values in a row after which more of their size are usual.
+LASTING = 12  # Unusual values in a row after which the level moves to them.
+RUN_WEIGHT = 1 / 8  # Least weight of a value in the mean of its run.
+# Until so many values of a norm have been seen, the limit is so many octaves wider.
+EARLY = ((1, np.inf), (2, 6.0), (10, 3.0), (100, 1.0))
+FIRST_COUNTED = 10  # Values that other signals take before their spread means much.
+ALONE = 1.5  # A single value, which weighs 1, is no more than that many.
+ARMED_AFTER = 50  # Values before a signal that is no norm is held against a limit.
+UNBOUNDED_STEPS = 30  # Values that move level and spread in full before that.
+LEAST_SPREAD = 1e-3  # Relative to the level: a spread is never zero.
+
+
+class RarityState(NamedTuple):
+    """State of `rarity`. Norms are followed as log2 x, other signals as x."""
+
+    tail: jax.Array  # float32 (groups, edges): share of steps at or above each edge.
+    level: jax.Array  # float32 (groups,)
+    spread: jax.Array  # float32 (groups,): mean distance from the level; unless a norm.
+    reach: jax.Array  # float32 (groups,): octaves from the level to the limit.
+    run_mean: jax.Array  # float32 (groups,): mean of the unusual values in a row.
+    run: jax.Array  # int32 (groups,), in [0, LASTING]: unusual values in a row.
+    seen: jax.Array  # int32 (groups,): finite values so far, saturating.
+
+
+def rarity(
+    share: float | jax.Array = 0.01,
+    *,
+    window: int | jax.Array = 256,
+    margin: float | jax.Array = 1.0,
+    of: Signal = "grad_norm",
+    per: Granularity = "global",
+) -> Threshold:
+    """Call usual what comes on more than a share of the recent steps, of any size.
+
+    With r_t the distance of a norm x_t from its level in octaves, y_t = log2 x_t:
+
+        r_t = y_t - level;    level += w' clip(r_t, -3, 3),  w' = max(0.03, 1 / t)
+        tail_k += w ([r_t >= edge_k] - tail_k),              w = max(1 / window, 1 / t)
+        reach = least edge_k with tail_k <= max(share, 1.5 w)
+        limit_{t+1} = margin * 2^(level + reach)
+
+    The edges lie a third of an octave apart, up to 24 octaves above the level. No value is bounded before it is counted, and none starts the statistics
+    again: an outlier weighs 1 / `window` and hides nothing, and what comes again is
+    usual after about share * window times. So that the limit does not stay open after a
+    burst, a value above it is counted only if the one before it was not. From the
+    fourth unusual value in a row on, up to twice their mean is usual as well; after the
+    twelfth, the level moves to their mean. The first norm is taken on trust, the second
+    up to 2^10 times the first, those up to the tenth up to 2^4 times the limit, and
+    those up to the hundredth up to twice the limit.
+
+    Other signals can be negative. They are followed with y_t = x_t, their level m and
+    mean absolute distance s with bounded residuals, and
+
+        r_t = log2 max(x_t - m, 0) / s;    limit_{t+1} = m + margin * s * 2^reach
+
+    from their 50th value on.
+
+    Args:
+        share: Share of steps above the limit that is taken for chance, in (0, 1). About
+            as many healthy steps are flagged, whatever their distribution.
+        window: Steps that a value is remembered for, >= 2.
+        margin: Factor on the limit of a norm, or on a limit's distance from the level,
+            >= 1. The statistics do not depend on it.
+        of: What is measured, as for `fixed`.
+        per: For what, as for `fixed`. The state holds 72 float32 a group.
+
+    Returns:
+        A threshold for a response. A nan or inf is never usual, and never enters the
+        state.
+
+    Raises:
+        ValueError: If a concrete argument is out of range.
+
+    Example:
+        >>> import optax
+        >>> import stablegrad as sg
+        >>> tx = sg.guard(
+        ...     optax.adam(1e-3),
+        ...     sg.clip(sg.rarity(0.01)),
+        ...     sg.skip(sg.rarity(0.01, margin=32)),
+        ... )
+    """
+    check_signal(of, per)
+    require("share", share, "in (0, 1)", lambda x: 0 < x < 1)
+    require("window", window, ">= 2", lambda x: 2 <= x < float("inf"))
+    require("margin", margin, ">= 1", lambda x: 1 <= x < float("inf"))
+    settings = (share, window, margin, float(is_norm(of)))
+    family = Family(("rarity",), settings, _rule)
+    return Threshold("rarity", of, per, *_rule(settings), family=family)
+
+
+def _rule(settings: tuple):
+    """Return init, limit and update; settings may differ by group."""
+    share, window, margin, norm = (
+        x.astype(jnp.float32) if isinstance(x, jax.Array) else np.float32(x)
+        for x in settings
+    )
+    is_log = norm > 0
+
+    def init(groups: int) -> RarityState:
+        zeros = jnp.zeros((groups,), jnp.float32)
+        none = jnp.zeros((groups,), jnp.int32)
+        tail = jnp.zeros((groups, EDGES.size), jnp.float32)
+        return RarityState(tail, zeros, zeros, zeros, zeros, none, none)
+
+    def base_reach(state: RarityState) -> jax.Array:
+        """Return the octaves from the level to the limit without margin or run."""
+        early = sum(jnp.where(state.seen < last, wider, 0.0) for last, wider in EARLY)
+        unarmed = jnp.where(state.seen < ARMED_AFTER, jnp.inf, 0.0)
+        return state.reach + jnp.where(is_log, early, unarmed)
+
+    def spread_of(state: RarityState) -> jax.Array:
+        floor = LEAST_SPREAD * jnp.abs(state.level) + 1e-30
+        return jnp.where(is_log, 1.0, jnp.maximum(state.spread, floor))
+
+    def limit(state: RarityState, scope: Scope) -> jax.Array:
+        del scope
+        level, reach = state.level, base_reach(state)
+        # Up to twice the mean of a run: an octave, or twice the distance.
+        twice = state.run_mean + jnp.where(is_log, 1.0, state.run_mean - level)
+        top = jnp.where(is_log, level + reach, level + spread_of(state) * 2**reach)
+        top = jnp.where(state.run >= PATIENCE, jnp.maximum(top, twice), top)
+        linear = level + margin * (top - level)
+        return jnp.where(is_log, margin * 2.0**top, linear)
+
+    def update(state: RarityState, signal, exceeded) -> RarityState:
+        del exceeded  # By the limit with its margin, which is not what is learned from.
+        bounded = jnp.clip(signal, -stats.BOUND, stats.BOUND)
+        value = jnp.where(is_log, jnp.log2(jnp.maximum(signal, 1e-30)), bounded)
+        distance, spread = value - state.level, spread_of(state)
+        octaves = jnp.log2(jnp.maximum(distance, 1e-36)) - jnp.log2(spread)
+        r = jnp.where(is_log, distance, octaves)
+        unusual = r > base_reach(state)
+        before = state.seen.astype(jnp.float32)
+        # A spread means little before it has been followed for some steps.
+        counted = before - jnp.where(is_log, 0, FIRST_COUNTED)
+        counts = (~unusual | (state.run == 0)) & (counted >= 0)
+        weight = jnp.maximum(1 / window, 1 / (jnp.maximum(counted, 0.0) + 1))
+        allowed = jnp.maximum(share, ALONE * weight)[:, None]
+        weight = jnp.where(counts, weight, 0.0)[:, None]
+        tail = state.tail + weight * ((r[:, None] >= EDGES) - state.tail)
+        rare = jnp.where(tail <= allowed, EDGES, EDGES[:, -1:])
+        run = jnp.where(unusual, state.run + 1, 0)
+        part = jnp.maximum(1 / jnp.maximum(run, 1).astype(jnp.float32), RUN_WEIGHT)
+        run_mean = state.run_mean + part * (value - state.run_mean)
+        most = jnp.where(is_log, MOST_OCTAVES, MOST_SPREADS * spread)
+        free = before < jnp.where(is_log, 2, UNBOUNDED_STEPS)
+        most = jnp.where(free, jnp.inf, most)
+        near = jnp.clip(distance, -most, most)
+        w = jnp.maximum(LEVEL_WEIGHT, 1 / (before + 1))
+        lasting = state.run >= LASTING
+        wider = state.spread + w * (jnp.abs(near) - state.spread)
+        return RarityState(
+            tail,
+            jnp.where(lasting, state.run_mean, state.level + w * near),
+            jnp.where(is_log | (before < 1), 0.0, wider),
+            jnp.min(rare, axis=-1),
+            jnp.where(unusual, run_mean, 0.0),
+            jnp.where(lasting, 0, run),
+            increment(state.seen),
+        )
+
+    return init, limit, update
