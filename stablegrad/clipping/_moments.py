@@ -59,7 +59,7 @@ def init(asker: str, optimizer, own: bool, params) -> tuple[Any, Any]:
     inner = _trees.strongly_typed(optimizer.init(params))
     if own:
         return inner, jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)
-    nodes = _moment_nodes(inner)
+    nodes = _trees.nodes(inner, _has_moments)
     whole = jax.tree.structure(params)
     found = sum(jax.tree.structure(node.nu) == whole for node in nodes)
     if found != 1 or len(nodes) != 1:
@@ -72,7 +72,7 @@ def init(asker: str, optimizer, own: bool, params) -> tuple[Any, Any]:
 
 
 def second_moment(state):
-    return _moment_nodes(state)[0].nu
+    return _trees.nodes(state, _has_moments)[0].nu
 
 
 def cleared(state, *names: str):
@@ -85,11 +85,6 @@ def cleared(state, *names: str):
         return node._replace(**jax.tree.map(jnp.zeros_like, old))
 
     return jax.tree.map(clear, state, is_leaf=_has_moments)
-
-
-def _moment_nodes(state) -> list:
-    nodes = jax.tree.leaves(state, is_leaf=_has_moments)
-    return [node for node in nodes if _has_moments(node)]
 
 
 def _has_moments(node) -> bool:

@@ -79,13 +79,9 @@ def numbered(found: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
 def _found(state: Any) -> list[tuple[str, ClipReadings]]:
     """Return name and readings of every clip, an outer one before an inner one."""
     found = []
-    for node in jax.tree.leaves(state, is_leaf=_is_clip):
-        if _is_clip(node):
-            ((name, packed),) = node.clip_numbers.items()
-            found.append((name, _READINGS.unpack(on_host(packed))))
-            found += _found(getattr(node, "clip_inner", ()))
+    is_clip = lambda node: isinstance(getattr(node, "clip_numbers", None), dict)
+    for node in _trees.nodes(state, is_clip):
+        ((name, packed),) = node.clip_numbers.items()
+        found.append((name, _READINGS.unpack(on_host(packed))))
+        found += _found(getattr(node, "clip_inner", ()))
     return found
-
-
-def _is_clip(node: Any) -> bool:
-    return isinstance(getattr(node, "clip_numbers", None), dict)

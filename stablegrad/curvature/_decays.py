@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
+from .._trees import nodes
+
 _TOLERANCE = 1e-4  # Largest difference between two readings of one decay.
 _ADAM_FIELDS = {"count", "mu", "nu"}  # Other fields belong to other update rules.
 
@@ -137,5 +139,4 @@ def _second_moment(state, params) -> Any:
 def _nodes_with(field: str, state) -> list[Any]:
     """Return the nodes of a state with a field of this name that is no method."""
     has_field = lambda node: hasattr(node, field) and not callable(getattr(node, field))
-    leaves = jax.tree.leaves(state, is_leaf=has_field)
-    return [node for node in leaves if has_field(node)]
+    return nodes(state, has_field)

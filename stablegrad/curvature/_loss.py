@@ -120,9 +120,10 @@ def _rates(state) -> list[jax.Array]:
     """Return the learning rates in the states of `optax.inject_hyperparams`."""
     of_node = lambda node: getattr(node, "hyperparams", None) or ()
     has_rate = lambda node: "learning_rate" in of_node(node)
-    nodes = jax.tree.leaves(state, is_leaf=has_rate)
-    rates = [node.hyperparams["learning_rate"] for node in nodes if has_rate(node)]
-    return [jnp.asarray(rate, jnp.float32) for rate in rates]
+    found = [
+        node.hyperparams["learning_rate"] for node in _trees.nodes(state, has_rate)
+    ]
+    return [jnp.asarray(rate, jnp.float32) for rate in found]
 
 
 def step(loss: Loss, tx, params, state, data, scale):

@@ -4,7 +4,7 @@ from typing import Any, TypeVar
 
 import jax
 
-from .._trees import without_variables
+from .._trees import nodes, without_variables
 from ..thresholds._signals import scalar_signal
 from ._evaluations import PlateauState, evaluate
 
@@ -39,21 +39,20 @@ def observe_metric(state: State, *, value: Any) -> State:
         0.5
     """
     (metric,) = scalar_signal("value", value)
-    nodes, structure = jax.tree.flatten(state, is_leaf=_is_plateau)
-    if not any(map(_is_plateau, nodes)):
+    if not nodes(state, _is_plateau):
         raise ValueError(
             "there is no plateau in this optimizer state. Add `reduce_on_plateau(...)` "
             "to the chain, and pass its state: the one from `tx.init`, Linen's "
             "`train_state`, or NNX's `optimizer.opt_state`."
         )
-    return structure.unflatten(
-        [_observe(node, metric) if _is_plateau(node) else node for node in nodes]
-    )
 
+    def observe(node):
+        if not _is_plateau(node):
+            return node
+        evaluated = evaluate(without_variables(node), metric)
+        return jax.tree.structure(node).unflatten(jax.tree.leaves(evaluated))
 
-def _observe(state: PlateauState, metric) -> PlateauState:
-    evaluated = evaluate(without_variables(state), metric)
-    return jax.tree.structure(state).unflatten(jax.tree.leaves(evaluated))
+    return jax.tree.map(observe, state, is_leaf=_is_plateau)
 
 
 def _is_plateau(node: Any) -> bool:

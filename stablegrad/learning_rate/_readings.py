@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from .._packing import decode
+from .._trees import nodes
 from ..clipping._readings import numbered
 from ._evaluations import PlateauState
 from ._explosion_aware import ScheduleState
@@ -24,13 +25,13 @@ def numbers_of_rates(state: Any) -> dict[str, jax.Array]:
 
 def _found(state: Any) -> Iterator[tuple[str, dict[str, jax.Array]]]:
     kinds = (PlateauState, ScheduleState)
-    for node in jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kinds)):
+    for node in nodes(state, lambda node: isinstance(node, kinds)):
         if isinstance(node, PlateauState):
             readings = node.plateau_readings
             told = {name: getattr(readings, f"plateau_{name}") for name in PLATEAU}
             best = jnp.where(readings.plateau_judged, readings.plateau_best, jnp.nan)
             yield "plateau", {**told, "best": best}
-        elif isinstance(node, ScheduleState):
+        else:
             fields = node.schedule_readings._asdict().items()
             told = {name.removeprefix("schedule_"): number for name, number in fields}
             yield "schedule", {**told, "rate": decode(told["rate"])}
