@@ -15,7 +15,7 @@ import optax
 
 from .. import _checks, _trees
 from .._compiled import compiled
-from .._norms import OVERFLOW, measure
+from .._norms import Measurement, measure
 from .._packing import Packing
 from .._scales import scale_leaves
 from ..granularity._group_norms import (
@@ -39,13 +39,13 @@ class Clipped(NamedTuple):
 
     updates: Any
     statistics: Any
-    raw: jax.Array  # float32 (): L2 norm of the gradient before clipping.
-    clipped: jax.Array  # float32 (): L2 norm after clipping.
+    measured: Measurement  # Before clipping.
+    norm: jax.Array  # float32 (): L2 norm after clipping, if it is finite.
     limit: float | jax.Array  # float32: the limits in force.
     scale: jax.Array  # float32 () in [0, 1]: the smallest factor.
-    finite: jax.Array  # bool ()
     memory: tuple = ()  # The fields of the state before `clip_numbers`.
     shrunk: jax.Array | None = None  # bool (); None: whether the scale is below 1.
+    overflows: bool = True  # Whether norms of 1e18 and more count as not finite.
 
 
 def transformation(
@@ -80,15 +80,15 @@ def transformation(
         columns = packing(updates)
         readings, statistics = columns.unpack(numbers[name])
         done = step(updates, statistics, kept, params, extra)
-        readings = next_readings(
-            readings,
-            done.raw,
-            done.clipped,
-            jnp.min(jnp.asarray(done.limit), initial=jnp.inf),
-            done.scale,
-            done.finite,
-            done.scale < 1 if done.shrunk is None else done.shrunk,
-        )
+        raw, clipped, finite = done.measured.norm, done.norm, done.measured.finite
+        if done.overflows:
+            clipped = jnp.where(finite, clipped, 0.0)
+        else:
+            finite = jnp.isfinite(raw)
+        limit = jnp.min(jnp.asarray(done.limit), initial=jnp.inf)
+        shrunk = done.scale < 1 if done.shrunk is None else done.shrunk
+        numbers = (raw, clipped, limit, done.scale)
+        readings = next_readings(readings, numbers, finite, shrunk)
         packed = columns.pack((readings, done.statistics))
         return done.updates, kind(*done.memory, {name: packed})
 
@@ -152,21 +152,14 @@ def clip_norms(name: str, clip: NormClip) -> optax.GradientTransformationExtraAr
             param_norms = group_norms(grouping, measure(params, updates), own)
         done = clip.step(statistics, norms, Scope(grouping, param_norms))
         scales = group_scales(grouping, done.factors)
-        finite = (norms < OVERFLOW)[0] if grouping.whole else measured.finite
-        keep = None if clip.published else finite
+        keep = None if clip.published else measured.finite
+        clipped = scale_leaves(updates, scales, updates, keep)
         if grouping.whole:
-            length = scales.by_leaf * measured.norm
+            norm = scales.by_leaf * measured.norm
         else:
-            length = scaled_groups_norm(grouping, measured, norms, done.factors)
-        return Clipped(
-            scale_leaves(updates, scales, updates, keep),
-            done.statistics,
-            raw=measured.norm,
-            clipped=jnp.where(finite, length, 0.0),
-            limit=done.limit,
-            scale=scales.smallest(),
-            finite=finite,
-        )
+            norm = scaled_groups_norm(grouping, measured, norms, done.factors)
+        scale = scales.smallest()
+        return Clipped(clipped, done.statistics, measured, norm, done.limit, scale)
 
     start = lambda tree: clip.init(group(clip.per, tree).count)
     return transformation(name, ClippingState, start, step)

@@ -106,17 +106,14 @@ def limit_direction(
             + jnp.square(1 - decay)
         )
         left = jnp.where(turns, shorter * jnp.hypot(across, along), 1.0)
+        square = jnp.where(usable, jnp.maximum(square, 0.0), mean_square)
         return Clipped(
             _trees.zero_unless(finite, out, updates),
-            (
-                jnp.where(usable, jnp.maximum(square, 0.0), mean_square),
-                _trees.count_if(usable, steps),
-            ),
-            raw=measured.norm,
-            clipped=jnp.where(finite, left * measured.norm, 0.0),
+            (square, _trees.count_if(usable, steps)),
+            measured,
+            left * measured.norm,
             limit=least,
             scale=left,
-            finite=finite,
             memory=(_trees.map_inexact(followed, updates, mean, updates),),
             shrunk=turns,
         )

@@ -83,15 +83,12 @@ def _clamp_to(threshold: Threshold) -> optax.GradientTransformationExtraArgs:
             lambda: measure(clamp()).leaf_squares,
             lambda: measured.leaf_squares,
         )
-        return Clipped(
-            _trees.zero_unless(finite, clamp(), updates),
+        clipped = _trees.zero_unless(finite, clamp(), updates)
+        norm, learned = (
+            jnp.sqrt(jnp.sum(squares)),
             learn(threshold, statistics, judgement),
-            raw=measured.norm,
-            clipped=jnp.where(finite, jnp.sqrt(jnp.sum(squares)), 0.0),
-            limit=judgement.limit,
-            scale=scale,
-            finite=finite,
         )
+        return Clipped(clipped, learned, measured, norm, judgement.limit, scale)
 
     start = lambda tree: threshold.init(len(_trees.inexact_leaves(tree)))
     return transformation(NAME, ClippingState, start, step)
@@ -115,14 +112,7 @@ def _published(decay, reset_every: int) -> optax.GradientTransformationExtraArgs
         clipped = _elements.scale_above(updates, limit, factors)
         if reset_every:
             steps = jnp.where(total % reset_every == 0, 1, steps)
-        return Clipped(
-            clipped,
-            (running, steps, total),
-            raw=measured.norm,
-            clipped=jnp.where(measured.finite, measure(clipped).norm, 0.0),
-            limit=limit,
-            scale=jnp.min(factors, initial=1.0),
-            finite=measured.finite,
-        )
+        norm, scale = measure(clipped).norm, jnp.min(factors, initial=1.0)
+        return Clipped(clipped, (running, steps, total), measured, norm, limit, scale)
 
     return transformation(NAME, ClippingState, start, step)

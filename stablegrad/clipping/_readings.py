@@ -45,15 +45,13 @@ def init_readings() -> ClipReadings:
 _READINGS = Packing(jax.eval_shape(init_readings))
 
 
-def next_readings(
-    before: ClipReadings, raw, clipped, limit, scale, finite, shrunk
-) -> ClipReadings:
-    """Return the readings after a step, which is counted if it is `shrunk`."""
+def next_readings(before: ClipReadings, numbers, finite, shrunk) -> ClipReadings:
+    """Return the readings after a step, from its numbers and its two flags."""
+    *norms, scale = numbers
     scale = jnp.where(jnp.isfinite(scale), scale, 0.0).astype(jnp.float32)
     flags = jnp.stack([finite & shrunk, ~finite])
     return ClipReadings(
-        jnp.stack([encode(raw), encode(clipped), encode(limit), scale]),
-        _trees.count_if(flags, before.counts),
+        jnp.stack([*map(encode, norms), scale]), _trees.count_if(flags, before.counts)
     )
 
 

@@ -127,8 +127,8 @@ def _clamp_to_moment(
             lambda: measured.leaf_squares,
         )
         clipped = cond_on_cpu(above, clamp, lambda: updates)
-        left = jnp.where(finite, jnp.sqrt(jnp.sum(squares)), 0.0)
-        ratio = jnp.where(finite & (measured.norm > 0), left / measured.norm, 1.0)
+        norm = jnp.where(finite, jnp.sqrt(jnp.sum(squares)), 0.0)
+        ratio = jnp.where(finite & (measured.norm > 0), norm / measured.norm, 1.0)
         clipped = _trees.zero_unless(finite, clipped, updates)
         out, new_inner = optimizer.update(clipped, inner, params, **extra)
         out = _trees.zero_unless(finite, out, updates)
@@ -160,16 +160,9 @@ def _clamp_to_moment(
             jnp.where(resets, 0, steps),
             _trees.count_if(resets, number_of_resets),
         )
-        return Clipped(
-            out,
-            statistics,
-            raw=measured.norm,
-            clipped=left,
-            limit=jnp.inf,
-            scale=jnp.where(ratio < 1 - 1e-6, ratio, 1.0),  # Not a rounding error.
-            finite=finite,
-            memory=(new_inner, moment),
-        )
+        scale = jnp.where(ratio < 1 - 1e-6, ratio, 1.0)  # Not a rounding error.
+        memory = (new_inner, moment)
+        return Clipped(out, statistics, measured, norm, jnp.inf, scale, memory)
 
     memory = lambda params: _moments.init(NAME, optimizer, own_moment, params)
     return transformation(NAME, _moments.MomentState, start, step, memory)
@@ -204,17 +197,13 @@ def _published(
         if rewarmup and not own_moment:
             warmth = Scales(_moments.warmth(age, rewarmup)).where(number >= period)
             out = scale_leaves(out, warmth, updates)
-        raw, left = measure(updates).norm, measure(clipped).norm
-        ratio = jnp.where(raw > 0, left / raw, 1.0)
+        measured, norm = measure(updates), measure(clipped).norm
+        ratio = jnp.where(measured.norm > 0, norm / measured.norm, 1.0)
+        scale = jnp.where(ratio < 1 - 1e-6, ratio, 1.0)  # Not a rounding error.
+        done = (number, _trees.count_if(resets, number_of_resets))
+        memory = (inner, moment)
         return Clipped(
-            out,
-            (number, _trees.count_if(resets, number_of_resets)),
-            raw=raw,
-            clipped=left,
-            limit=jnp.inf,
-            scale=jnp.where(ratio < 1 - 1e-6, ratio, 1.0),  # Not a rounding error.
-            finite=jnp.isfinite(raw),
-            memory=(inner, moment),
+            out, done, measured, norm, jnp.inf, scale, memory, overflows=False
         )
 
     start = lambda tree: (jnp.zeros((), jnp.int32),) * 2

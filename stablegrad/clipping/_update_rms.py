@@ -138,12 +138,11 @@ def _clip_gradient(
         return Clipped(
             _trees.zero_unless(finite, out, updates),
             statistics,
-            raw=measured.norm,
-            clipped=jnp.where(finite, scaled_norm(measured, scales, updates), 0.0),
-            limit=limit,
-            scale=scales.smallest(),
-            finite=finite,
-            memory=_trees.select(finite, (inner, moment), (old_inner, old_moment)),
+            measured,
+            scaled_norm(measured, scales, updates),
+            limit,
+            scales.smallest(),
+            _trees.select(finite, (inner, moment), (old_inner, old_moment)),
         )
 
     memory = lambda params: _moments.init(NAME, optimizer, True, params)
@@ -166,17 +165,9 @@ def _published(optimizer, max_rms, decay, eps) -> optax.GradientTransformationEx
         scales = Scales(1 / jnp.maximum(rms / max_rms, 1.0))
         out, inner = optimizer.update(updates, inner, params, **extra)
         measured = measure(out, updates)
-        length = scaled_norm(measured, scales, out, updates)
-        return Clipped(
-            scale_leaves(out, scales, updates),
-            steps,
-            raw=measured.norm,
-            clipped=jnp.where(measured.finite, length, 0.0),
-            limit=max_rms,
-            scale=scales.smallest(),
-            finite=measured.finite,
-            memory=(inner, moment),
-        )
+        norm = scaled_norm(measured, scales, out, updates)
+        out, scale = scale_leaves(out, scales, updates), scales.smallest()
+        return Clipped(out, steps, measured, norm, max_rms, scale, (inner, moment))
 
     start = lambda tree: jnp.zeros((), jnp.int32)
     memory = lambda params: _moments.init(NAME, optimizer, True, params)
