@@ -133,13 +133,11 @@ def explosion_aware_schedule(
     for threshold in thresholds:
         if is_norm(threshold.of):
             raise ValueError(
-                f"`{NAME}` never sees a gradient, got "
-                f"`{threshold.name}(..., of={threshold.of!r})`. Watch the loss, or "
-                "what you pass yourself:\n"
-                "  of='value', with tx.update(grads, state, params, value=loss)\n"
-                "  of=lambda updates, params, extra: extra['norm'], with\n"
-                "     tx.update(grads, state, params, norm=optax.global_norm(grads))\n"
-                "or use what does see it: `scale_by_explosion_aware_schedule` in a "
-                "chain, `back_off` in a `guard`."
+                f"`{NAME}` never sees a gradient, got `{threshold.name}(..., "
+                f"of={threshold.of!r})`. Watch of='value', with "
+                "tx.update(grads, state, params, value=loss), or a norm that you pass: "
+                "of=lambda updates, params, extra: extra['norm'], with `norm=`. Or use "
+                "`scale_by_explosion_aware_schedule` in a chain, or `back_off` in a "
+                "guard."
             )
     return ExplosionAwareSchedule(parts)
