@@ -103,9 +103,8 @@ def _clamp_to_moment(
             known = jnp.asarray(threshold, jnp.float32) * known
             return jnp.where(level > 0, known, jnp.inf)
 
-        return _trees.map_inexact(
-            largest, like, moment, _elements.per_leaf(levels, like)
-        )
+        by_leaf = _elements.per_leaf(levels, like)
+        return _trees.map_inexact(largest, like, moment, by_leaf)
 
     def step(updates, statistics, memory, params, extra) -> Clipped:
         # Means of the clip's own moment; corrected ones, which no reset clears; steps
@@ -143,11 +142,8 @@ def _clamp_to_moment(
             followed = _moments.track_means(old_means, squares, decay, updates)
             new_means = jnp.where(finite, followed, old_means)
         steps = _trees.count_if(finite, steps)
-        resets = jnp.zeros((), bool)
-        if period:
-            resets |= finite & (steps == period)
-        if reset_on_spike:
-            resets |= finite & (ratio < SPIKE)
+        is_due, spikes = (steps == period) & (period > 0), (ratio < SPIKE)
+        resets = finite & (is_due | (spikes & reset_on_spike))
         if period or reset_on_spike:
             zeros = jax.tree.map(jnp.zeros_like, moment)
             moment = _trees.select(resets, zeros, moment)
