@@ -61,14 +61,15 @@ def rarity(
         reach = least edge_k with tail_k <= max(share, 1.5 w)
         limit_{t+1} = margin * 2^(level + reach)
 
-    The edges lie a third of an octave apart, up to 24 octaves above the level. No value is bounded before it is counted, and none starts the statistics
-    again: an outlier weighs 1 / `window` and hides nothing, and what comes again is
-    usual after about share * window times. So that the limit does not stay open after a
-    burst, a value above it is counted only if the one before it was not. From the
-    fourth unusual value in a row on, up to twice their mean is usual as well; after the
-    twelfth, the level moves to their mean. The first norm is taken on trust, the second
-    up to 2^10 times the first, those up to the tenth up to 2^4 times the limit, and
-    those up to the hundredth up to twice the limit.
+    The edges lie a third of an octave apart, up to 24 octaves above the level. No value
+    is bounded before it is counted, and none starts the statistics again: an outlier
+    weighs 1 / `window` and hides nothing, and what comes again is usual after about
+    share * window times. So that the limit does not stay open after a burst, a value
+    above it is counted only if the one before it was not. From the fourth unusual value
+    in a row on, up to twice their mean is usual as well; after the twelfth, the level
+    moves to their mean. The first norm is taken on trust, the second up to 2^10 times
+    the first, those up to the tenth up to 2^4 times the limit, and those up to the
+    hundredth up to twice the limit.
 
     Other signals can be negative. They are followed with y_t = x_t, their level m and
     mean absolute distance s with bounded residuals, and
