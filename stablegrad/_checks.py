@@ -57,19 +57,6 @@ def _require_within(name: str, value, least: int, whole: bool) -> None:
         raise ValueError(f"`{name}` must be an integer <= {_MOST}, got {value!r}.")
 
 
-def only_published(**settings) -> None:
-    """Raise ValueError if a setting (value, default) of a published rule was given."""
-    for name, (value, default) in settings.items():
-        traced = isinstance(
-            value, jax.Array
-        )  # As `optax.inject_hyperparams` passes it.
-        if not traced and value != default:
-            raise ValueError(
-                f"`{name}` belongs to the published rule: pass `published=True`, or "
-                f"leave it out; got {value!r}."
-            )
-
-
 def described(thing) -> str:
     """Return a short word for a wrong argument."""
     name = getattr(thing, "name", None)

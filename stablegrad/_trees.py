@@ -1,5 +1,6 @@
 """Pytrees of arrays: which leaves count, their names, selecting, placing."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -131,6 +132,11 @@ def floating_like(updates, like):
         return update
 
     return jax.tree.map(convert, updates, like)
+
+
+def nodes(tree, wanted: Callable[[Any], bool]) -> list[Any]:
+    """Return the outermost nodes of a tree that are `wanted`."""
+    return [node for node in jax.tree.leaves(tree, is_leaf=wanted) if wanted(node)]
 
 
 def without_variables(tree):

@@ -33,7 +33,7 @@ def window_mean(
     floor: float,
     counts_itself: bool,
 ) -> Threshold:
-    """mean + sigma * max(std, floor) of the last raw values, once half are there."""
+    """Return mean + sigma * max(std, floor) of the last raw values, once half exist."""
     needed = max(2, window // 2) - int(counts_itself)
 
     def init(groups: int) -> WindowState:
