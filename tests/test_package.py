@@ -11,6 +11,8 @@ from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 
+import pytest
+
 import stablegrad as sg
 
 ROOT = Path(__file__).parents[1]
@@ -39,6 +41,7 @@ print(stablegrad.__file__, stablegrad.__version__)
 """
 
 
+@pytest.mark.slow
 def test_a_source_tree_that_was_never_installed_can_be_imported():
     done = subprocess.run(
         [sys.executable, "-c", NOT_INSTALLED],

@@ -21,6 +21,7 @@ from helpers.composing import (
     start,
     train,
 )
+from helpers.marking import core
 from jax.experimental import checkify
 
 import stablegrad as sg
@@ -64,6 +65,7 @@ def rematerialised(params, batch):
     return jnp.mean((out - y) ** 2)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_nothing_for_a_guard_that_looks_ahead():
     tx = sg.guard(ADAM, sg.skip(), sg.trust_region(every=2, probe="hvp"))
     runs = []
@@ -96,7 +98,7 @@ DONATED = {
 }
 
 
-@pytest.mark.parametrize("name", DONATED)
+@pytest.mark.parametrize("name", core(DONATED, "adam"))
 def test_parameters_and_state_can_be_donated_from_the_first_step_on(name):
     tx = guarded(DONATED[name])
     step = jax.jit(functools.partial(one_step, tx), donate_argnums=(0, 1))
@@ -140,6 +142,7 @@ def test_strict_dtype_promotion_is_passed(name, strict):
     assert updates["w"].dtype == jnp.float32
 
 
+@pytest.mark.slow
 def test_checkify_finds_nothing_in_a_healthy_step():
     tx = sg.stabilize(optax.adam(0.1))
     step = functools.partial(quadratic_step, tx)

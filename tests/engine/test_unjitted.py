@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.marking import core
 
 import stablegrad as sg
 
@@ -85,7 +86,7 @@ class Constant:
         return self.loss
 
 
-@pytest.mark.parametrize("method", ["update", "apply"])
+@pytest.mark.parametrize("method", core(["update", "apply"], "apply"))
 def test_a_new_value_fn_is_used_and_the_old_one_is_not_kept(method):
     tx = sg.guard(scaled_by_value_fn())
     state = tx.init(PARAMS)

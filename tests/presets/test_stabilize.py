@@ -83,6 +83,7 @@ def test_without_a_value_the_loss_thresholds_stay_silent():
     chex.assert_tree_all_finite((params, state))
 
 
+@pytest.mark.slow
 def test_a_learning_rate_that_jumps_is_the_users_own_choice():
     schedule = optax.piecewise_constant_schedule(1e-3, {60: 1000.0})
     norms, values = healthy(80)

@@ -182,6 +182,7 @@ def test_replicas_stay_equal_with_averaged_gradients():
     assert np.abs(params[0] - TARGET).max() < 0.5
 
 
+@pytest.mark.slow
 def test_replicas_part_without_axis_name_and_it_is_said_what_is_missing():
     if not pmap_is_a_mesh():
         pytest.skip("this JAX does not tell that a trace is under `pmap`")

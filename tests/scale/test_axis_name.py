@@ -89,7 +89,13 @@ def test_a_signal_of_each_shard_counts_with_its_mean(of, own, skipped):
 
 @pytest.mark.parametrize(
     "specs",
-    [[P("data", "model"), P("model"), P()], [P("model")], [P(), P("data")], [P()]],
+    [
+        [P("data", "model"), P("model"), P()],
+        *(
+            pytest.param(specs, marks=pytest.mark.slow)
+            for specs in ([P("model")], [P(), P("data")], [P()])
+        ),
+    ],
 )
 def test_a_leaf_may_vary_over_both_axes_or_one_or_none(specs):
     axes = {"data": 2, "model": 4}

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from _scale.collectives import collectives
+from helpers.marking import core
 from helpers.scenario import (
     HUGE,
     LOUD,
@@ -59,7 +60,9 @@ def start(member):
 
 
 @pytest.mark.parametrize(
-    "optimizer, mode", list(zip(OPTIMIZERS, MODES, strict=True)), ids=str
+    "optimizer, mode",
+    core(zip(OPTIMIZERS, MODES, strict=True), ("per leaf", "apply")),
+    ids=str,
 )
 def test_each_member_of_an_ensemble_skips_on_its_own(optimizer, mode):
     tx, members = OPTIMIZERS[optimizer](), range(len(FAULTS))
