@@ -151,6 +151,7 @@ def test_a_clip_works_inside_a_guard_and_both_are_read_at_once():
     np.testing.assert_allclose(optax.tree.norm(updates), 0.5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_percentile_face_shrinks_one_step_in_two_hundred():
     flat = healthy(5000, sigma=0.5)
     out, _ = run(sg.clip_by_percentile(), flat)
@@ -255,6 +256,7 @@ def test_the_published_update_rms_needs_the_optimizer():
         sg.clip_update_rms(published=True)
 
 
+@pytest.mark.slow
 def test_a_spike_does_not_enter_the_moments_by_default():
     flat = healthy(60)
     flat[40] *= 1e3

@@ -66,7 +66,7 @@ def test_a_state_set_to_zeros_trains_on():
 
 
 def test_apply_takes_a_guard_with_a_wrapped_update():
-    tx = sg.stabilize(optax.adam(0.1))
+    tx = sg.guard(optax.adam(0.1))
     calls = []
 
     def logged(*args, **extra):
@@ -81,7 +81,7 @@ def test_apply_takes_a_guard_with_a_wrapped_update():
 
 @pytest.mark.parametrize("method", core(["update", "apply"], "apply"))
 def test_integer_gradients_of_float_parameters_count_as_floats(method):
-    tx, params = sg.stabilize(optax.adam(0.1)), {"w": jnp.ones(3)}
+    tx, params = sg.guard(optax.adam(0.1)), {"w": jnp.ones(3)}
     state = tx.init(params)
     grads = {"w": jnp.array([3, -4, 12])}
     if method == "apply":

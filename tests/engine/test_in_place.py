@@ -68,7 +68,8 @@ def test_apply_decides_as_update_does_and_gives_the_same(name):
     )
 
 
-@pytest.mark.parametrize("apply", core([False, True], True), ids=["update", "apply"])
+@pytest.mark.slow
+@pytest.mark.parametrize("apply", [False, True], ids=["update", "apply"])
 def test_members_of_an_ensemble_decide_alone_in_one_trace(apply):
     tx = guarded(INNER["adamw"])
 

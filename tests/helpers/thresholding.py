@@ -26,8 +26,8 @@ def said(threshold, signals):
     signals = np.asarray(signals, np.float32)
     table = signals if signals.ndim == 2 else signals[:, None]
     groups = table.shape[1]
-    program = _compiled(threshold, groups)
-    state, words = scan_in_chunks(program, threshold.init(groups), table)
+    state = jax.jit(threshold.init, static_argnums=0)(groups)
+    state, words = scan_in_chunks(_compiled(threshold, groups), state, table)
     return words, state
 
 

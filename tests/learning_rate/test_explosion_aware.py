@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from helpers.marking import core
 from helpers.training import of_norm, scan
 from hypothesis import given, settings, strategies as st
 
@@ -106,7 +107,7 @@ OPTIONS = st.fixed_dictionaries(
 )
 
 
-@pytest.mark.parametrize("advance", ["always", "calm"])
+@pytest.mark.parametrize("advance", core(["always", "calm"], "calm"))
 @every_door
 def test_matches_the_float64_oracle_and_stays_within_its_bounds(door, advance):
     run = compiled(door, advance)
@@ -159,7 +160,12 @@ SCHEDULES = {
 
 
 @pytest.mark.parametrize(
-    "door, name", [("schedule", "cosine"), *[("chain", name) for name in SCHEDULES]]
+    "door, name",
+    core(
+        [("schedule", "cosine"), *[("chain", name) for name in SCHEDULES]],
+        ("schedule", "cosine"),
+        ("chain", "piecewise"),
+    ),
 )
 def test_any_base_schedule_is_followed_while_nothing_explodes(door, name):
     schedule = SCHEDULES[name]

@@ -109,6 +109,7 @@ def test_leaf_by_leaf_one_that_explodes_costs_the_others_nothing():
         assert whole.mean() > 0.95 if per == "leaf" else not whole.any()
 
 
+@pytest.mark.slow
 def test_settings_may_be_swept_under_vmap():
     def clipped(clip_z, skip_z):
         tx = sg.stabilize(optax.sgd(1e-3), clip_z=clip_z, skip_z=skip_z)

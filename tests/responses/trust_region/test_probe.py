@@ -5,11 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.marking import core
 
 from stablegrad.responses.trust_region import _probe
 
 CURVATURE = np.array([1.0, 10.0])
-BOTH = pytest.mark.parametrize("kind", ["forward", "hvp"])
+KINDS = ["forward", "hvp"]
+BOTH = pytest.mark.parametrize("kind", core(KINDS, "forward"))
 ANY = np.float32(np.inf)
 
 
@@ -35,7 +37,7 @@ def r_of(found):
     return _probe.ratio(found.excess, found.slope)
 
 
-@BOTH
+@pytest.mark.parametrize("kind", KINDS)
 def test_excess_slope_and_ratio_are_the_closed_forms_of_a_quadratic(kind):
     rng = np.random.default_rng(0)
     params = rng.normal(size=(50, 2))

@@ -1,9 +1,12 @@
 """Tests for the radius: its state machine against a float64 restatement, and bounds."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.marking import core
 
 import stablegrad as sg
 from stablegrad.responses.trust_region import _radius
@@ -185,7 +188,8 @@ def walk(response, table, state=None):
 
 
 @pytest.mark.parametrize(
-    "every, high, low, grow", [(4, 0.5, 0.3, 1.3), (3, 0.8, 0.5, 2.5)]
+    "every, high, low, grow",
+    core([(4, 0.5, 0.3, 1.3), (3, 0.8, 0.5, 2.5)], (4, 0.5, 0.3, 1.3)),
 )
 def test_the_state_machine_is_the_one_of_the_docstrings(every, high, low, grow):
     table = rounded(cases(seed=every))
@@ -254,6 +258,7 @@ def random_looks(count, seed):
     )
 
 
+@functools.cache
 def probed(count=20_000, seed=0):
     """Many states, each after one probe of any kind of a step that the radius holds."""
     state, found = random_states(count, seed), random_looks(count, seed + 1)
