@@ -212,7 +212,7 @@ def test_one_that_is_built_within_a_trace_can_be_used_after_it(name):
         chex.assert_trees_all_close(found, expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", core(TRANSFORMATIONS, "skip_bad_steps", *SIMPLE))
+@pytest.mark.parametrize("name", core(TRANSFORMATIONS, *SIMPLE))
 def test_works_the_same_without_jit(name):
     tx, params = made(name), jax.tree.map(lambda x: 6 * x, PARAMS)
     update, _ = compiled(name)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.marking import core
 from helpers.training import of_norm, scan
 
 import stablegrad as sg
@@ -139,7 +140,7 @@ NESTINGS = {
 }
 
 
-@pytest.mark.parametrize("name", NESTINGS)
+@pytest.mark.parametrize("name", core(NESTINGS, "chain", "inject"))
 def test_finds_the_guard_inside_other_transformations(name):
     tx = NESTINGS[name](sg.guard(optax.sgd(0.1)))
     _, state = jax.jit(tx.update)(PARAMS, tx.init(PARAMS), PARAMS)
@@ -207,6 +208,7 @@ def test_the_log_keeps_the_last_64_events_in_order():
     assert steps == list(range(72, 200, 2))
 
 
+@pytest.mark.slow
 def test_an_outlier_event_names_the_leaf_with_the_largest_norm():
     tx = sg.guard(optax.sgd(0.1), sg.skip(sg.fixed(5.0)))
     grads = {"dense": {"bias": jnp.full(2, 9.0), "kernel": jnp.ones((2, 3))}}
@@ -234,6 +236,7 @@ def test_consecutive_skips_start_again_once_a_step_is_taken():
     np.testing.assert_array_equal(seen["consecutive_skips"], [1, 2, 0, 1])
 
 
+@pytest.mark.slow
 def test_a_skipped_step_does_not_count_as_clipped():
     tx = sg.guard(optax.sgd(0.1), sg.clip(sg.fixed(1.0)), sg.skip(sg.fixed(2.0)))
     _, state, _ = scan(tx, of_norm([5.0]), {"w": jnp.zeros(2)})
@@ -241,6 +244,7 @@ def test_a_skipped_step_does_not_count_as_clipped():
     assert seen["clipped_steps"] == 0 and seen["skipped_steps"] == 1
 
 
+@pytest.mark.slow
 def test_skips_for_different_reasons_are_different_events():
     tx = sg.guard(optax.sgd(0.1), sg.skip(sg.nonfinite(), sg.fixed(1.0)))
     _, state, _ = scan(tx, of_norm([np.nan, 5.0]), {"w": jnp.zeros(2)})
@@ -248,6 +252,7 @@ def test_skips_for_different_reasons_are_different_events():
     assert reasons == ["nonfinite_gradient", "gradient_norm"]
 
 
+@pytest.mark.slow
 def test_the_limit_of_the_strictest_leaf_is_reported():
     tx = sg.guard(optax.sgd(0.0), sg.clip(sg.zscore(2.5, per="leaf", warmup_steps=3)))
     params = {"a": jnp.array([1.0]), "b": jnp.array([100.0])}

@@ -70,6 +70,7 @@ def test_a_gradient_of_1e17_is_clipped_to_size_and_does_not_hide_the_next(name):
     chex.assert_tree_all_finite(state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1e10, 1e17, 1e23])
 def test_the_update_rms_has_no_largest_ratio(size):
     flat = 1e-6 * healthy(120)

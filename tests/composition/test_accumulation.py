@@ -61,6 +61,7 @@ def test_a_guard_inside_cannot_save_an_accumulator_that_holds_a_nan():
     assert sg.metrics(run.state)["skipped_steps"] == left  # Every update from then on.
 
 
+@pytest.mark.slow
 def test_skip_not_finite_keeps_the_nan_out_of_an_accumulator_outside():
     tx = several(guarded(ADAM), should_skip_update_fn=optax.skip_not_finite)
     run = train(open_to_extra(tx), ONE_NAN)

@@ -18,7 +18,6 @@ from helpers.composing import (
     start,
     train,
 )
-from helpers.marking import core
 
 import stablegrad as sg
 
@@ -111,6 +110,7 @@ def test_a_lowered_rate_reaches_the_steps_of_schedule_free_only_from_inside():
     np.testing.assert_allclose(moves["inside"], 0.75 * moves["bare"], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_muon_trains_through_the_faults_in_its_own_and_its_adam_leaves():
     muon = optax.contrib.muon(0.02)
     assert dies(muon)
@@ -150,7 +150,8 @@ def after_one_step(params):
     return optax.tree.add_scale(params, -0.1, grad_fn(edge))
 
 
-@pytest.mark.parametrize("place", core(["around", "inside"], "inside"))
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["around", "inside"])
 def test_opaque_sam_is_guarded_around_and_inside(place):
     if place == "around":
         tx = sg.stabilize(opaque_sam(SGD))

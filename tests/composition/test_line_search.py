@@ -48,6 +48,7 @@ def test_a_guard_around_a_line_search_trains_through_the_faults(name):
         assert_untouched(run, step)
 
 
+@pytest.mark.slow
 @every_search
 def test_a_line_search_behind_a_guard_stands_still_after_one_nan(name):
     # A search that finds no finite loss sets its step length to zero, and starts the

@@ -61,6 +61,7 @@ def test_a_rate_in_a_guarded_state_can_be_set_between_steps():
     np.testing.assert_allclose(kernel(updates), -0.5 * kernel(params), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_guard_and_its_optimizer_can_be_built_by_inject_hyperparams():
     @optax.inject_hyperparams
     def make(learning_rate, skip_z):

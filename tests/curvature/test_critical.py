@@ -190,6 +190,7 @@ def test_a_saturating_loss_gives_the_first_of_several_crossings():
     assert found.forward == pytest.approx(3 + 9 / 5, rel=SEARCHED)
 
 
+@pytest.mark.slow
 def test_a_two_layer_linear_net_spikes_at_two_over_its_curvature():
     width = 256
     draw = np.random.default_rng(0).normal(size=(2, width)).astype(np.float32)
@@ -330,6 +331,7 @@ def test_flax_nnx_and_linen_models_give_the_closed_form():
     )
 
 
+@pytest.mark.slow
 def test_nnx_batch_statistics_and_dropout_streams_stay_as_they_were():
     rngs = nnx.Rngs(0)
     model = nnx.Sequential(nnx.BatchNorm(3, rngs=rngs), nnx.Dropout(0.5, rngs=rngs))

@@ -123,6 +123,7 @@ def test_a_large_step_that_is_not_inspected_keeps_the_parameters_finite():
     assert not seen["kept_out_elements"].any()  # Only inspected steps are counted.
 
 
+@pytest.mark.slow
 def test_elements_kept_out_of_update_and_state_at_one_place_count_once():
     both = optax.chain(dividing("memory"), dividing("update"))
     _, _, (_, seen, _) = scan(sg.guard(both), gradients("small"), params_of("small"))
@@ -144,6 +145,7 @@ def test_a_step_without_a_finite_element_counts_as_rejected_and_halts(size, appl
     assert [event.kind for event in sg.events(state)] == ["skip", "halt"]
 
 
+@pytest.mark.slow
 def test_a_halt_on_steps_without_a_finite_element_is_raised():
     broken = optax.stateless(lambda g, p: jax.tree.map(lambda x: x - x / 0.0, g))
     tx = sg.guard(broken, sg.halt(after=2))

@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers.marking import core
 from helpers.thresholding import limits, lognormal
 
 import stablegrad as sg
@@ -30,7 +29,8 @@ def guarded(*responses):
     return sg.guard(optax.sgd(0.0), *responses, sg.halt(after=9))
 
 
-@pytest.mark.parametrize("per", core(["global", "leaf"], "leaf"))
+@pytest.mark.slow
+@pytest.mark.parametrize("per", ["global", "leaf"])
 def test_limits_in_one_state_are_those_of_each_threshold_alone(per):
     norms = np.stack([signal(0, 1.0), signal(1, 30.0)], axis=1)
     grads = {

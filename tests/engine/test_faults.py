@@ -103,6 +103,7 @@ CLIPS = optax.chain(
 )
 
 
+@pytest.mark.slow
 @settings(
     max_examples=60,
     derandomize=True,

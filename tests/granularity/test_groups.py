@@ -180,7 +180,8 @@ def test_skip_sees_one_bad_group_among_many(per):
     assert seen["skipped"][60:].all() and not seen["skipped"][30:60].any()
 
 
-@pytest.mark.parametrize("per", core(PER, "kind"))
+@pytest.mark.slow
+@pytest.mark.parametrize("per", PER)
 def test_back_off_sees_one_bad_group_among_many(per):
     rule = sg.zscore(8.0, per=PER[per])
     _, _, seen, _ = fault_run(sg.back_off(rule, factor=0.5), times=1e5)

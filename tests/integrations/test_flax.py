@@ -104,7 +104,7 @@ def test_linen_apply_gradients_works_without_a_value():
 
 
 def test_flax_serialization_restores_a_guard():
-    tx = sg.stabilize(optax.adam(0.1))
+    tx = sg.guard(optax.adam(0.1), sg.skip())
     params = {"w": jnp.array([1.0, 2.0])}
     _, state = tx.update(params, tx.init(params), params, value=3.0)
     data = serialization.to_bytes(state)

@@ -28,6 +28,7 @@ def test_every_default_is_explained():
         assert f"        {name}: " in sg.stabilize.__doc__
 
 
+@pytest.mark.slow
 def test_it_is_the_guard_that_its_docstring_spells_out():
     spelled_out = sg.guard(
         optax.adam(0.1),
@@ -95,6 +96,7 @@ def test_a_learning_rate_that_jumps_is_the_users_own_choice():
     assert not any("update_norm" in name for name in sg.metrics(state))
 
 
+@pytest.mark.slow
 def test_leaf_by_leaf_one_that_explodes_costs_the_others_nothing():
     params = {"a": jnp.ones(2), "b": jnp.ones(2)}
     norms, values = healthy(120)

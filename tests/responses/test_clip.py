@@ -33,6 +33,7 @@ def test_shrinks_to_the_limit_and_never_grows(norm, strict):
     assert sg.metrics(state)["clipped_steps"] == int(norm > 1)
 
 
+@pytest.mark.slow
 def test_agrees_with_optax_where_both_are_defined():
     grads = {"a": jnp.array([[3.0, -4.0], [0.5, 2.0]]), "b": jnp.array([12.0])}
     ours, _ = one_step(sg.guard(optax.identity(), sg.clip(sg.fixed(1.5))), grads)

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from _scale.collectives import collectives
-from helpers.marking import core
 from helpers.scenario import (
     HUGE,
     LOUD,
@@ -26,7 +25,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import stablegrad as sg
 
-pytestmark = pytest.mark.devices(4)
+pytestmark = [pytest.mark.slow, pytest.mark.devices(4)]
 
 # For each member, the faults of the scenario that it gets; the rest is healthy.
 FAULTS = [{}, {NAN}, {SPIKE, HUGE}, {LOUD, NAN, SPIKE}]
@@ -61,7 +60,7 @@ def start(member):
 
 @pytest.mark.parametrize(
     "optimizer, mode",
-    core(zip(OPTIMIZERS, MODES, strict=True), ("per leaf", "apply")),
+    list(zip(OPTIMIZERS, MODES, strict=True)),
     ids=str,
 )
 def test_each_member_of_an_ensemble_skips_on_its_own(optimizer, mode):

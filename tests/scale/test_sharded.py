@@ -76,6 +76,7 @@ def test_the_run_is_that_of_one_device_without_any_gather(
     assert_sharded_as(places, run.state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", core(["small", "large"], "small"))
 def test_on_accelerators_numbers_are_summed_and_nothing_is_gathered(size, monkeypatch):
     elsewhere = lambda: jnp.zeros((), bool)  # Not on a CPU.

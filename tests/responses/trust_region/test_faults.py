@@ -64,7 +64,8 @@ def test_steps_on_bad_gradients_are_rejected_and_the_others_go_down(name, rows):
     chex.assert_tree_all_finite((params, state))
 
 
-@pytest.mark.parametrize("rows", core([8, 1024], 8))
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [8, 1024])
 def test_an_inf_in_one_element_of_every_step_does_not_stop_the_others(rows):
     # One divisor is zero, so the optimizer makes an inf out of a finite gradient.
     def init(params):
