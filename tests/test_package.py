@@ -78,6 +78,7 @@ def test_it_needs_jax_jaxlib_and_optax_only():
     assert not third_party
 
 
+@pytest.mark.slow
 def test_flax_is_loaded_by_those_alone_who_import_its_layers():
     code = "import sys, stablegrad; sys.exit('flax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0

@@ -159,6 +159,7 @@ def test_stable_adamw(d):
     )
 
 
+@pytest.mark.slow
 def test_a_nan_poisons_what_it_poisons_as_published():
     flat = FLAT.copy()
     flat[200, 2] = np.nan
@@ -174,6 +175,7 @@ def test_a_nan_poisons_what_it_poisons_as_published():
     np.testing.assert_array_equal(out[201:], flat[201:])  # Off for ever.
 
 
+@pytest.mark.slow
 def test_an_inf_turns_into_zeros_and_a_nan_as_published():
     flat = FLAT.copy()
     flat[200, 2] = np.inf

@@ -84,6 +84,7 @@ def test_wide_settings_and_parameters_do_not_widen_the_state(make, x64):
     chex.assert_trees_all_equal_shapes_and_dtypes(state, after)
 
 
+@pytest.mark.slow
 def test_a_second_spike_after_a_reset_is_still_seen():
     flat = ones(60)
     flat[30:32] *= 1e17

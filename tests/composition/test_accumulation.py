@@ -34,7 +34,7 @@ def several(tx, **settings):
 
 def test_a_nan_micro_batch_does_not_kill_the_accumulator():
     assert dies(several(ADAM))
-    run = train(sg.stabilize(several(ADAM)))
+    run = train(guarded(several(ADAM)))
     assert_survived(run)
     for step in (NAN_STEP, SPIKE_STEP):
         assert_untouched(run, step)

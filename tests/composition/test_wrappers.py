@@ -86,6 +86,7 @@ def test_a_guard_around_masks_judges_frozen_leaves_too():
     chex.assert_trees_all_equal(run.params["last"]["bias"], start()["last"]["bias"])
 
 
+@pytest.mark.slow
 def test_a_guard_inside_a_mask_judges_only_its_own_leaves():
     tx = optax.chain(
         optax.masked(guarded(ADAM), TRAINED),

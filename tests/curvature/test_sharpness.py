@@ -50,6 +50,7 @@ def network(params, batch):
     return jnp.mean((hidden @ params["out"] - targets) ** 2)
 
 
+@pytest.mark.slow
 def test_lanczos_finds_the_largest_eigenvalue_of_a_network():
     draw = np.random.default_rng(0)
     shapes = {"in": (10, 38), "bias": (38,), "out": (38, 2)}

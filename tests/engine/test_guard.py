@@ -88,6 +88,7 @@ def test_elements_that_would_overflow_parameters_are_kept(dtype, start, rate, me
     assert not sg.metrics(state)["skipped"]
 
 
+@pytest.mark.slow
 def test_training_goes_on_between_the_updates_of_multi_steps():
     # The guard sees updates of exactly zero on seven steps of eight.
     inner = optax.MultiSteps(optax.sgd(0.1), 8).gradient_transformation()

@@ -182,6 +182,7 @@ def test_what_overflows_depends_on_the_dtype(dtype, count):
     assert seen["skipped_steps"][-1] == 0
 
 
+@pytest.mark.slow
 def test_a_state_that_keeps_an_inf_on_purpose_stops_no_step():
     def update(updates, state, params=None):
         return updates, jax.tree.map(lambda x: x * 0.5, state)

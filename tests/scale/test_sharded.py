@@ -113,7 +113,7 @@ PLAIN = {"w": jnp.arange(32.0).reshape(8, 4) / 10, "b": jnp.ones(4)}
     "tx",
     [
         sg.clip_by_norm(1.0),
-        sg.clip_by_param_norm(),
+        pytest.param(sg.clip_by_param_norm(), marks=pytest.mark.slow),
         sg.guard(optax.sgd(1.0), sg.clip(sg.fixed(1.0)), sg.skip()),
     ],
     ids=["clip_by_norm", "clip_by_param_norm", "guard"],

@@ -65,7 +65,10 @@ def test_excess_slope_and_ratio_are_the_closed_forms_of_a_quadratic(kind):
 @BOTH
 @pytest.mark.parametrize(
     "tx, critical",
-    [(optax.sgd(1.0), 2 * 101 / 1001), (optax.scale_by_sign(), 2.0)],
+    [
+        (optax.sgd(1.0), 2 * 101 / 1001),
+        pytest.param(optax.scale_by_sign(), 2.0, marks=pytest.mark.slow),
+    ],
     ids=["sgd", "adam's first step"],
 )
 def test_one_over_r_is_the_critical_multiple_of_the_step(kind, tx, critical):

@@ -306,7 +306,8 @@ def test_the_care_tightens_while_it_binds_and_loosens_while_it_does_not():
         start._replace(probes_bound=jnp.float32(n)), True
     )
     after_free = lambda n: _radius.care(start._replace(probes_free=n), False)
-    binding, free = jax.vmap(after_bound)(counts), jax.vmap(after_free)(counts)
+    both = lambda n: (after_bound(n), after_free(n))
+    binding, free = jax.jit(jax.vmap(both))(counts)
     np.testing.assert_allclose(binding[:31], 0.7, rtol=1e-6)
     np.testing.assert_allclose(binding[jnp.array([80, 499])], [0.35, 0.3], rtol=1e-6)
     assert (np.diff(binding) <= 0).all() and (np.diff(free) >= 0).all()
