@@ -59,9 +59,7 @@ def start(member):
 
 
 @pytest.mark.parametrize(
-    "optimizer, mode",
-    list(zip(OPTIMIZERS, MODES, strict=True)),
-    ids=str,
+    "optimizer, mode", list(zip(OPTIMIZERS, MODES, strict=True)), ids=str
 )
 def test_each_member_of_an_ensemble_skips_on_its_own(optimizer, mode):
     tx, members = OPTIMIZERS[optimizer](), range(len(FAULTS))

@@ -77,7 +77,7 @@ def test_the_run_is_that_of_one_device_without_any_gather(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", core(["small", "large"], "small"))
+@pytest.mark.parametrize("size", ["small", "large"])
 def test_on_accelerators_numbers_are_summed_and_nothing_is_gathered(size, monkeypatch):
     elsewhere = lambda: jnp.zeros((), bool)  # Not on a CPU.
     monkeypatch.setattr(_platform, "on_cpu", elsewhere)
