@@ -13,7 +13,9 @@ NUMBERS = (jax.Array, np.ndarray, np.generic, bool, int, float, complex)
 
 
 def compiled(
-    update: Callable[..., Any], check: Callable[[Any, Any], None] | None = None
+    update: Callable[..., Any],
+    check_state: Callable[[Any], None] = lambda state: None,
+    check_leaves: Callable[[Any, Any], None] = lambda state, like: None,
 ) -> Callable[..., Any]:
     """Return an update that compiles once when it is called outside of a trace.
 
@@ -23,15 +25,16 @@ def compiled(
 
     Args:
         update: A function (updates, state, params, **extra).
-        check: Raises if the state, or the tree that the step is like, is a wrong one.
+        check_state: Raises if the state is a wrong one.
+        check_leaves: Raises if a state belongs to another tree than that of the step.
     """
     program: Any = None
     constants: dict[str, Any] = {}  # Those of the program, by name.
 
     def compiled_update(updates, state, params=None, **extra) -> Any:
+        check_state(state)
         params = matching_params(params, updates)
-        if check is not None:
-            check(state, updates if params is None else params)
+        check_leaves(state, updates if params is None else params)
         arguments = (updates, state, params, extra)
         if any(isinstance(x, Tracer) for x in jax.tree.leaves(arguments)):
             return update(updates, state, params, **extra)

@@ -92,7 +92,7 @@ def transformation(
         packed = columns.pack((readings, done.statistics))
         return done.updates, kind(*done.memory, {name: packed})
 
-    check = lambda state, tree: _checks.require_state(name, kind, state)
+    check = lambda state: _checks.require_state(name, kind, state)
     return optax.GradientTransformationExtraArgs(init_fn, compiled(update_fn, check))
 
 

@@ -21,6 +21,7 @@ multiplied once and selected once. A threshold on `update_norm`, and a response 
 probes the loss along the step, cost one more evaluation of the update.
 """
 
+import functools
 import warnings
 
 import optax
@@ -30,7 +31,7 @@ from .._compiled import compiled
 from .._mapped_axes import AxisName, mapped_axes
 from ..granularity._groups import check_sharded
 from ..responses._base import Response
-from ._step import GuardedStep
+from ._step import GuardedStep, GuardState
 
 APPLY = "guard_apply"  # The attribute of a guard's `update` that holds its `apply`.
 
@@ -121,6 +122,8 @@ def guard(
             stacklevel=2,
         )
     step = GuardedStep(inner, responses, axes)
-    update = compiled(step.update, step.check)
-    setattr(update, APPLY, compiled(step.apply, step.check))
+    is_own = functools.partial(_checks.require_state, "guard", GuardState)
+    checks = (is_own, step.check_leaves)
+    update = compiled(step.update, *checks)
+    setattr(update, APPLY, compiled(step.apply, *checks))
     return GuardedTransformation(step.init, update)

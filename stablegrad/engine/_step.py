@@ -65,10 +65,9 @@ class GuardedStep:
         )
         return _trees.placed_like(state, params)
 
-    def check(self, state, tree) -> None:
-        """Raise ValueError unless a state is this guard's, of a tree like this one."""
-        _checks.require_state("guard", GuardState, state)
-        _checks.same_leaves(state.names, _trees.leaf_names(tree))
+    def check_leaves(self, state: GuardState, like) -> None:
+        """Raise ValueError unless a state was made for a tree like this one."""
+        _checks.same_leaves(state.names, _trees.leaf_names(like))
 
     def update(self, updates, state, params=None, **extra) -> tuple[Any, GuardState]:
         """Return the updates to add to the parameters, and the next state."""

@@ -53,7 +53,7 @@ def scale_by_explosion_aware_schedule(
         *thresholds: What counts as an explosion; at least one. Here "grad_norm" is the
             norm of the updates that reach this transformation, before it scales them.
         factor: One cut. Dimensionless, in (0, 1).
-        confirm_steps: Explosions in a row that it takes to cut, >= 1.
+        confirm_steps: As for `back_off`, >= 1.
         hold_steps: Calm steps that arm the next cut and start regrowth, >= 0.
         regrow_steps: Calm steps that undo one cut, >= 1.
         min_scale: Smallest k_t, in (0, 1].

@@ -92,7 +92,7 @@ def explosion_aware_schedule(
             a function `(updates, params, extra) -> scalar` of `extra`, the arguments
             passed by name to `update`; the other two are None.
         factor: One cut. Dimensionless, in (0, 1).
-        confirm_steps: Explosions in a row that it takes to cut, >= 1.
+        confirm_steps: As for `back_off`, >= 1.
         hold_steps: Calm steps that arm the next cut and start regrowth, >= 0.
         regrow_steps: Calm steps that undo one cut, >= 1.
         min_scale: Smallest k_t, in (0, 1].

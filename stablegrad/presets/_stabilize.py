@@ -48,7 +48,7 @@ def stabilize(
                    rarity(share, window=window, margin=refuse_factor),
                    max_consecutive=max_consecutive),
               back_off(rarity(share, window=window, margin=loss_margin, of="value"),
-                       factor=factor, confirm_steps=2, hold_steps=20,
+                       factor=factor, confirm_steps=3, hold_steps=20,
                        regrow_steps=regrow_steps, min_scale=min_scale),
               trust_region(),
               halt(after=halt_after))
@@ -56,9 +56,9 @@ def stabilize(
     A gradient whose norm is rare is shrunk to what is usual. A step is refused only if
     gradient or loss is not finite, or if the norm is `refuse_factor` times beyond the
     usual. Whatever comes again and again becomes usual: a batch of another kind, a new
-    task, a loss term. A loss that rises far above its usual spread for two steps in a
-    row cuts the learning rate once, and it is back after 20 + `regrow_steps` calm
-    steps; a high loss refuses no step.
+    task, a loss term. A loss far above its usual spread that does not fall for three
+    steps in a row cuts the learning rate once, and it is back after 20 +
+    `regrow_steps` calm steps; a high loss refuses no step.
 
     Without `value=` non-finite losses are not seen, and the learning rate is never
     backed off; a warning says so once, unless `value=None` is passed. Without
@@ -76,7 +76,7 @@ def stabilize(
             of shrunk, >= 1. 32: what is left of so large a gradient, once shrunk, is
             the direction of whatever broke it.
         loss_margin: Multiple of the usual rise above the loss's level from which the
-            learning rate is cut, if twice in a row, >= 1.
+            learning rate is cut, >= 1.
         factor: One cut of the learning rate, in (0, 1). 0.5 finds the stable rate
             within a factor of two.
         regrow_steps: Calm steps that undo one cut, >= 1.
@@ -128,7 +128,7 @@ def stabilize(
         back_off(
             optional(risen),
             factor=factor,
-            confirm_steps=2,
+            confirm_steps=3,
             hold_steps=20,
             regrow_steps=regrow_steps,
             min_scale=min_scale,

@@ -36,17 +36,20 @@ def back_off(
 ) -> Response:
     """Multiply the learning rate by `factor` at a rise, hold it, then let it regrow.
 
-    With e_t: some threshold is exceeded for the `confirm_steps`-th time in a row or
-    later; x_t: how far it is exceeded, signal - limit, and x' the same at the last cut;
-    and c_t: `hold_steps` steps have been taken and calm since the last explosion:
+    With x_t: how far a threshold is exceeded, signal - limit, and x' the same at the
+    last cut; e_t: some threshold is exceeded for the `confirm_steps`-th time in a row
+    or later, with no x_t below the one before; and c_t: `hold_steps` steps have been
+    taken and calm since the last explosion:
 
         k_t = max(factor * k_{t-1}, min_scale)        if e_t and (c_t or x_t > 2 x')
         k_t = min(1, k_{t-1} * factor ** (-1 / regrow_steps))  if c_t, else k_{t-1}
 
     One rise is one cut, however long it lasts. What keeps rising is followed, a cut for
-    each doubling, down to `min_scale`. A run of rejected steps cuts once as well: a
-    learning rate can only be to blame for steps that were taken. The update of step t
-    is multiplied by the cut k at once, and by the regrown k from the next step on.
+    each doubling, down to `min_scale`. With `confirm_steps` of 2 or more, a loss that
+    has risen and falls again, as after a change of the task, is left alone. A run of
+    rejected steps cuts once as well: a learning rate can only be to blame for steps
+    that were taken. The update of step t is multiplied by the cut k at once, and by the
+    regrown k from the next step on.
 
     Regrowth undoes one cut in `regrow_steps` calm steps: after a cut to 1/2, k is 0.71
     after hold_steps + 50 of them and 1 after hold_steps + 100, so the schedule's own
@@ -58,8 +61,9 @@ def back_off(
     Args:
         *thresholds: What counts as an explosion; at least one.
         factor: One cut. Dimensionless, in (0, 1).
-        confirm_steps: Explosions in a row that it takes to cut, >= 1. With 2, a single
-            bad batch, which is no fault of the learning rate, costs nothing.
+        confirm_steps: Explosions in a row, none smaller than the one before, that it
+            takes to cut, >= 1. With 2, a single bad batch, which is no fault of the
+            learning rate, costs nothing.
         hold_steps: Calm steps after which the next rise cuts again and regrowth starts,
             >= 0. 0: every explosion cuts.
         regrow_steps: Calm steps that undo one cut, >= 1.

@@ -37,9 +37,10 @@ class ExplosionState(NamedTuple):
     scale_at_cut: jax.Array  # float32, in [min_scale, 1]: just after the last cut.
     regrown_steps: jax.Array  # int32: calm steps of regrowth since then, saturating.
     hold_left: jax.Array  # int32, >= 0: calm steps before it regrows.
-    explosion_run: jax.Array  # int32: explosions in a row so far.
+    explosion_run: jax.Array  # int32: explosions in a row so far, none fading.
     may_cut: jax.Array  # bool: a step was taken since the last cut.
     excess_at_cut: jax.Array  # float32 (thresholds,): `excess` at the last cut.
+    last_excess: jax.Array  # float32 (thresholds,): `excess` of the last explosion.
 
 
 class ExplosionSettings(NamedTuple):
@@ -69,6 +70,7 @@ def init_explosions(thresholds: int) -> ExplosionState:
         explosion_run=jnp.zeros((), jnp.int32),
         may_cut=jnp.zeros((), bool),
         excess_at_cut=jnp.zeros((thresholds,), jnp.float32),
+        last_excess=jnp.zeros((thresholds,), jnp.float32),
     )
 
 
@@ -82,11 +84,18 @@ def scale_now(settings: ExplosionSettings, state: ExplosionState, seen: Explosio
     # A factor that is traced may turn out to be nan.
     scale = jnp.where(jnp.isfinite(scale), jnp.minimum(scale, 1.0), 1.0)
     cut = jnp.maximum(scale * settings.factor, settings.min_scale)
-    confirmed = seen.exploded & (state.explosion_run + 1 >= settings.confirm_steps)
+    confirmed = seen.exploded & (_run(state, seen) >= settings.confirm_steps)
     further = jnp.any(seen.excess > FURTHER * state.excess_at_cut)
     armed = state.may_cut & ((state.hold_left == 0) | further)
     cuts = confirmed & armed & jnp.isfinite(cut)
     return jnp.where(cuts, cut, scale).astype(jnp.float32), confirmed, cuts
+
+
+def _run(state: ExplosionState, seen: Explosion) -> jax.Array:
+    """Return the explosions in a row with this one; a fading one starts anew."""
+    rises = jnp.any(seen.excess > state.last_excess)
+    fades = jnp.any(seen.excess < state.last_excess) & ~rises
+    return increment(jnp.where(fades, 0, state.explosion_run))
 
 
 def after_step(
@@ -104,9 +113,10 @@ def after_step(
         hold_left=jnp.where(confirmed, settings.hold_steps, held).astype(jnp.int32),
         explosion_run=jnp.where(
             seen.exploded,
-            increment(state.explosion_run),
+            _run(state, seen),
             jnp.where(seen.unknown, state.explosion_run, 0),
         ),
         may_cut=taken | (state.may_cut & ~cuts),
         excess_at_cut=jnp.where(cuts, seen.excess, state.excess_at_cut),
+        last_excess=jnp.where(seen.exploded, seen.excess, state.last_excess),
     )

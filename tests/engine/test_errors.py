@@ -82,7 +82,7 @@ def test_a_missing_value_is_an_error_that_shows_every_fix():
         "tx.update(grads, state, params, value=loss)",
         "sg.apply(tx, grads, state, params, value=loss)",
         "optimizer.update(model, grads, value=loss)",
-        "state.opt_state, state.params, value=loss",
+        "apply_gradients(state, grads=grads, value=loss)",
     ):
         assert fix in str(caught.value)
 

@@ -150,7 +150,7 @@ def test_the_norm_of_an_update_of_few_rows_is_exact():
 def test_nothing_measures_the_update_without_a_threshold_on_it():
     params = {"w": jnp.ones(3)}
     for tx in (sg.guard(optax.sgd(0.1), sg.skip()), sg.stabilize(optax.sgd(0.1))):
-        step = lambda p, s, tx=tx: sg.metrics(tx.update(p, s, p)[1])
+        step = lambda p, s, tx=tx: sg.metrics(tx.update(p, s, p, value=None)[1])
         seen = jax.eval_shape(step, params, tx.init(params))
         assert not {"update_norm", "raw_update_norm"} & set(seen)
 

@@ -23,7 +23,7 @@ OPTIMIZERS: dict[str, Callable[..., sg.GuardedTransformation]] = {
     "per leaf": lambda **axis: sg.guard(
         optax.adamw(1e-2),
         sg.clip(sg.zscore(2.5, per="leaf")),
-        sg.skip(sg.nonfinite(), sg.zscore(6.0)),
+        sg.skip(sg.nonfinite(), sg.zscore(30.0)),
         **axis,
     ),
 }
@@ -66,7 +66,7 @@ def parameters(size: str) -> dict[str, np.ndarray]:
 def gradients(size: str, step: int) -> dict[str, np.ndarray]:
     """Healthy ones, but for a loud step, a spike, a nan and a huge one."""
     rng = np.random.default_rng(100 + step)
-    levels = {LOUD: 1.5, SPIKE: 1e4, HUGE: 1e25}
+    levels = {LOUD: 4.0, SPIKE: 1e4, HUGE: 1e25}
     grads = {
         name: leaf * np.float32(levels.get(step, rng.lognormal(0, 0.1)))
         for name, leaf in _directions(size).items()

@@ -42,7 +42,7 @@ def test_it_is_the_guard_that_its_docstring_spells_out():
         sg.back_off(
             sg.rarity(0.01, window=256, margin=2, of="value"),
             factor=0.5,
-            confirm_steps=2,
+            confirm_steps=3,
             hold_steps=20,
             regrow_steps=100,
             min_scale=0.01,
@@ -171,12 +171,21 @@ def test_every_setting_reaches_its_response():
 def test_one_lasting_rise_of_the_loss_costs_one_cut_and_the_rate_comes_back(factor):
     norms, values = healthy(700)
     values[300:] *= factor
+    values[300:303] = values[300:303].max() * np.array([1.0, 1.01, 1.02])
     tx = sg.stabilize(optax.sgd(1e-6))
     _, state, (_, seen, _) = scan(tx, of_norm(norms), PARAMS, values)
     assert sg.metrics(state)["backed_off_steps"] == 1
     assert sg.metrics(state)["skipped_steps"] == 0
     scale = np.asarray(seen["lr_scale"])
     assert scale.min() == 0.5 and (scale[300 + 200 :] == 1).all()
+
+
+def test_a_loss_that_has_risen_and_falls_costs_no_cut():
+    norms, values = healthy(700)
+    values[300:] += 50 * np.exp(-np.arange(400) / 30)
+    tx = sg.stabilize(optax.sgd(1e-6))
+    _, state, _ = scan(tx, of_norm(norms), PARAMS, values)
+    assert sg.metrics(state)["backed_off_steps"] == 0
 
 
 def test_a_loss_that_keeps_rising_lowers_the_rate_to_the_floor():

@@ -20,10 +20,11 @@ WATCHED = sg.clip(sg.fixed(1e9, of="update_norm"))  # Measures, and clips nothin
 
 def oracle(values, taken, factor, confirm, hold, regrow, floor):
     """The docstring's recurrence in float64: the factor on each step's update."""
-    k, left, run, blame, last, seen = 1.0, 0, 0, False, 0.0, []
+    k, left, run, blame, last, before, seen = 1.0, 0, 0, False, 0.0, 0.0, []
     for value, a in zip(values, taken, strict=True):
         e, over = value > 5.0, value - 5.0
-        run = run + 1 if e else 0
+        run = 0 if not e else 1 if over < before else run + 1
+        before = over if e else before
         if e and run >= confirm and blame and (left == 0 or over > 2 * last):
             k, blame, last = max(factor * k, floor), False, over
         seen.append(k)
@@ -52,7 +53,7 @@ def run(norms, values, *skips, **options):
 )
 def test_matches_the_float64_oracle(confirm, hold, regrow, floor):
     rng = np.random.default_rng(0)
-    values = np.where(rng.random(300) < 0.15, 9.0, 1.0)
+    values = np.where(rng.random(300) < 0.25, rng.integers(7, 10, 300), 1.0)
     values[200:220] = np.geomspace(9.0, 900.0, 20)
     rejected = rng.random(300) < 0.3
     seen, _, _ = run(
@@ -170,6 +171,12 @@ def test_a_single_bad_batch_costs_nothing_with_two_to_confirm():
     values[[5, 15, 25]] = 9.0
     seen, _, _ = run(np.ones(40), values, confirm_steps=2)
     np.testing.assert_array_equal(seen["lr_scale"], 1.0)
+
+
+def test_a_rise_that_fades_is_not_confirmed():
+    values = [1.0, 9.0, 8.0, 7.0, 6.0, 1.0, 1.0, 8.0, 8.0, 9.0]
+    seen, _, _ = run(np.ones(10), values, confirm_steps=2)
+    np.testing.assert_allclose(seen["lr_scale"], [1] * 8 + [0.5] * 2, rtol=RTOL)
 
 
 def test_a_loss_that_is_not_finite_is_an_explosion_only_if_asked_for():

@@ -802,7 +802,7 @@ def test_stabilize_rests_without_a_value_fn_and_holds_with_it():
             return params, state, loss, sg.metrics(state)
 
         step, params, state, rows = jax.jit(step), START, tx.init(START), []
-        for _ in range(40):
+        for _ in range(60):
             params, state, *row = step(params, state)
             rows.append(jax.device_get(row))
         return stack(rows)
