@@ -113,6 +113,7 @@ def test_a_slow_regrowth_is_not_lost_to_rounding():
     assert rule.propose(state, calm).lr_scale == 1
 
 
+@pytest.mark.slow
 def test_a_traced_factor_of_nan_neither_scales_nor_stays():
     def run_with(factor):
         rule = sg.back_off(sg.fixed(5.0, of="value"), factor=factor)
@@ -125,6 +126,7 @@ def test_a_traced_factor_of_nan_neither_scales_nor_stays():
     np.testing.assert_array_equal(seen["lr_scale"], 1.0)
 
 
+@pytest.mark.slow
 def test_every_explosion_that_was_taken_cuts_further_down_to_the_floor():
     values = np.array([1.0] + [9.0] * 6)
     seen, _, _ = run(np.ones(7), values, factor=0.5, min_scale=0.1)
@@ -255,6 +257,7 @@ def test_the_gradient_is_clipped_only_while_the_rate_is_low():
     np.testing.assert_allclose(seen["update_norm"], applied, rtol=RTOL)
 
 
+@pytest.mark.slow
 def test_a_limit_is_in_force_by_default_whenever_the_rate_is_lowered():
     seen = limited([4.0] * 3, [1.0, 9.0, 1.0], limit=sg.fixed(2.0), hold_steps=9)
     np.testing.assert_allclose(seen["clip_scale"], [1, 0.5, 0.5], rtol=RTOL)
