@@ -73,7 +73,7 @@ SCHEDULES = {"explosion_aware_schedule", "observe_metric"}
 every = pytest.mark.parametrize("name", TRANSFORMATIONS)
 # Quick to compile; and of those that keep statistics.
 SIMPLE = ("clip_by_norm", "limit_direction")
-BUILT = ("guard", "skip_bad_steps", "clip_by_zscore")
+BUILT = ("guard", "clip_by_zscore")
 LEARNING = ("clip_by_zscore", "clip_by_max", "reduce_on_plateau")
 
 
@@ -197,7 +197,7 @@ def test_one_trace_serves_many_calls(name):
     assert len(traces) <= before + 1
 
 
-@pytest.mark.parametrize("name", core(BUILT, *BUILT[1:]))
+@pytest.mark.parametrize("name", core(BUILT, "clip_by_zscore"))
 def test_one_that_is_built_within_a_trace_can_be_used_after_it(name):
     params, built = {"w": jnp.ones(3)}, []
 
@@ -215,7 +215,7 @@ def test_one_that_is_built_within_a_trace_can_be_used_after_it(name):
         chex.assert_trees_all_close(found, expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", core(TRANSFORMATIONS, *SIMPLE))
+@pytest.mark.parametrize("name", core(TRANSFORMATIONS, "clip_by_norm"))
 def test_works_the_same_without_jit(name):
     tx, params = made(name), jax.tree.map(lambda x: 6 * x, PARAMS)
     update, _ = compiled(name)
@@ -225,7 +225,7 @@ def test_works_the_same_without_jit(name):
     chex.assert_trees_all_close(plain, fast, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", core(TRANSFORMATIONS, "skip_bad_steps", *LEARNING))
+@pytest.mark.parametrize("name", core(TRANSFORMATIONS, *LEARNING))
 def test_works_for_an_ensemble_under_vmap(name):
     tx, params = made(name), jax.tree.map(lambda x: jnp.stack([x] * 4), PARAMS)
     grads = jax.tree.map(lambda x: jnp.arange(1.0 * x.size).reshape(x.shape), params)

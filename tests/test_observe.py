@@ -90,6 +90,7 @@ def test_the_norm_of_an_update_is_told_where_a_threshold_watches_it():
         assert f"`{name}`" in sg.metrics.__doc__
 
 
+@pytest.mark.slow
 def test_limits_of_like_thresholds_are_numbered():
     rules = [sg.clip(sg.fixed(limit)) for limit in (3.0, 2.0)]
     tx = sg.guard(optax.sgd(0.1), *rules)
@@ -108,6 +109,7 @@ def test_names_stay_with_their_limits_when_the_state_has_been_through_jit():
     assert seen["clip_fixed_grad_norm_limit"] == 2.0
 
 
+@pytest.mark.slow
 def test_a_loss_that_was_not_passed_is_nan_and_a_lambda_is_called_signal():
     rule = sg.skip(sg.fixed(1.0, of=lambda updates, params, extra: jnp.float32(0.0)))
     tx = sg.guard(optax.sgd(0.1), rule)

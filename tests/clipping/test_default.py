@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 from helpers.clipping import PARAMS, flatten, gradients, leaf_norms, packed, run, tree
+from helpers.marking import core
 
 import stablegrad as sg
 
@@ -37,7 +38,9 @@ def kept(out, flat):
     return np.linalg.norm(out, axis=1) / np.linalg.norm(np.float64(flat), axis=1)
 
 
-every = pytest.mark.parametrize("name", CLIPS)
+every = pytest.mark.parametrize(
+    "name", core(CLIPS, "clip_by_norm", "clip_by_zscore", "clip_by_max")
+)
 
 
 @pytest.mark.parametrize("bad", [np.nan, -np.inf])
@@ -240,6 +243,7 @@ def test_moments_are_reset_on_a_spike_with_their_correction():
     assert np.abs(updates[106]).max() > 0.3
 
 
+@pytest.mark.slow
 def test_moments_are_reset_on_a_clock_if_asked_to():
     tx = sg.clip_by_second_moment(inner=optax.adam(1.0), reset_every=30)
     _, resets, counts = adam_run(tx, gradients(100))

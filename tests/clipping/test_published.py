@@ -188,6 +188,7 @@ def test_an_inf_turns_into_zeros_and_a_nan_as_published():
     chex.assert_tree_all_finite(state)
 
 
+@pytest.mark.slow
 def test_optax_agrees_where_both_are_defined():
     for max_norm in (0.1, 1.0, 30.0):
         out, _ = run(sg.clip_by_norm(max_norm), FLAT)

@@ -120,6 +120,7 @@ def test_muon_trains_through_the_faults_in_its_own_and_its_adam_leaves():
         assert_untouched(run, step)
 
 
+@pytest.mark.slow
 def test_a_guard_around_transparent_sam_rejects_either_of_its_two_passes():
     assert dies(transparent_sam(SGD))
     run = train(guarded(transparent_sam(SGD)))

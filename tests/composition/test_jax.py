@@ -101,7 +101,8 @@ DONATED = {
 }
 
 
-@pytest.mark.parametrize("name", core(DONATED, "adam"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DONATED)
 def test_parameters_and_state_can_be_donated_from_the_first_step_on(name):
     tx = guarded(DONATED[name])
     step = jax.jit(functools.partial(one_step, tx), donate_argnums=(0, 1))
@@ -138,7 +139,7 @@ STRICT = {
 }
 
 
-@pytest.mark.parametrize("name", STRICT)
+@pytest.mark.parametrize("name", core(STRICT, "clip_by_zscore", "clip_by_max"))
 def test_strict_dtype_promotion_is_passed(name, strict):
     tx = STRICT[name]()
     update = functools.partial(optax.with_extra_args_support(tx).update, value=None)

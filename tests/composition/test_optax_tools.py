@@ -52,6 +52,7 @@ def test_init_takes_a_shape_dtype_struct(make):
     assert described(abstract) == described(concrete)
 
 
+@pytest.mark.slow
 def test_a_state_set_to_zeros_trains_on():
     tx = sg.stabilize(optax.adam(0.1))
 
@@ -66,6 +67,7 @@ def test_a_state_set_to_zeros_trains_on():
     assert sg.events(state) == []
 
 
+@pytest.mark.slow
 def test_apply_takes_a_guard_with_a_wrapped_update():
     tx = sg.guard(optax.adam(0.1))
     calls = []

@@ -51,6 +51,7 @@ def test_injected_hyperparameters_wait_while_a_step_is_rejected():
     assert rates[NAN_STEP] == rates[NAN_STEP - 1] > rates[NAN_STEP + 1]
 
 
+@pytest.mark.slow
 def test_a_rate_in_a_guarded_state_can_be_set_between_steps():
     tx = guarded(optax.inject_hyperparams(optax.sgd)(learning_rate=0.1))
     params = start()
@@ -111,6 +112,7 @@ def test_what_a_mask_leaves_out_is_not_guarded_by_a_guard_inside_it():
     assert dies(tx)  # The nan reaches the bias, which no guard sees.
 
 
+@pytest.mark.slow
 def test_a_guard_around_a_partition_holds_all_groups():
     inner = optax.partition({"first": ADAM, "last": optax.sgd(0.05)}, LABELS)
     assert dies(inner)

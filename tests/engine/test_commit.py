@@ -80,7 +80,7 @@ def test_an_element_of_the_update_is_kept_out_and_the_others_move(size, apply):
     assert_one_event(state, "keep_out")
 
 
-@pytest.mark.parametrize("apply", [False, True], ids=["update", "apply"])
+@pytest.mark.parametrize("apply", core([False, True], False), ids=["update", "apply"])
 def test_an_element_of_the_inner_state_is_kept_out_and_the_step_is_taken(apply):
     tx = sg.guard(dividing("memory"))
     _, state, (trail, seen, inner) = scan(
@@ -98,7 +98,7 @@ def test_an_element_of_the_inner_state_is_kept_out_and_the_step_is_taken(apply):
 
 
 @on_cpu
-@pytest.mark.parametrize("apply", [False, True], ids=["update", "apply"])
+@pytest.mark.parametrize("apply", core([False, True], True), ids=["update", "apply"])
 def test_a_large_step_that_would_break_the_inner_state_is_rejected(apply):
     tx = sg.guard(dividing("memory"))
     _, state, (trail, seen, inner) = scan(
@@ -113,6 +113,7 @@ def test_a_large_step_that_would_break_the_inner_state_is_rejected(apply):
     assert_one_event(state, "skip", "nonfinite_state")
 
 
+@pytest.mark.slow
 @on_cpu
 def test_a_large_step_that_is_not_inspected_keeps_the_parameters_finite():
     tx = sg.guard(dividing("update"))

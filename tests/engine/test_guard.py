@@ -117,6 +117,7 @@ def test_a_state_that_holds_infinity_on_purpose_is_left_alone():
     assert not sg.metrics(state)["skipped"]
 
 
+@pytest.mark.slow
 def test_float16_adam_on_zero_gradients_never_emits_a_nan():
     # 1e-8 is zero in float16, so Adam divides zero by zero.
     params = {"w": jnp.ones((3,), jnp.float16)}

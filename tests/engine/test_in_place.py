@@ -97,6 +97,7 @@ def test_members_of_an_ensemble_decide_alone_in_one_trace(apply):
         assert moved.tolist() == [True, grads is healthy, True]
 
 
+@pytest.mark.slow
 def test_the_norm_of_the_update_is_exact_where_a_threshold_watches_it():
     rng = np.random.default_rng(0)
     shapes = {

@@ -132,7 +132,7 @@ def test_one_value_fn_compiles_one_program():
 
 
 def test_an_unjitted_update_does_what_a_jitted_one_does():
-    tx = sg.guard(optax.adam(0.1), sg.clip(sg.zscore(2.5)))
+    tx = sg.guard(optax.adam(0.1), sg.skip())
     grads = {"w": jnp.arange(6.0).reshape(3, 2)}
     plain, state = tx.update(grads, tx.init(PARAMS), PARAMS, value=1.0)
     jitted, other = jax.jit(tx.update)(grads, tx.init(PARAMS), PARAMS, value=1.0)

@@ -81,7 +81,7 @@ def norms_by_hand(name, grads):
 
 
 @every
-@pytest.mark.parametrize("scale", [1e-15, 1.0, 1e15])
+@pytest.mark.parametrize("scale", core([1e-15, 1.0, 1e15], 1e15))
 def test_norms_of_groups_are_those_written_out(name, scale):
     per, count = GRANULARITIES[name]
     grads = jax.tree.map(
@@ -110,7 +110,7 @@ def test_factors_reach_the_elements_of_their_group(name):
 
 
 @every
-@pytest.mark.parametrize("scale", [1e-15, 1.0, 1e15])
+@pytest.mark.parametrize("scale", core([1e-15, 1.0, 1e15], 1e15))
 def test_one_pass_tells_what_the_two_measurements_tell(name, scale):
     per, count = GRANULARITIES[name]
     grads = jax.tree.map(
@@ -229,6 +229,7 @@ def test_only_norms_have_groups():
         sg.fixed(1.0, of="value", per="unit")
 
 
+@pytest.mark.slow
 def test_a_function_may_leave_out_every_leaf():
     tx = sg.guard(optax.sgd(1.0), sg.clip(sg.zscore(2.5, per=lambda path, leaf: None)))
     params = {"w": jnp.ones(3)}

@@ -38,6 +38,7 @@ def as_the_error_says(model):
     return lambda p: loss_of(nnx.merge(graphdef, p, rest, copy=True), X)
 
 
+@pytest.mark.slow
 def test_an_nnx_optimizer_is_held_with_batch_statistics_and_dropout():
     model = Model(nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, TX, wrt=nnx.Param)

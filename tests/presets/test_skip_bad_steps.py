@@ -109,6 +109,7 @@ def test_a_lasting_shift_is_taken_within_100_steps_by_default(rule):
     assert skipped[600] and not skipped[700:].any()
 
 
+@pytest.mark.slow
 def test_a_lasting_shift_is_refused_for_ever_by_axlearn_as_published():
     norms = np.random.default_rng(0).lognormal(0, 0.1, STEPS)
     norms[600:] *= 50.0

@@ -61,6 +61,7 @@ def test_it_is_the_guard_that_its_docstring_spells_out():
     assert sg.metrics(runs[0][1])["backed_off_steps"] == 1
 
 
+@pytest.mark.slow
 def test_healthy_steps_are_left_alone():
     norms, values = healthy(5000)
     tx = sg.stabilize(optax.sgd(1e-6))

@@ -115,6 +115,7 @@ def test_a_slow_regrowth_is_not_lost_to_rounding():
     assert rule.propose(state, calm).lr_scale == 1
 
 
+@pytest.mark.slow
 def test_a_traced_factor_of_nan_neither_scales_nor_stays():
     def run_with(factor):
         rule = sg.back_off(sg.fixed(5.0, of="value"), factor=factor)
@@ -290,6 +291,7 @@ def test_the_gradient_is_clipped_only_while_the_rate_is_low():
     np.testing.assert_allclose(seen["update_norm"], applied, rtol=RTOL)
 
 
+@pytest.mark.slow
 def test_a_limit_is_in_force_by_default_whenever_the_rate_is_lowered():
     seen = limited([4.0] * 3, [1.0, 9.0, 1.0], limit=sg.fixed(2.0), hold_steps=9)
     np.testing.assert_allclose(seen["clip_scale"], [1, 0.5, 0.5], rtol=RTOL)

@@ -59,6 +59,7 @@ def test_per_leaf_shrinks_only_the_leaf_that_explodes():
     )
 
 
+@pytest.mark.slow
 def test_several_clips_apply_the_smallest_factor_not_the_product():
     tx = sg.guard(
         optax.identity(), sg.clip(sg.fixed(2.0)), sg.clip(sg.fixed(1.0, per="leaf"))

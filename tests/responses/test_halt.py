@@ -52,12 +52,14 @@ def test_nonfinite_steps_count_across_outliers_until_one_is_taken():
     np.testing.assert_array_equal(seen["halted"], [0, 0, 0, 1, 0, 0])
 
 
+@pytest.mark.slow
 def test_a_guard_without_halt_never_halts():
     tx = sg.guard(optax.sgd(0.1), sg.skip())
     _, state, _ = scan(tx, of_norm(np.full(50, np.nan)), PARAMS)
     sg.raise_if_halted(state)
 
 
+@pytest.mark.slow
 def test_the_exception_names_the_members_of_an_ensemble():
     tx = sg.guard(optax.sgd(0.1), sg.skip(), sg.halt(after=1))
     params = {"w": jnp.zeros((3, 2))}

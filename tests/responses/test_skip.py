@@ -71,6 +71,7 @@ def test_a_nan_within_a_run_of_outliers_neither_ends_nor_lengthens_it():
     np.testing.assert_array_equal(flags, np.array([0, 1, 1, 1, 1, 0, 0], bool))
 
 
+@pytest.mark.slow
 def test_a_bad_loss_does_not_use_up_the_patience_with_outliers():
     norms, values = [1, 9, 9, 9, 9, 1], [1, np.nan, np.nan, 1, 1, 1]
     rules = (sg.fixed(2.0), sg.nonfinite(of="value"))
@@ -79,6 +80,7 @@ def test_a_bad_loss_does_not_use_up_the_patience_with_outliers():
     np.testing.assert_array_equal(flags, np.array([0, 1, 1, 1, 1, 0], bool))
 
 
+@pytest.mark.slow
 def test_two_skips_cannot_reset_each_others_patience():
     norms, values = [1, 9] * 20, [9, 1] * 20
     tx = sg.guard(
@@ -116,6 +118,7 @@ def test_an_outlying_update_is_rejected_after_the_inner_optimizer_has_run():
     np.testing.assert_array_equal(params["w"][1], params["w"][0])
 
 
+@pytest.mark.slow
 def test_a_function_that_is_not_finite_is_a_reason_of_its_own():
     def of_loss(updates, params, extra):
         del updates, params
@@ -142,6 +145,7 @@ def test_rejects_arguments_out_of_range():
         sg.skip(sg.skip())
 
 
+@pytest.mark.slow
 def test_an_infinite_loss_does_not_count_as_a_finite_outlier():
     tx = sg.guard(optax.sgd(0.1), sg.skip(sg.fixed(1.0, of="value"), max_consecutive=2))
     flags, *_ = skipped(tx, np.ones(5), [np.inf, np.inf, 5, 5, 5])

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.devices(DEVICES)
 
 SHARES = np.arange(4.0 * DEVICES, dtype=np.float32).reshape(DEVICES, 4)
 MEAN_NORM = np.linalg.norm(SHARES.mean(0))
-MAPPINGS = core(["tracked", "untracked", "pmap"], "tracked", "pmap")
+MAPPINGS = core(["tracked", "untracked", "pmap"], "tracked")
 
 
 def averaging(tx):

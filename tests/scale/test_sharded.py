@@ -112,7 +112,7 @@ PLAIN = {"w": jnp.arange(32.0).reshape(8, 4) / 10, "b": jnp.ones(4)}
 @pytest.mark.parametrize(
     "tx",
     [
-        sg.clip_by_norm(1.0),
+        pytest.param(sg.clip_by_norm(1.0), marks=pytest.mark.slow),
         pytest.param(sg.clip_by_param_norm(), marks=pytest.mark.slow),
         sg.guard(optax.sgd(1.0), sg.clip(sg.fixed(1.0)), sg.skip()),
     ],
@@ -130,9 +130,8 @@ def test_axes_may_be_auto_or_explicit(tx, kind):
         assert updates["w"].sharding.spec[0] == "d"
 
 
-@pytest.mark.parametrize(
-    "kind", core([AxisType.Auto, AxisType.Explicit], AxisType.Explicit), ids=str
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 def test_the_trust_region_probes_on_a_mesh(kind):
     params = jax.device_put(PLAIN, explicit_or_auto(kind))
     tx = sg.guard(optax.sgd(50.0), sg.trust_region())

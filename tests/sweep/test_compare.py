@@ -186,7 +186,7 @@ def test_convolutions_on_a_cpu_are_stepped_outside_of_a_loop_with_the_same_resul
 
 
 def test_candidates_and_rates_see_the_same_batches_and_weights():
-    rows = compare(["sgd", "adam"], data=noisy, params=scattered, seeds=[4, 7]).rows
+    rows = compare(["sgd", "momentum"], data=noisy, params=scattered, seeds=[4, 7]).rows
     first = np.stack([row.train[..., 0] for row in rows])
     assert first.shape == (2, 3, 2)
     np.testing.assert_allclose(first - first[:1, :1], 0.0, atol=1e-6)

@@ -139,6 +139,7 @@ def test_it_gives_up_where_the_loss_is_finite_nowhere(kind):
     assert 0 < found.part < 1e-6 and jnp.isfinite(found.slope)
 
 
+@pytest.mark.slow
 def test_curvature_at_the_parameters_is_all_that_hvp_sees():
     wall = lambda p: jnp.where(p[0] > 0.5, jnp.nan, quadratic(p - 1))
     attempt = along(jnp.zeros(2), jnp.array([1.0, 0.0]), wall)
@@ -185,6 +186,7 @@ def test_complex_leaves_count_as_pairs_and_integers_not_at_all(kind):
     np.testing.assert_allclose(found.excess, 0.5 * 0.05**2 * second, rtol=1e-4)
 
 
+@pytest.mark.slow
 @BOTH
 def test_half_precision_parameters_are_summed_in_float32(kind):
     params = jnp.ones(2000, jnp.bfloat16)
