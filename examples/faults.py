@@ -24,8 +24,8 @@ class Plan(NamedTuple):
         at = lambda share: int(share * steps)
         return cls(
             huge_batch=at(0.05),
-            nan_batch=at(0.2),
-            wrong_labels=range(at(0.35), at(0.35) + max(1, min(15, steps // 40))),
+            nan_batch=at(0.15),
+            wrong_labels=range(at(0.25), at(0.25) + max(1, min(15, steps // 40))),
             nan_burst=range(at(0.5), at(0.5) + 3),
             high_rate=at(0.65),
         )
@@ -54,7 +54,7 @@ def draw(histories: dict[str, list[dict]], plan: Plan, path: Path) -> None:
     """Loss, gradient norm and learning-rate scale over the steps, skips marked."""
     figure = Figure(figsize=(10, 8), layout="constrained")
     axes = figure.subplots(3, 1, sharex=True, height_ratios=(3, 3, 2))
-    colors = dict(zip(histories, ("C3", "C1", "C0", "0.6"), strict=True))
+    colors = dict(zip(histories, ("C3", "C1", "C2", "C0", "0.6"), strict=True))
     for name, history in histories.items():
         style = {"color": colors[name], "label": name, "linewidth": 1}
         for axis, key in ((axes[0], "loss"), (axes[1], "grad_norm")):
@@ -77,7 +77,7 @@ def draw(histories: dict[str, list[dict]], plan: Plan, path: Path) -> None:
             axis.axvspan(start, start + max(width, 2), color="0.9", zorder=0)
     for name, (start, _) in spans(plan).items():
         axes[0].annotate(name, (start, 1.02), xycoords=("data", "axes fraction"))
-    axes[1].legend(loc="upper left", ncols=4)
+    axes[1].legend(loc="upper left", ncols=5)
     axes[2].set_xlabel("step (values beyond 1e-4 to 1e4 are drawn at the edge)")
     figure.savefig(path, dpi=110)
 

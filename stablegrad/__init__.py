@@ -10,6 +10,7 @@ from ._observe import (
     TrainingHalted as TrainingHalted,
     events as events,
     is_healthy as is_healthy,
+    keep_if_skipped as keep_if_skipped,
     metrics as metrics,
     raise_if_halted as raise_if_halted,
 )

@@ -1,6 +1,7 @@
 """Argument checks, done once: when a piece is built, or when a step is traced."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -87,16 +88,31 @@ def require_optimizer(asker: str, thing) -> None:
         )
 
 
+PASS_VALUE = """Pass it:
+  optax: updates, state = tx.update(grads, state, params, value=loss)
+  apply: params, state = sg.apply(tx, grads, state, params, value=loss)
+  NNX:   optimizer.update(model, grads, value=loss)
+  Linen: from stablegrad.integrations.linen import apply_gradients
+         state = apply_gradients(state, grads=grads, value=loss)
+         (`TrainState.apply_gradients` does not forward `value=`)"""
+
+
 def missing_value(asker: str) -> ValueError:
-    """The error for a step without `value=`, with the cure for each way to train."""
+    """Return the error for a step without `value=`, with the cure for each way."""
     return ValueError(
-        f"{asker} judges the loss, but the step got no `value=`. Pass it:\n"
-        "  optax: updates, state = tx.update(grads, state, params, value=loss)\n"
-        "  apply: params, state = sg.apply(tx, grads, state, params, value=loss)\n"
-        "  NNX:   optimizer.update(model, grads, value=loss)\n"
-        "  Linen: updates, opt_state = state.tx.update(\n"
-        "             grads, state.opt_state, state.params, value=loss)\n"
-        "         (`TrainState.apply_gradients` does not forward `value=`)"
+        f"{asker} judges the loss, but the step got no `value=`. {PASS_VALUE}"
+    )
+
+
+def unseen_value(extra: dict[str, Any]) -> str:
+    """Return the warning for a step without `value=` where it is not required."""
+    given = ", ".join(f"`{name}=`" for name in extra)
+    instead = f"only {given}, which no threshold judges" if given else "nothing"
+    return (
+        "this guard can judge the loss, but the step got no `value=`: a loss that "
+        "rises or is not finite goes unseen. By name it got "
+        f"{instead}. {PASS_VALUE}\n"
+        "Pass `value=None` to say that the loss is not to be judged."
     )
 
 

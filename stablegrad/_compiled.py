@@ -12,42 +12,42 @@ from ._checks import matching_params
 NUMBERS = (jax.Array, np.ndarray, np.generic, bool, int, float, complex)
 
 
-class CompiledUpdate:
-    """An update function that compiles once when it is called outside of a trace.
+def compiled(
+    update: Callable[..., Any], check: Callable[[Any, Any], None] | None = None
+) -> Callable[..., Any]:
+    """Return an update that compiles once when it is called outside of a trace.
 
     Called with tracers, it is the plain function. Extra arguments that are no numbers,
     such as `value_fn=`, are constants of the compiled program. A new object compiles a
     new program, and the old one is dropped with all that it refers to.
+
+    Args:
+        update: A function (updates, state, params, **extra).
+        check: Raises if the state, or the tree that the step is like, is a wrong one.
     """
+    program: Any = None
+    constants: dict[str, Any] = {}  # Those of the program, by name.
 
-    def __init__(
-        self, update: Callable[..., Any], check: Callable[[Any], None] | None = None
-    ):
-        """Wrap `update(updates, state, params, **extra)`, and `check(state)`."""
-        self._update = update
-        self._check = check
-        self._constants: dict[str, Any] | None = None
-        self._program: Any = None
-
-    def __call__(self, updates, state, params=None, **extra) -> Any:
-        """Take one step."""
-        if self._check is not None:
-            self._check(state)
+    def compiled_update(updates, state, params=None, **extra) -> Any:
         params = matching_params(params, updates)
+        if check is not None:
+            check(state, updates if params is None else params)
         arguments = (updates, state, params, extra)
         if any(isinstance(x, Tracer) for x in jax.tree.leaves(arguments)):
-            return self._update(updates, state, params, **extra)
+            return update(updates, state, params, **extra)
+        nonlocal program, constants
         traced = {name: x for name, x in extra.items() if _is_numeric(x)}
-        constants = {name: x for name, x in extra.items() if name not in traced}
-        if self._program is None or not _same(constants, self._constants):
-            update = self._update
-            self._program = jax.jit(
+        others = {name: x for name, x in extra.items() if name not in traced}
+        if program is None or not _same(others, constants):
+            constants = others
+            program = jax.jit(
                 lambda updates, state, params, traced: update(
-                    updates, state, params, **traced, **constants
+                    updates, state, params, **traced, **others
                 )
             )
-            self._constants = constants
-        return self._program(updates, state, params, traced)
+        return program(updates, state, params, traced)
+
+    return compiled_update
 
 
 def _is_numeric(argument) -> bool:
@@ -55,8 +55,7 @@ def _is_numeric(argument) -> bool:
     return bool(leaves) and all(isinstance(leaf, NUMBERS) for leaf in leaves)
 
 
-def _same(constants: dict[str, Any], others: dict[str, Any] | None) -> bool:
-    return others is not None and (
-        constants.keys() == others.keys()
-        and all(constants[name] is others[name] for name in constants)
+def _same(constants: dict[str, Any], others: dict[str, Any]) -> bool:
+    return constants.keys() == others.keys() and all(
+        constants[name] is others[name] for name in constants
     )

@@ -125,15 +125,16 @@ def events(state: Any, params: Any = None) -> list[Event]:
     return sorted(listed, key=lambda event: (event.member or 0, event.step))
 
 
-def is_healthy(state: Any, params: Any = None) -> jax.Array:
-    """Tells whether a run can go on: parameters finite, no guard halted.
+def is_healthy(state: Any, *trees: Any, params: Any = None) -> jax.Array:
+    """Return whether a run can go on: no guard halted, and all given trees finite.
 
-    The state needs no look: a guard keeps finite what was finite, and an optimizer may
-    hold an inf on purpose.
+    The optimizer state needs no look: a guard keeps finite what was finite, and an
+    optimizer may hold an inf on purpose.
 
     Args:
         state: A state that holds a guard's anywhere, as for `metrics`.
-        params: The parameters, looked at if given.
+        *trees: Parameters, batch statistics and other pytrees to look at.
+        params: One more of them.
 
     Returns:
         A rank-0 bool, usable inside jit. A single skipped step is healthy.
@@ -155,8 +156,52 @@ def is_healthy(state: Any, params: Any = None) -> jax.Array:
         rest = tuple(range(len(members), leaf.ndim))
         return jnp.any(~jnp.isfinite(leaf), axis=rest)
 
-    bad = [any_bad(leaf) for leaf in _trees.inexact_leaves(params)]
+    bad = [any_bad(leaf) for leaf in _trees.inexact_leaves((*trees, params))]
     return ~jnp.any(jnp.stack([*map(jnp.asarray, halted), *bad]), axis=0)
+
+
+def keep_if_skipped(state: Any, old: Any, new: Any) -> Any:
+    """Return `old` if the last step was skipped, else `new`.
+
+    A guard keeps parameters and optimizer state as they were when it skips a step. This
+    does the same for what the step changed besides: batch statistics, an average of the
+    parameters, counters of random numbers, a position in the data.
+
+    Args:
+        state: The optimizer state after the step. It holds a guard's anywhere, as for
+            `metrics`; of several guards, one that skipped is enough.
+        old: A pytree of arrays from before the step. It must not be changed in place
+            meanwhile: `nnx.state(model, ...)` refers to the model's own variables, so
+            take `jax.tree.map(lambda x: x, nnx.state(model, nnx.BatchStat))`.
+        new: The same after the step, nan and inf included.
+
+    Returns:
+        A pytree like `new`, bit for bit one or the other; usable inside jit.
+
+    Raises:
+        ValueError: If there is no guard in the state, or the trees differ.
+
+    Example:
+        >>> import jax.numpy as jnp, optax
+        >>> import stablegrad as sg
+        >>> params = jnp.ones(2)
+        >>> tx = sg.guard(optax.sgd(0.1), sg.skip())
+        >>> _, state = tx.update(jnp.full(2, jnp.nan), tx.init(params), params)
+        >>> stats = {"mean": jnp.zeros(2)}
+        >>> sg.keep_if_skipped(state, stats, {"mean": jnp.full(2, jnp.nan)})["mean"]
+        Array([0., 0.], dtype=float32)
+    """
+    found = _reading.guards(state)
+    skipped = jnp.asarray(_reading.last_step(found[0]).skipped)
+    for other in found[1:]:
+        skipped |= _reading.last_step(other).skipped
+
+    def choose(before, after):
+        extra = np.ndim(after) - skipped.ndim
+        flag = skipped.reshape(skipped.shape + (1,) * extra)
+        return jnp.where(flag, before, after)
+
+    return jax.tree.map(choose, old, new)
 
 
 def raise_if_halted(state: Any) -> None:

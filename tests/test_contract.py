@@ -55,6 +55,7 @@ NEED_PARAMS = {"clip_by_param_norm"}
 PIECES = {
     "fixed",
     "nonfinite",
+    "rarity",
     "zscore",
     "ema_ratio",
     "window_zscore",
@@ -64,6 +65,7 @@ PIECES = {
 }
 RESPONSES = {"clip", "skip", "back_off", "trust_region", "halt"}
 READERS = {"metrics", "events", "is_healthy", "raise_if_halted", "apply"}
+KEEPERS = {"keep_if_skipped"}
 BEFORE_TRAINING = {"critical_learning_rate", "learning_rate_range_test", "sharpness"}
 IN_NETWORKS = {"limit_gradient"}
 SCHEDULES = {"explosion_aware_schedule", "observe_metric"}

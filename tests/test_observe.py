@@ -54,12 +54,11 @@ def test_every_metric_is_a_documented_scalar():
     for name in DOCUMENTED:
         assert f"`{name}`" in sg.metrics.__doc__
     assert limits == {
-        "clip_zscore_grad_norm_limit",
+        "clip_rarity_grad_norm_limit",
         "skip_nonfinite_grad_norm_limit",
         "skip_nonfinite_value_limit",
-        "skip_zscore_grad_norm_limit",
-        "skip_zscore_value_limit",
-        "back_off_zscore_value_limit",
+        "skip_rarity_grad_norm_limit",
+        "back_off_rarity_value_limit",
     }
     for number in seen.values():
         chex.assert_rank(number, 0)

@@ -121,6 +121,7 @@ ROOMS = (
     "curvature",
     "structure",
     "sweep",
+    "integrations",
 )
 
 

@@ -1,11 +1,11 @@
-"""Flax Linen: a `TrainState` whose `apply_gradients` takes `value=`.
+"""Flax Linen: a step of a `TrainState` that takes `value=`.
 
 command:   pip install -e ".[flax]" && python examples/recipes/flax_linen.py
 time:      ten seconds on two CPU cores, most of it compilation
 expected:  loss below 0.05 after 300 steps, 1 of them skipped
 
-Flax's own forwards no `value=`. And no optimizer can keep a bad batch out of the batch
-statistics: here a step that is rejected leaves them as they were, too.
+Flax's own `apply_gradients` forwards no `value=`. And no optimizer can keep a bad batch
+out of the batch statistics: a step that is skipped leaves them as they were, too.
 """
 
 from typing import Any
@@ -17,26 +17,15 @@ from flax import linen as nn
 from flax.training import train_state
 
 import stablegrad as sg
+from stablegrad.integrations.linen import apply_gradients
 
 BAD_STEP = 20
 
 
 class TrainState(train_state.TrainState):
-    """Flax's own, with batch statistics, and stepped by a guard."""
+    """Flax's own, with batch statistics."""
 
     batch_stats: Any
-
-    def apply_gradients(self, *, grads, batch_stats, **extra):
-        """One step; `extra`, such as `value=loss`, goes to the guard."""
-        params, opt_state = sg.apply(
-            self.tx, grads, self.opt_state, self.params, **extra
-        )
-        skipped = sg.metrics(opt_state)["skipped"]
-        stats = optax.tree.where(skipped, self.batch_stats, batch_stats)
-        step = self.step + 1
-        return self.replace(
-            step=step, params=params, opt_state=opt_state, batch_stats=stats
-        )
 
 
 class Model(nn.Module):
@@ -59,7 +48,8 @@ def train_step(state, x):
         return jnp.mean((out - jnp.sin(x[:, :1])) ** 2), new["batch_stats"]
 
     (loss, stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-    return state.apply_gradients(grads=grads, batch_stats=stats, value=loss), loss
+    fields = {"batch_stats": stats}
+    return apply_gradients(state, grads=grads, value=loss, fields=fields), loss
 
 
 def main(steps: int = 300) -> tuple[float, TrainState]:

@@ -5,7 +5,6 @@ compares them with a threshold. The published ones follow the recurrence of a pa
 and inf included.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from .. import _checks, _trees
-from .._compiled import CompiledUpdate
+from .._compiled import compiled
 from .._norms import OVERFLOW, measure
 from .._scales import scale_leaves
 from ..granularity._group_norms import (
@@ -74,8 +73,8 @@ def transformation(
         # Some optimizers start with one buffer in two places, which cannot be donated.
         return _trees.placed_like(_trees.distinct(init_fn(params)), params)
 
-    check = functools.partial(_checks.require_state, name, kind)
-    return optax.GradientTransformationExtraArgs(init, CompiledUpdate(update_fn, check))
+    check = lambda state, tree: _checks.require_state(name, kind, state)
+    return optax.GradientTransformationExtraArgs(init, compiled(update_fn, check))
 
 
 def clip_norms(name: str, clip: NormClip) -> optax.GradientTransformationExtraArgs:

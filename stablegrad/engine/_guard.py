@@ -21,17 +21,16 @@ multiplied once and selected once. A threshold on `update_norm`, and a response 
 probes the loss along the step, cost one more evaluation of the update.
 """
 
-import functools
 import warnings
 
 import optax
 
 from .. import _checks
-from .._compiled import CompiledUpdate
+from .._compiled import compiled
 from .._mapped_axes import AxisName, mapped_axes
 from ..granularity._groups import check_sharded
 from ..responses._base import Response
-from ._step import GuardedStep, GuardState
+from ._step import GuardedStep
 
 APPLY = "guard_apply"  # The attribute of a guard's `update` that holds its `apply`.
 
@@ -122,7 +121,6 @@ def guard(
             stacklevel=2,
         )
     step = GuardedStep(inner, responses, axes)
-    check = functools.partial(_checks.require_state, "guard", GuardState)
-    update = CompiledUpdate(step.update, check)
-    setattr(update, APPLY, CompiledUpdate(step.apply, check))
+    update = compiled(step.update, step.check)
+    setattr(update, APPLY, compiled(step.apply, step.check))
     return GuardedTransformation(step.init, update)

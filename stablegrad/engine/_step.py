@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -47,6 +48,7 @@ class GuardedStep:
         self._known = _known_arguments(self._inner.update)
         self._responses = responses
         self._axes = axes
+        self._warned = False
         self._statistics = Statistics(responses)
         self._limit_names = _decide.limit_names(responses)
 
@@ -62,6 +64,11 @@ class GuardedStep:
             _trees.encode_names(_trees.leaf_names(params)),
         )
         return _trees.placed_like(state, params)
+
+    def check(self, state, tree) -> None:
+        """Raise ValueError unless a state is this guard's, of a tree like this one."""
+        _checks.require_state("guard", GuardState, state)
+        _checks.same_leaves(state.names, _trees.leaf_names(tree))
 
     def update(self, updates, state, params=None, **extra) -> tuple[Any, GuardState]:
         """Return the updates to add to the parameters, and the next state."""
@@ -97,9 +104,8 @@ class GuardedStep:
     ) -> tuple[Any, GuardState]:
         if not self._axes.names:
             warn_of_replicas(extra.get("value"), updates)
-        params = _checks.matching_params(params, updates)
+        self._warn_of_missing_value(extra)
         like = updates if params is None else params
-        _checks.same_leaves(state.names, _trees.leaf_names(like))
         updates = _trees.floating_like(updates, like)
         step = StepContext(updates, params, like, extra, self._axes)
         packing = Packing(jax.eval_shape(lambda: self._init_numbers(like)))
@@ -178,6 +184,14 @@ class GuardedStep:
             state.columns,
             state.names,
         )
+
+    def _warn_of_missing_value(self, extra: dict[str, Any]) -> None:
+        """Warn once if a step brings no loss and a threshold could judge it."""
+        every = (t for response in self._responses for t in response.thresholds)
+        watches = any(t.of == "value" and not t.required for t in every)
+        if watches and "value" not in extra and not self._warned:
+            self._warned = True
+            warnings.warn(_checks.unseen_value(extra), stacklevel=2)
 
     def _verdict(self, states, judgements, gradient: Measurement) -> Verdict:
         """Return the verdict of all responses; a bad gradient is always rejected."""

@@ -3,7 +3,7 @@
 import jax
 import optax
 
-from .._compiled import CompiledUpdate
+from .._compiled import compiled
 from .._norms import measure
 from .._scales import scale_leaves, uniform
 from .._trees import placed_like
@@ -121,4 +121,4 @@ def scale_by_explosion_aware_schedule(
         scaled = scale_leaves(updates, scales.times(rate), updates, measured.finite)
         return scaled, after_step(parts, state, words, measured.finite)
 
-    return optax.GradientTransformationExtraArgs(init_fn, CompiledUpdate(update_fn))
+    return optax.GradientTransformationExtraArgs(init_fn, compiled(update_fn))

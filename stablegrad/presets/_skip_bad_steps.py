@@ -4,6 +4,7 @@ import jax
 import optax
 
 from .._checks import require, require_count
+from .._mapped_axes import AxisName
 from ..engine._guard import GuardedTransformation, guard
 from ..responses._halt import halt
 from ..responses._skip import skip
@@ -33,6 +34,8 @@ def skip_bad_steps(
     max_consecutive: int | jax.Array = 20,
     halt_after: int | jax.Array = 20,
     published: bool = False,
+    axis_name: AxisName = None,
+    averaged_gradients: bool = False,
 ) -> GuardedTransformation:
     """Rejects steps whose loss or gradient norm is far above that of the last ones.
 
@@ -60,6 +63,8 @@ def skip_bad_steps(
         published: Whether the decisions are exactly those of the published rule. What a
             guard promises still holds: a rejected step changes nothing, bit for bit,
             and a nan is never let through, not even before a window is half full.
+        axis_name: As for `guard`.
+        averaged_gradients: As for `guard`.
 
     Returns:
         A guarded transformation, for `update` or `stablegrad.apply`. Without `value=`
@@ -101,5 +106,9 @@ def skip_bad_steps(
     watched = [] if published else [nonfinite(), optional(nonfinite(of="value"))]
     limit = NEVER if published else max_consecutive
     return guard(
-        inner, skip(*watched, *judged, max_consecutive=limit), halt(after=halt_after)
+        inner,
+        skip(*watched, *judged, max_consecutive=limit),
+        halt(after=halt_after),
+        axis_name=axis_name,
+        averaged_gradients=averaged_gradients,
     )

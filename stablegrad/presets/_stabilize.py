@@ -47,8 +47,7 @@ def stabilize(
               skip(nonfinite(), nonfinite(of="value"),
                    rarity(share, window=window, margin=refuse_factor),
                    max_consecutive=max_consecutive),
-              back_off(rarity(share / 2, window=window, margin=loss_margin,
-                              of="value"),
+              back_off(rarity(share, window=window, margin=loss_margin, of="value"),
                        factor=factor, confirm_steps=2, hold_steps=20,
                        regrow_steps=regrow_steps, min_scale=min_scale),
               trust_region(),
@@ -70,8 +69,8 @@ def stabilize(
 
     Args:
         inner: The optimizer, any optax transformation.
-        share: Share of steps that count as rare by their gradient norm, in (0, 1). They
-            are shrunk to the norm that the others stay below.
+        share: Share of steps that count as rare by gradient norm or loss, in (0, 1).
+            Rare gradients are shrunk to the norm that the others stay below.
         window: Steps that a norm or a loss is remembered for, >= 2.
         refuse_factor: Multiple of the usual norm from which a step is refused instead
             of shrunk, >= 1. 32: what is left of so large a gradient, once shrunk, is
@@ -116,7 +115,7 @@ def stabilize(
             stacklevel=2,
         )
     refused = rarity(share, window=window, margin=refuse_factor)
-    risen = rarity(share / 2, window=window, margin=loss_margin, of="value")
+    risen = rarity(share, window=window, margin=loss_margin, of="value")
     return guard(
         inner,
         clip(rarity(share, window=window, per=per)),

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from .._checks import require
-from .._norms import LARGEST
 from ..granularity._group_norms import group_scales
 from ..thresholds._base import Judgement, Threshold
 from ..thresholds._signals import Signal, is_outgoing
 from ._base import Response, check_thresholds, proceed
 from ._clip import factors
 from ._explosions import (
+    MOST_EXCESS,
     Explosion,
     ExplosionSettings,
     ExplosionState,
@@ -155,6 +155,7 @@ def explosion(
         if threshold.name == "nonfinite":
             above |= bad
         exploded |= jnp.any(above)
-        over = jnp.where(bad, LARGEST, judgement.signal - judgement.limit)
+        over = jnp.minimum(judgement.signal - judgement.limit, MOST_EXCESS)
+        over = jnp.where(bad, MOST_EXCESS, over)
         excess.append(jnp.max(jnp.where(above, over, 0.0), initial=0.0))
     return Explosion(exploded, unknown, jnp.stack(excess))

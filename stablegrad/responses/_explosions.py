@@ -18,6 +18,7 @@ from .._checks import require, require_steps
 from .._norms import LARGEST
 from .._trees import increment
 
+MOST_EXCESS = LARGEST / 4  # Also that of a signal that is not finite.
 FURTHER = 2.0  # A rise is a further one if its excess is that many times the last.
 
 
@@ -26,8 +27,7 @@ class Explosion(NamedTuple):
 
     exploded: jax.Array  # bool, (): some threshold is exceeded.
     unknown: jax.Array  # bool, (): some signal is not finite.
-    # float32 (thresholds,), >= 0: how far above its limit each signal is, 0 if it is
-    # not. At most a quarter of the largest number, also where it is not finite.
+    # float32 (thresholds,), in [0, MOST_EXCESS]: how far above its limit a signal is.
     excess: jax.Array
 
 
@@ -108,7 +108,5 @@ def after_step(
             jnp.where(seen.unknown, state.explosion_run, 0),
         ),
         may_cut=taken | (state.may_cut & ~cuts),
-        excess_at_cut=jnp.where(
-            cuts, jnp.minimum(seen.excess, LARGEST / 4), state.excess_at_cut
-        ),
+        excess_at_cut=jnp.where(cuts, seen.excess, state.excess_at_cut),
     )

@@ -14,17 +14,19 @@ from ._base import Family, Scope, Threshold
 from ._signals import Signal, check_signal, is_norm
 
 # Distances above the level whose frequency is counted, in octaves. Halves instead of
-# thirds miss an outlier of six deviations where the deviation is 5 %.
-EDGES = np.arange(-23, 73, dtype=np.float32) / 3
+# thirds miss an outlier of six deviations where the deviation is 5 %. The least one
+# keeps the limit of a constant signal above its rounding.
+EDGES = np.arange(1, 73, dtype=np.float32)[None] / 3
 LEVEL_WEIGHT = 0.03  # Weight of a step in the level and the spread.
 MOST_OCTAVES = 3.0  # A norm moves its level as if it were no further away.
 MOST_SPREADS = 8.0  # The same for other signals, in spreads.
 PATIENCE = 4  # Unusual values in a row after which more of their size are usual.
 LASTING = 12  # Unusual values in a row after which the level moves to them.
 RUN_WEIGHT = 1 / 8  # Least weight of a value in the mean of its run.
-EARLY_STEPS = 10  # Values of a norm until which a limit is this much wider:
-EARLY_OCTAVES = 4.0
-SECOND_OCTAVES = 6.0  # Further octaves for the second value.
+# Until so many values of a norm have been seen, the limit is so many octaves wider.
+EARLY = ((1, np.inf), (2, 6.0), (10, 3.0), (100, 1.0))
+FIRST_COUNTED = 10  # Values that other signals take before their spread means much.
+ALONE = 1.5  # A single value, which weighs 1, is no more than that many.
 ARMED_AFTER = 50  # Values before a signal that is no norm is held against a limit.
 UNBOUNDED_STEPS = 30  # Values that move level and spread in full before that.
 LEAST_SPREAD = 1e-3  # Relative to the level: a spread is never zero.
@@ -56,17 +58,18 @@ def rarity(
 
         r_t = y_t - level;    level += w' clip(r_t, -3, 3),  w' = max(0.03, 1 / t)
         tail_k += w ([r_t >= edge_k] - tail_k),              w = max(1 / window, 1 / t)
-        reach = least edge_k with tail_k <= share
+        reach = least edge_k with tail_k <= max(share, 1.5 w)
         limit_{t+1} = margin * 2^(level + reach)
 
-    The edges lie a third of an octave apart, from 8 octaves below the level to 24
-    above. No value is bounded before it is counted, and none starts the statistics
-    again: an outlier weighs 1 / `window` and hides nothing, and what comes again is
-    usual after about share * window times. So that the limit does not stay open after a
-    burst, a value above it is counted only if the one before it was not. From the
-    fourth unusual value in a row on, up to twice their mean is usual as well; after the
-    twelfth, the level moves to their mean. The first norm is taken on trust, the second
-    up to 2^10 times the first, and those up to the tenth up to 2^4 times the limit.
+    The edges lie a third of an octave apart, up to 24 octaves above the level. No value
+    is bounded before it is counted, and none starts the statistics again: an outlier
+    weighs 1 / `window` and hides nothing, and what comes again is usual after about
+    share * window times. So that the limit does not stay open after a burst, a value
+    above it is counted only if the one before it was not. From the fourth unusual value
+    in a row on, up to twice their mean is usual as well; after the twelfth, the level
+    moves to their mean. The first norm is taken on trust, the second up to 2^10 times
+    the first, those up to the tenth up to 2^4 times the limit, and those up to the
+    hundredth up to twice the limit.
 
     Other signals can be negative. They are followed with y_t = x_t, their level m and
     mean absolute distance s with bounded residuals, and
@@ -78,12 +81,11 @@ def rarity(
     Args:
         share: Share of steps above the limit that is taken for chance, in (0, 1). About
             as many healthy steps are flagged, whatever their distribution.
-        window: Steps that a value is remembered for, >= 2. An outlier that comes alone
-            stays one if share * window > 1.
+        window: Steps that a value is remembered for, >= 2.
         margin: Factor on the limit of a norm, or on a limit's distance from the level,
             >= 1. The statistics do not depend on it.
         of: What is measured, as for `fixed`.
-        per: For what, as for `fixed`. The state holds 96 float32 a group.
+        per: For what, as for `fixed`. The state holds 72 float32 a group.
 
     Returns:
         A threshold for a response. A nan or inf is never usual, and never enters the
@@ -117,21 +119,18 @@ def _rule(settings: tuple):
         for x in settings
     )
     is_log = norm > 0
-    column = lambda x: x[:, None] if x.ndim else x
 
     def init(groups: int) -> RarityState:
         zeros = jnp.zeros((groups,), jnp.float32)
         none = jnp.zeros((groups,), jnp.int32)
-        tail = jnp.zeros((groups, len(EDGES)), jnp.float32)
+        tail = jnp.zeros((groups, EDGES.size), jnp.float32)
         return RarityState(tail, zeros, zeros, zeros, zeros, none, none)
 
     def base_reach(state: RarityState) -> jax.Array:
         """Return the octaves from the level to the limit without margin or run."""
-        early = jnp.where(state.seen < EARLY_STEPS, EARLY_OCTAVES, 0.0)
-        early += jnp.where(state.seen < 2, SECOND_OCTAVES, 0.0)
+        early = sum(jnp.where(state.seen < last, wider, 0.0) for last, wider in EARLY)
         unarmed = jnp.where(state.seen < ARMED_AFTER, jnp.inf, 0.0)
-        first = jnp.where(state.seen < 1, jnp.inf, early)
-        return state.reach + jnp.where(is_log, first, unarmed)
+        return state.reach + jnp.where(is_log, early, unarmed)
 
     def spread_of(state: RarityState) -> jax.Array:
         floor = LEAST_SPREAD * jnp.abs(state.level) + 1e-30
@@ -157,12 +156,13 @@ def _rule(settings: tuple):
         unusual = r > base_reach(state)
         before = state.seen.astype(jnp.float32)
         # A spread means little before it has been followed for some steps.
-        counted = before - jnp.where(is_log, 0, EARLY_STEPS)
+        counted = before - jnp.where(is_log, 0, FIRST_COUNTED)
         counts = (~unusual | (state.run == 0)) & (counted >= 0)
         weight = jnp.maximum(1 / window, 1 / (jnp.maximum(counted, 0.0) + 1))
+        allowed = jnp.maximum(share, ALONE * weight)[:, None]
         weight = jnp.where(counts, weight, 0.0)[:, None]
         tail = state.tail + weight * ((r[:, None] >= EDGES) - state.tail)
-        rare = jnp.where(tail <= column(share), EDGES, EDGES[-1])
+        rare = jnp.where(tail <= allowed, EDGES, EDGES[:, -1:])
         run = jnp.where(unusual, state.run + 1, 0)
         part = jnp.maximum(1 / jnp.maximum(run, 1).astype(jnp.float32), RUN_WEIGHT)
         run_mean = state.run_mean + part * (value - state.run_mean)

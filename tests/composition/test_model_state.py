@@ -5,9 +5,11 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from flax import nnx
+from flax import linen, nnx
+from flax.training import train_state
 
 import stablegrad as sg
+from stablegrad.integrations.linen import apply_gradients
 
 STEPS, NAN_STEP = 30, 10
 X = jax.random.normal(jax.random.key(0), (STEPS, 16, 3)).at[NAN_STEP].set(jnp.nan)
@@ -27,7 +29,7 @@ def loss_fn(model, x):
     return jnp.mean((model(x) - x[:, :1]) ** 2)
 
 
-def trained(keep_statistics):
+def trained(keep):
     """A model after some steps, one of them on a nan batch."""
     model = Model(nnx.Rngs(0))
     optimizer = nnx.Optimizer(
@@ -36,12 +38,14 @@ def trained(keep_statistics):
 
     @nnx.jit
     def step(model, optimizer, x):
-        before = nnx.state(nnx.clone(model), nnx.BatchStat)
+        before = nnx.state(model, nnx.BatchStat)
+        if keep != "an alias":
+            before = jax.tree.map(lambda leaf: leaf, before)
         optimizer.update(model, nnx.grad(loss_fn)(model, x))
-        if keep_statistics:
-            skipped = sg.metrics(optimizer)["skipped"]
+        if keep != "nothing":
             after = nnx.state(model, nnx.BatchStat)
-            nnx.update(model, optax.tree.where(skipped, before, after))
+            kept = sg.keep_if_skipped(optimizer.opt_state, before, after)
+            nnx.update(model, kept)
 
     for x in X:
         step(model, optimizer, x)
@@ -49,12 +53,78 @@ def trained(keep_statistics):
     return model
 
 
-@pytest.mark.parametrize("keep_statistics", [True, False])
-def test_batch_statistics_stay_finite_only_if_the_step_keeps_them(keep_statistics):
-    model = trained(keep_statistics)
+@pytest.mark.parametrize("keep", ["a copy", "an alias", "nothing"])
+def test_batch_statistics_stay_finite_only_if_the_step_keeps_a_copy(keep):
+    model = trained(keep)
     chex.assert_tree_all_finite(nnx.state(model, nnx.Param))
     statistics = jax.tree.leaves(nnx.state(model, nnx.BatchStat))
-    assert all(jnp.isfinite(x).all() == keep_statistics for x in statistics)
+    whole = keep == "a copy"
+    assert all(jnp.isfinite(x).all() == whole for x in statistics)
     model.eval()
     loss = loss_fn(model, X[0])
-    assert (loss < 0.2) == keep_statistics
+    assert (loss < 0.2) == whole
+
+
+def test_linens_batch_statistics_stay_as_they_were_when_a_step_is_skipped():
+    class State(train_state.TrainState):
+        batch_stats: dict
+
+    class Net(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            return linen.Dense(1)(linen.BatchNorm(use_running_average=False)(x))
+
+    variables = Net().init(jax.random.key(0), X[0])
+    tx = sg.stabilize(optax.adam(0.1))
+    state = State.create(apply_fn=Net().apply, tx=tx, **variables)
+
+    @jax.jit
+    def step(state, x):
+        def loss_fn(params):
+            given = {"params": params, "batch_stats": state.batch_stats}
+            out, new = state.apply_fn(given, x, mutable=["batch_stats"])
+            return jnp.mean((out - x[:, :1]) ** 2), new["batch_stats"]
+
+        (loss, stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        fields = {"batch_stats": stats}
+        return apply_gradients(state, grads=grads, value=loss, fields=fields)
+
+    good = step(state, X[0])
+    bad = step(good, X[NAN_STEP])
+    assert good.step == 1 and bad.step == 2
+    assert sg.metrics(bad.opt_state)["skipped_steps"] == 1
+    chex.assert_trees_all_equal(bad.params, good.params)
+    chex.assert_trees_all_equal(bad.batch_stats, good.batch_stats)
+    moved = lambda old, new: jnp.any(old != new)
+    for name in ("params", "batch_stats"):
+        changes = jax.tree.map(moved, getattr(state, name), getattr(good, name))
+        assert all(jax.tree.leaves(changes))
+
+
+def test_what_a_step_changed_is_kept_if_any_guard_skipped_and_else_is_new():
+    guarded = sg.guard(optax.sgd(0.1), sg.skip(sg.fixed(2.0)))
+    tx = optax.chain(sg.guard(optax.identity(), sg.skip(sg.fixed(9.0))), guarded)
+    params = jnp.zeros(1)
+    old, new = {"count": jnp.int32(1)}, {"count": jnp.int32(2)}
+    for grad, kept in ((1.0, 2), (5.0, 1), (90.0, 1)):
+        _, state = tx.update(jnp.full(1, grad), tx.init(params), params)
+        assert sg.keep_if_skipped(state, old, new)["count"] == kept
+    with pytest.raises(ValueError, match="no guard in this optimizer state"):
+        sg.keep_if_skipped(optax.sgd(0.1).init(params), old, new)
+
+
+def test_each_member_of_an_ensemble_keeps_its_own():
+    tx, params = sg.guard(optax.sgd(0.1), sg.skip()), jnp.zeros((3, 1))
+    grads = jnp.array([[1.0], [jnp.nan], [1.0]])
+    _, state = jax.vmap(tx.update)(grads, jax.vmap(tx.init)(params), params)
+    old, new = jnp.zeros((3, 2)), jnp.ones((3, 2))
+    kept = sg.keep_if_skipped(state, old, new)
+    assert kept.tolist() == [[1, 1], [0, 0], [1, 1]]
+
+
+def test_health_looks_at_every_tree_that_is_given():
+    state = sg.guard(optax.sgd(0.1)).init(jnp.zeros(1))
+    good, bad = {"mean": jnp.zeros(2)}, {"mean": jnp.array([0.0, jnp.inf])}
+    assert sg.is_healthy(state, good, good) and sg.is_healthy(state, params=good)
+    assert not sg.is_healthy(state, good, bad)
+    assert not sg.is_healthy(state, bad) and not sg.is_healthy(state, params=bad)

@@ -3,6 +3,7 @@
 import gc
 import weakref
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,6 +41,21 @@ TRANSFORMATIONS = {
     "clip_by_norm": lambda: sg.clip_by_norm(1.0),
     "clip_by_zscore": lambda: sg.clip_by_zscore(),
 }
+
+
+def test_an_update_is_a_function_whose_traces_can_be_counted():
+    tx = sg.stabilize(optax.adam(0.1))
+    update = jax.jit(chex.assert_max_traces(tx.update, n=1))
+    state = tx.init(PARAMS)
+    for value in (1.0, 2.0):
+        _, state = update(PARAMS, state, PARAMS, value=value)
+
+
+def test_an_unjitted_step_names_the_leaf_that_is_missing():
+    tx = sg.guard(optax.sgd(0.1))
+    state = tx.init({"w": jnp.ones(2), "bias": jnp.ones(2)})
+    with pytest.raises(ValueError, match="missing: bias"):
+        tx.update({"w": jnp.ones(2)}, state)
 
 
 @pytest.mark.parametrize("name", TRANSFORMATIONS)

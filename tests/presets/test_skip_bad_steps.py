@@ -63,7 +63,8 @@ def test_without_a_loss_the_published_rule_judges_norms_alone():
     tx = sg.skip_bad_steps(optax.sgd(1e-9), published=True)
 
     def step(state, norm):
-        _, state = tx.update({"w": norm * jnp.ones(2) / 2**0.5}, state, PARAMS)
+        grads = {"w": norm * jnp.ones(2) / 2**0.5}
+        _, state = tx.update(grads, state, PARAMS, value=None)
         return state, sg.metrics(state)["skipped"]
 
     _, skipped = jax.jit(lambda s, xs: jax.lax.scan(step, s, xs))(

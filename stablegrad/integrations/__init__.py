@@ -1,0 +1,1 @@
+"""Other libraries. `import stablegrad` imports none of these modules."""
