@@ -39,7 +39,9 @@ def accumulation_inside(wrap):
 def accumulation_outside(wrap):
     """The guard sees the mean of four micro-batches."""
     several = optax.MultiSteps(wrap(optax.adam(3e-3)), ACCUMULATED)
-    return {"model": several.gradient_transformation()}
+    # Its own `gradient_transformation()` does not pass `value=` on.
+    passing = optax.GradientTransformationExtraArgs(several.init, several.update)
+    return {"model": passing}
 
 
 def half_loss(params, batch):
