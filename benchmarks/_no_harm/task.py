@@ -59,6 +59,7 @@ class Task(NamedTuple):
     score: Callable[[World, Any], jax.Array]
     result: Callable[[jax.Array], jax.Array] = last_three
     looks: bool = True  # Whether a step's loss is a function to minimise: `value_fn=`.
+    updates: int = 1  # Of each optimizer in a step.
 
     def reached(self, result: float) -> bool:
         """Whether a bare run is as good as a healthy one."""
@@ -114,7 +115,7 @@ class Reading(NamedTuple):
     lr_scale: jax.Array  # The lowest, after this step.
 
 
-def read(states: dict[str, Any], steps_so_far: jax.Array) -> Reading:
+def read(states: dict[str, Any], updates_so_far: jax.Array) -> Reading:
     """Reads all guards and clips in the states, if there are any."""
     totals = {name: jnp.zeros((), jnp.int32) for name in Reading._fields}
     totals["lr_scale"] = jnp.ones(())
@@ -138,7 +139,7 @@ def read(states: dict[str, Any], steps_so_far: jax.Array) -> Reading:
         lowest = found.get("lr_scale", jnp.ones(()))
         totals["lr_scale"] = jnp.minimum(totals["lr_scale"], lowest)
         if "guarded_steps" not in found:
-            totals["guarded"] = totals["guarded"] + steps_so_far
+            totals["guarded"] = totals["guarded"] + updates_so_far
     return Reading(**totals)
 
 
@@ -187,7 +188,7 @@ class Runs:
             def step(world, t):
                 key = jax.random.fold_in(run_key, t)
                 world = task.step(world, start.data, key, t, learn)
-                return world, read(world.states, t + 1)
+                return world, read(world.states, (t + 1) * task.updates)
 
             def stage(world, ts):
                 world, readings = jax.lax.scan(step, world, ts)

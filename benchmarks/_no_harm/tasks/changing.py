@@ -55,10 +55,11 @@ def successive_step(world, data, key, t, learn):
 
 
 def successive_score(world, data):
-    """The error against the teacher of the stage."""
+    """Decimal logarithm of the error against the teacher of the stage."""
     x = data["x"]
     teacher = one_of(data["teachers"], world.memory // STAGE)
-    return squares(world.params["model"], (x, tanh_network(teacher, x)))
+    wrong = squares(world.params["model"], (x, tanh_network(teacher, x)))
+    return jnp.log10(wrong)
 
 
 def ends_of_stages(scores):
@@ -85,8 +86,8 @@ def draw_stage(data, key, t):
 
 
 def whole_curve(world, data):
-    """The error over the whole range."""
-    return squares(world.params["model"], data)
+    """Decimal logarithm of the error over the whole range."""
+    return jnp.log10(squares(world.params["model"], data))
 
 
 def begin_term(key) -> Start:
@@ -156,9 +157,9 @@ def tasks() -> list[Task]:
     successive = Task(
         "successive-tasks",
         "successive tasks",
-        "mean squared error at the ends of four tasks",
+        "log10 squared error at the ends of four tasks",
         higher=False,
-        goal=0.1,
+        goal=-1.2,
         steps=STAGES * STAGE,
         optimizers=single(lambda: optax.adam(1e-2)),
         begin=begin_successive,
@@ -169,9 +170,9 @@ def tasks() -> list[Task]:
     curriculum = Task(
         "curriculum",
         "curriculum",
-        "mean squared error over the whole range",
+        "log10 squared error over the whole range",
         higher=False,
-        goal=0.05,
+        goal=-1.2,
         steps=STAGES * STAGE,
         optimizers=single(lambda: optax.adam(3e-3)),
         begin=begin_curriculum,

@@ -219,5 +219,6 @@ def tasks() -> list[Task]:
         step=ppo_step,
         score=ppo_score,
         looks=False,
+        updates=EPOCHS,
     )
     return [dqn, lock, ppo]
