@@ -96,7 +96,6 @@ def row(
     plan: Plan, key: str, method: Method, clock: Clock, say: Callable[[str], None]
 ) -> tuple[Row, float] | None:
     """One row, and the loss before training; None if it is not there nor wanted."""
-
     wanted, task = method.name in plan.wanted, clock.task
     folder = place(plan.folder, f"{key}-{task.steps}-steps", method.name)
     if not (wanted or folder.exists()):

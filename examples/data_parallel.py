@@ -1,9 +1,9 @@
-"""Data-parallel training over every device there is, with a nan on one of them.
+r"""Data-parallel training over every device there is, with a nan on one of them.
 
     one machine:   pip install -e ".[examples]" && python examples/data_parallel.py
     virtual CPUs:  python examples/data_parallel.py --cpu-devices 4
     by hand, once for each process, with --process 0, 1, ...:
-                   python examples/data_parallel.py --coordinator 127.0.0.1:1234 \\
+                   python examples/data_parallel.py --coordinator 127.0.0.1:1234 \
                        --processes 2 --process 0 --cpu-devices 2
     SLURM:         srun --ntasks 16 python examples/data_parallel.py
     GKE:           the same command in every pod of a TPU slice or of an indexed Job

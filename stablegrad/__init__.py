@@ -31,6 +31,7 @@ from .engine._guard import (
     GuardedTransformation as GuardedTransformation,
     guard as guard,
 )
+from .engine._unwrap import unwrap as unwrap
 from .granularity._groups import units as units
 from .learning_rate._observe_metric import observe_metric as observe_metric
 from .learning_rate._plateau import reduce_on_plateau as reduce_on_plateau

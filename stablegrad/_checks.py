@@ -13,7 +13,7 @@ _MOST = 2**31 - 1  # Steps are counted in int32.
 
 
 def require(name: str, value, expected: str, holds: Callable[..., bool]) -> None:
-    """Raises ValueError unless `holds(value)`; traced values cannot be checked.
+    """Raise ValueError unless `holds(value)`; traced values cannot be checked.
 
     State the condition that must hold, not the one that must not: nan fails both.
     """
@@ -28,13 +28,13 @@ def require(name: str, value, expected: str, holds: Callable[..., bool]) -> None
 
 
 def require_count(name: str, value, least: int = 1) -> None:
-    """Raises ValueError unless `value` is a Python integer >= `least` within int32."""
+    """Raise ValueError unless `value` is a Python integer >= `least` within int32."""
     whole = isinstance(value, int) and not isinstance(value, bool)
     _require_within(name, value, least, whole)
 
 
 def require_steps(name: str, value, least: int = 1) -> None:
-    """Raises ValueError unless `value` is a whole number >= `least` within int32.
+    """Raise ValueError unless `value` is a whole number >= `least` within int32.
 
     It may be NumPy's or an array; of a traced one only the dtype can be checked.
     """
@@ -57,27 +57,14 @@ def _require_within(name: str, value, least: int, whole: bool) -> None:
         raise ValueError(f"`{name}` must be an integer <= {_MOST}, got {value!r}.")
 
 
-def only_published(**settings) -> None:
-    """Raises ValueError if a setting (value, default) of a published rule was given."""
-    for name, (value, default) in settings.items():
-        traced = isinstance(
-            value, jax.Array
-        )  # As `optax.inject_hyperparams` passes it.
-        if not traced and value != default:
-            raise ValueError(
-                f"`{name}` belongs to the published rule: pass `published=True`, or "
-                f"leave it out; got {value!r}."
-            )
-
-
 def described(thing) -> str:
-    """A short word for a wrong argument: a guard's own pieces by their name."""
+    """Return a short word for a wrong argument."""
     name = getattr(thing, "name", None)
     return f"`{name}(...)`" if isinstance(name, str) else repr(thing)[:60]
 
 
 def require_optimizer(asker: str, thing) -> None:
-    """Raises TypeError unless `thing` looks like an optax transformation."""
+    """Raise TypeError unless `thing` looks like an optax transformation."""
     # A response has methods of these names, which explain where it belongs.
     is_response = hasattr(thing, "propose")
     looks_like_one = callable(getattr(thing, "init", None)) and hasattr(thing, "update")
@@ -117,7 +104,7 @@ def unseen_value(extra: dict[str, Any]) -> str:
 
 
 def missing_value_fn(asker: str, name: str) -> ValueError:
-    """The error for a step without what a probe needs, with the cure for each way."""
+    """Return the error for a step without what a probe needs."""
     return ValueError(
         f"{asker} looks along the step, but the step got no `{name}=`. Pass the loss, "
         "and a function that repeats it on the same batch with the same random "
@@ -137,7 +124,7 @@ def missing_value_fn(asker: str, name: str) -> ValueError:
 
 
 def not_a_loss(found: str) -> ValueError:
-    """The error for a `value_fn` that does not give the loss."""
+    """Return the error for a `value_fn` that does not give the loss."""
     return ValueError(
         "`value_fn` must be a function of the parameters that returns the loss alone, "
         f"but {found}. For a loss with `has_aux=True`: "
@@ -146,7 +133,7 @@ def not_a_loss(found: str) -> ValueError:
 
 
 def missing_params(asker: str) -> ValueError:
-    """The error for a step without `params`, with the cure for each way to train."""
+    """Return the error for a step without `params`, with the cure for each way."""
     return ValueError(
         f"{asker} needs the parameters, but the step got `params=None`. Pass them:\n"
         "  optax: updates, state = tx.update(grads, state, params)\n"
@@ -220,7 +207,7 @@ def _other_leaves(expected: tuple[str, ...], now: tuple[str, ...]) -> ValueError
 
 
 def same_state(before, after) -> None:
-    """Raises ValueError if an inner state changed its structure from one step on."""
+    """Raise ValueError if an inner state changed its structure from one step on."""
     old, new = jax.tree.structure(before), jax.tree.structure(after)
     if old != new:
         raise ValueError(

@@ -38,7 +38,7 @@ class Measurement(NamedTuple):
 
     @property
     def finite(self) -> jax.Array:
-        """Whether every element is finite and the norm is below `OVERFLOW`."""
+        """Return whether every element is finite and the norm is below `OVERFLOW`."""
         return self.norm < OVERFLOW
 
     @property

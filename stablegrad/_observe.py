@@ -18,7 +18,7 @@ class TrainingHalted(RuntimeError):
 
 
 def metrics(state: Any) -> dict[str, jax.Array]:
-    """Reads what every guard in an optimizer state measured and did, as flat scalars.
+    """Return what every guard in an optimizer state measured and did, as flat scalars.
 
     Args:
         state: A state that holds a guard's anywhere: in a chain, in a wrapper, in a
@@ -90,7 +90,7 @@ def metrics(state: Any) -> dict[str, jax.Array]:
 
 
 def events(state: Any, params: Any = None) -> list[Event]:
-    """Lists the last interventions, oldest first, with the leaf to look at by name.
+    """List the last interventions, oldest first, with the leaf to look at by name.
 
     Host only: it reads the numbers. A guard remembers the last 64 times that it
     skipped, backed off or halted; steps in a row of one kind and reason are one event.
@@ -205,7 +205,7 @@ def keep_if_skipped(state: Any, old: Any, new: Any) -> Any:
 
 
 def raise_if_halted(state: Any) -> None:
-    """Raises on the host if a guard has halted; call it as often as you log.
+    """Raise an error on the host if a guard has halted; call it as often as you log.
 
     Args:
         state: A state that holds a guard's anywhere, as for `metrics`; also one that

@@ -1,5 +1,6 @@
 """Pytrees of arrays: which leaves count, their names, selecting, placing."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,12 +11,12 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
 def is_inexact(leaf) -> bool:
-    """Whether a leaf is real or complex floating point; others pass untouched."""
+    """Return whether a leaf is real or complex floating point."""
     return jnp.issubdtype(jax.dtypes.result_type(leaf), jnp.inexact)
 
 
 def inexact_leaves(tree, like=None) -> list[jax.Array]:
-    """The floating-point leaves, in the order of `jax.tree.leaves`.
+    """Return the floating-point leaves, in the order of `jax.tree.leaves`.
 
     With `like`, a tree of the same structure, its leaves say which count: an optimizer
     may turn an integer leaf's zero gradient into a float. Shapes without values, from
@@ -48,7 +49,7 @@ def paths_and_leaves(tree) -> list[tuple[Any, Any]]:
 
 
 def path_name(path) -> str:
-    """The dotted name of a key path, as `layers.0.kernel`."""
+    """Return the dotted name of a key path, as `layers.0.kernel`."""
     return jax.tree_util.keystr(path, simple=True, separator=".") or "params"
 
 
@@ -73,7 +74,7 @@ def select(pred, on_true, on_false):
 
 
 def strongly_typed(tree):
-    """Arrays of fixed dtype for every number, so that a step never retraces."""
+    """Return arrays of fixed dtype for every number, so that a step never retraces."""
 
     def fix(leaf):
         leaf = jnp.asarray(leaf)
@@ -133,6 +134,11 @@ def floating_like(updates, like):
     return jax.tree.map(convert, updates, like)
 
 
+def nodes(tree, wanted: Callable[[Any], bool]) -> list[Any]:
+    """Return the outermost nodes of a tree that are `wanted`."""
+    return [node for node in jax.tree.leaves(tree, is_leaf=wanted) if wanted(node)]
+
+
 def without_variables(tree):
     """Replace every variable of Flax NNX by the array that it holds."""
 
@@ -146,7 +152,7 @@ def without_variables(tree):
 
 
 def layout(names: tuple[str, ...]) -> dict[str, None]:
-    """Names as the keys of a dict without arrays, which any checkpoint can hold.
+    """Return names as the keys of a dict without arrays, which any checkpoint can hold.
 
     Numbered, because pytrees order dicts by key.
     """
@@ -155,7 +161,7 @@ def layout(names: tuple[str, ...]) -> dict[str, None]:
 
 
 def names_in(layout: dict[str, None]) -> tuple[str, ...]:
-    """Undoes `layout`."""
+    """Undo `layout`."""
     return tuple(key.split(" ", 1)[1] for key in sorted(layout))
 
 
@@ -185,7 +191,7 @@ def map_inexact(function, like, *trees):
 
 
 def cast_like(tree, like):
-    """The same numbers in the dtypes of `like`: hyperparameters may be wider."""
+    """Return the same numbers in the dtypes of `like`: hyperparameters may be wider."""
     return jax.tree.map(lambda new, old: new.astype(old.dtype), tree, like)
 
 

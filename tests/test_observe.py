@@ -1,11 +1,14 @@
 """Tests for `metrics`, `events` and `is_healthy`."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.marking import core
 from helpers.training import of_norm, scan
 
 import stablegrad as sg
@@ -42,6 +45,7 @@ DOCUMENTED = {
 }
 
 
+@functools.cache
 def guarded():
     return sg.guard(optax.sgd(0.1), sg.clip(sg.zscore(2.5)), sg.skip(), sg.halt(5))
 
@@ -135,10 +139,10 @@ NESTINGS = {
 }
 
 
-@pytest.mark.parametrize("name", NESTINGS)
+@pytest.mark.parametrize("name", core(NESTINGS, "chain", "inject"))
 def test_finds_the_guard_inside_other_transformations(name):
-    tx = NESTINGS[name](guarded())
-    _, state = tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+    tx = NESTINGS[name](sg.guard(optax.sgd(0.1)))
+    _, state = jax.jit(tx.update)(PARAMS, tx.init(PARAMS), PARAMS)
     np.testing.assert_allclose(sg.metrics(state)["grad_norm"], 6**0.5, rtol=1e-6)
 
 
@@ -169,8 +173,9 @@ def test_reading_an_unguarded_state_is_an_error_that_says_what_to_pass():
 
 def test_events_name_the_leaf_and_join_steps_in_a_row():
     tx = guarded()
-    norms = [1.0, np.nan, np.nan, 1.0, np.inf]
-    _, state, _ = scan(tx, of_norm(norms), {"w": jnp.zeros(2)}, np.arange(5.0))
+    norms = np.ones(200)  # As many as of the test of the log.
+    norms[[1, 2, 4]] = np.nan, np.nan, np.inf
+    _, state, _ = scan(tx, of_norm(norms), {"w": jnp.zeros(2)}, np.arange(200.0))
     first, second = sg.events(state)
     assert (first.step, first.until, first.kind) == (1, 2, "skip")
     assert (second.step, second.until) == (4, 4)
@@ -202,6 +207,7 @@ def test_the_log_keeps_the_last_64_events_in_order():
     assert steps == list(range(72, 200, 2))
 
 
+@pytest.mark.slow
 def test_an_outlier_event_names_the_leaf_with_the_largest_norm():
     tx = sg.guard(optax.sgd(0.1), sg.skip(sg.fixed(5.0)))
     grads = {"dense": {"bias": jnp.full(2, 9.0), "kernel": jnp.ones((2, 3))}}
@@ -229,6 +235,7 @@ def test_consecutive_skips_start_again_once_a_step_is_taken():
     np.testing.assert_array_equal(seen["consecutive_skips"], [1, 2, 0, 1])
 
 
+@pytest.mark.slow
 def test_a_skipped_step_does_not_count_as_clipped():
     tx = sg.guard(optax.sgd(0.1), sg.clip(sg.fixed(1.0)), sg.skip(sg.fixed(2.0)))
     _, state, _ = scan(tx, of_norm([5.0]), {"w": jnp.zeros(2)})
@@ -236,6 +243,7 @@ def test_a_skipped_step_does_not_count_as_clipped():
     assert seen["clipped_steps"] == 0 and seen["skipped_steps"] == 1
 
 
+@pytest.mark.slow
 def test_skips_for_different_reasons_are_different_events():
     tx = sg.guard(optax.sgd(0.1), sg.skip(sg.nonfinite(), sg.fixed(1.0)))
     _, state, _ = scan(tx, of_norm([np.nan, 5.0]), {"w": jnp.zeros(2)})
@@ -243,6 +251,7 @@ def test_skips_for_different_reasons_are_different_events():
     assert reasons == ["nonfinite_gradient", "gradient_norm"]
 
 
+@pytest.mark.slow
 def test_the_limit_of_the_strictest_leaf_is_reported():
     tx = sg.guard(optax.sgd(0.0), sg.clip(sg.zscore(2.5, per="leaf", warmup_steps=3)))
     params = {"a": jnp.array([1.0]), "b": jnp.array([100.0])}
@@ -290,14 +299,17 @@ def test_an_element_that_was_kept_out_is_counted_and_its_leaf_named():
     assert str(event).startswith("step 0: keep out, leaf dense.kernel")
 
 
+HALTING = sg.guard(optax.sgd(0.1), sg.skip(), sg.halt(after=2))
+start_all, step_all = (jax.jit(jax.vmap(f)) for f in (HALTING.init, HALTING.update))
+
+
 def ensemble(norms):
     """The state of models that are trained together, a column of norms each."""
-    tx = sg.guard(optax.sgd(0.1), sg.skip(), sg.halt(after=2))
     norms = jnp.asarray(norms, jnp.float32)
     params = {"w": jnp.zeros((norms.shape[1], 1))}
-    state = jax.vmap(tx.init)(params)
+    state = start_all(params)
     for row in norms:
-        _, state = jax.vmap(tx.update)({"w": row[:, None]}, state, params)
+        _, state = step_all({"w": row[:, None]}, state, params)
     return params, state
 
 

@@ -11,6 +11,8 @@ from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 
+import pytest
+
 import stablegrad as sg
 
 ROOT = Path(__file__).parents[1]
@@ -39,6 +41,7 @@ print(stablegrad.__file__, stablegrad.__version__)
 """
 
 
+@pytest.mark.slow
 def test_a_source_tree_that_was_never_installed_can_be_imported():
     done = subprocess.run(
         [sys.executable, "-c", NOT_INSTALLED],
@@ -75,6 +78,7 @@ def test_it_needs_jax_jaxlib_and_optax_only():
     assert not third_party
 
 
+@pytest.mark.slow
 def test_flax_is_loaded_by_those_alone_who_import_its_layers():
     code = "import sys, stablegrad; sys.exit('flax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0

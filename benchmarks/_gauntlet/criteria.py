@@ -9,11 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .faults import HEALTHY, HEAVY_LANES, ONSET
+from .faults import HEALTHY, HEAVY_LANES, ONSET, REGULAR_EVERY, STEPS
 from .methods import Method
 from .problem import LEAVES
 from .simulate import Seen
-from .special import ACCUMULATED, ADAM_FAULT, BAD_MICRO_BATCH, ZERO_STEPS
 
 
 @dataclass
@@ -137,18 +136,64 @@ def leaf(r: Results):
     """The others go on, this one is held."""
     seen, bad = r.short["leaf"], LEAVES.index("second")
     others = [i for i in range(len(LEAVES)) if i != bad]
-    during = slice(ONSET, ONSET + 50)
+    during = slice(ONSET, ONSET + 3)  # Later it may be usual, as a lasting shift is.
     factor = seen.leaf_factor[during][:, others]
     healthy = np.median(seen.leaf_factor[HEALTHY][:, others], axis=0)
     relative = np.min(np.median(factor, axis=0) / np.maximum(healthy, 1e-30))
-    # Later it may be the new normal, as a lasting shift has to be.
-    first = seen.went[ONSET : ONSET + 20, bad]
-    grown = np.max(first) / np.max(seen.went[HEALTHY, bad])
+    grown = np.max(seen.went[during, bad]) / np.max(seen.went[HEALTHY, bad])
     return [
         Check("other leaves: share of steps taken", np.mean(factor > 0), least=0.95),
         Check("other leaves: factor / usual", relative, least=0.9),
         Check("this leaf: largest step / healthy", grown, most=10),
     ]
+
+
+def wander(r: Results):
+    """A spike of 1,000 times the largest norm so far is held."""
+    return intact(r.short["wander"])
+
+
+def fall(r: Results):
+    """After a fall by four decades, the old level is a spike."""
+    seen, spike = r.short["fall"], ONSET + 150
+    grown = seen.size[spike] / np.max(seen.size[spike - 49 : spike])
+    return [Check("step of the spike / largest of the 49 before", grown, most=10)]
+
+
+def rise(r: Results):
+    """A slow rise is no fault."""
+    return resumes(r.short["rise"], ONSET, STEPS - ONSET)
+
+
+def loss_rise(r: Results):
+    """One lasting rise of the loss lowers the rate a little, and for a while."""
+    seen = r.short["loss_rise"]
+    relative = seen.factor[ONSET:] / usual(seen)
+    # Single steps may be shrunk for their gradient; medians of 9 tell the rate.
+    windows = np.lib.stride_tricks.sliding_window_view(relative, 9)
+    smooth = np.median(windows, axis=-1)
+    return [
+        Check("lowest factor / usual", np.min(smooth), least=0.25),
+        Check("factor at the end / usual", smooth[-1], least=0.99),
+    ]
+
+
+def regular(r: Results):
+    """A kind of step that comes regularly is taken."""
+    factor = r.long["regular"].factor / usual(r.long["regular"])
+    kind = factor[::REGULAR_EVERY]
+    early = -(-1000 // REGULAR_EVERY)  # Steps of the kind among the first 1,000.
+    checks = [
+        Check("refused", np.sum(kind == 0), most=4),
+        Check("shrunk in the first 1,000 steps", np.sum(kind[:early] < 0.999), most=25),
+    ]
+    if len(kind) > early:
+        touched = np.mean(factor[1000:] < 0.999)
+        checks += [
+            Check("share of all steps shrunk later", touched, most=0.01),
+            Check("smallest factor later / usual", np.min(kind[early:]), least=0.5),
+        ]
+    return checks
 
 
 def zero_leaf(r: Results):
@@ -178,50 +223,3 @@ def structure(r: Results):
 def restored(r: Results):
     """The run goes on as if never stopped."""
     return [Check("same bits", float(bool(r.restored_same)), least=1)]
-
-
-def half_large(r: Results):
-    """The method does what it does in float32."""
-    half = r.special["half_large"].factor
-    single = r.short["large"].factor[: len(half)]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        off = np.median(np.abs(np.log(half / single)))
-    return [
-        Check("share of steps that became zero", np.mean(half == 0), most=0.05),
-        Check("|log(factor / that in float32)|", off, most=0.1),
-    ]
-
-
-def half_zero(r: Results):
-    """Zeros do no harm, and training goes on."""
-    seen = r.special["half_zero"]
-    moves = np.mean(seen.size[-ZERO_STEPS:] > 0)
-    finite = np.mean(np.isfinite(seen.far))
-    return [
-        Check("share of steps with finite parameters", finite, least=1),
-        Check("share of later steps taken", moves, least=0.95),
-    ]
-
-
-def accumulated(r: Results):
-    """The bad micro-batch is the only one lost."""
-    size = r.special["accumulated"].size
-    early, late = size[:BAD_MICRO_BATCH], size[BAD_MICRO_BATCH + ACCUMULATED :][:100]
-    pace = np.mean(late) / np.mean(early)
-    finite = np.mean(np.isfinite(r.special["accumulated"].far))
-    return [
-        Check("share of steps with finite parameters", finite, least=1),
-        Check("pace afterwards / before", pace, least=0.5),
-    ]
-
-
-def adam(r: Results):
-    """The moments are not frozen."""
-    clean, seen = r.special["adam_clean"], r.special["adam_overflow"]
-    later = slice(ADAM_FAULT + 50, None)
-    pace = np.mean(seen.size[later]) / np.mean(clean.size[later])
-    end = seen.far[-1] / clean.far[-1]
-    return [
-        Check("pace afterwards / without it", pace, least=0.5),
-        Check("final distance / without it", end, most=2),
-    ]

@@ -14,7 +14,9 @@ STEPS = 900
 LONG = 2600
 CHUNK = 100  # Steps a compiled program takes at once.
 SAVE_AT = 700  # A multiple of CHUNK, in the middle of the lane `spike`.
-OUTLIER_EVERY = 50
+OUTLIER_EVERY = 200  # More often than one step in 100 is usual by some definitions.
+FREQUENT_EVERY = 50
+REGULAR_EVERY, REGULAR_FACTOR = 16, 50
 STATIONARY = (0.05, SIGMA, 0.5)
 SEEDS = (10, 11)
 HEAVY_LANES = 3
@@ -77,6 +79,17 @@ def short_lanes() -> dict[str, Lane]:
     stuck.loss_poison[ONSET : ONSET + 50] = np.nan
     new("spike").leaf_factors[SAVE_AT - 5 : SAVE_AT + 5] = 100
     new("large", large_norms(STEPS))
+    wander = LEVEL * 10 ** (-3 * np.random.default_rng(5).random(STEPS))
+    wander[ONSET] = 1e3 * LEVEL
+    new("wander", wander)
+    fall = lognormal(STEPS, SIGMA, seed=6)
+    fall[ONSET:] *= 10 ** (-4 * np.minimum(np.arange(STEPS - ONSET) / 100, 1))
+    fall[ONSET + 150] = LEVEL
+    new("fall", fall)
+    rise = lognormal(STEPS, SIGMA, seed=7)
+    rise[ONSET:] *= np.geomspace(1, 10, STEPS - ONSET)
+    new("rise", rise)
+    new("loss_rise").loss_poison[ONSET:] = 3.0
     return lanes
 
 
@@ -94,8 +107,13 @@ def long_lanes(steps: int) -> dict[str, Lane]:
             lanes[f"stationary_{sigma}_{seed}"] = lane(steps, norms)
     for seed in range(20, 24):
         norms = lognormal(steps, SIGMA, seed)
-        norms[outliers(steps)] = LEVEL * np.exp(6 * SIGMA)
-        lanes[f"outliers_{seed}"] = lane(steps, norms)
+        for name, every in (("outliers", OUTLIER_EVERY), ("frequent", FREQUENT_EVERY)):
+            planted = norms.copy()
+            planted[outliers(steps, every)] = LEVEL * np.exp(6 * SIGMA)
+            lanes[f"{name}_{seed}"] = lane(steps, planted)
+    regular = lognormal(steps, SIGMA, seed=31)
+    regular[::REGULAR_EVERY] *= REGULAR_FACTOR
+    lanes["regular"] = lane(steps, regular)
     for factor in SHIFTS:
         for name, by in ((f"up_{factor}", factor), (f"down_{factor}", 1 / factor)):
             norms = lognormal(steps, SIGMA, seed=30)
@@ -112,6 +130,6 @@ def long_lanes(steps: int) -> dict[str, Lane]:
     return lanes
 
 
-def outliers(steps: int) -> np.ndarray:
-    """The steps at which outliers of six sigma are planted."""
-    return np.arange(HEALTHY.start + OUTLIER_EVERY, steps, OUTLIER_EVERY)
+def outliers(steps: int, every: int) -> np.ndarray:
+    """Return the steps at which outliers of six sigma are planted."""
+    return np.arange(HEALTHY.start + every, steps, every)

@@ -100,6 +100,7 @@ def rates(methods: list[Method], measured: dict[str, Rates]) -> str:
         *(f"healthy touched, {sigma}" for sigma in STATIONARY),
         *(f"recovery {shift}" for shift in shifts),
         "outliers caught",
+        "caught, one in 50",
         "halved",
         "factor",
     ]
@@ -115,6 +116,7 @@ def rates(methods: list[Method], measured: dict[str, Rates]) -> str:
                 for steps in measured[method.name].recovery.values()
             ),
             f"{100 * measured[method.name].caught:.1f} %",
+            f"{100 * measured[method.name].frequent_caught:.1f} %",
             f"{100 * measured[method.name].halved:.1f} %",
             f"{measured[method.name].factor:.2f}",
         ]

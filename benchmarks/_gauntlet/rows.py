@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from . import criteria
+from . import criteria, special_criteria
 from .criteria import Check, Results
 from .faults import SHIFTS
 from .methods import Method
@@ -75,7 +75,7 @@ def rows() -> list[Row]:
             "parameters stay finite, and training goes on at half the pace at least; "
             "wrappers go around `optax.MultiSteps(sgd, 4)`, chain members before it: "
             "all see every micro-batch",
-            criteria.accumulated,
+            special_criteria.accumulated,
             "accumulated",
         ),
         Row(
@@ -89,7 +89,7 @@ def rows() -> list[Row]:
             "one gradient of 1e20, Adam",
             "50 steps later updates are half as large as without it at least; at the "
             "end, twice as far from the truth at most",
-            criteria.adam,
+            special_criteria.adam,
             "adam",
         ),
         Row(
@@ -97,14 +97,14 @@ def rows() -> list[Row]:
             "float16 elements of 300",
             "as in float32: the factors differ by 10 % at most (median), and 5 % of "
             "the steps at most become zero",
-            criteria.half_large,
+            special_criteria.half_large,
             "half_large",
         ),
         Row(
             "half_zero",
             "float16 Adam, zero gradients",
             "parameters stay finite, and healthy steps that follow are taken",
-            criteria.half_zero,
+            special_criteria.half_zero,
             "half_zero",
         ),
         *ups,
@@ -141,9 +141,76 @@ def rows() -> list[Row]:
             "one_leaf",
             "one leaf x1000 for 50 steps",
             "the other leaves' steps are taken, at a median factor of 0.9 of the "
-            "usual one; in the first 20 steps, after which it may be the new normal, "
-            "this leaf's are no larger than 10 times its largest healthy one",
+            "usual one, and this leaf's are no larger than 10 times its largest "
+            "healthy one, in the first 3 steps, after which it may be usual",
             criteria.leaf,
+        ),
+        Row(
+            "wander",
+            "norms over three decades, then x1000",
+            "no step is larger than 10 times the largest healthy one",
+            criteria.wander,
+        ),
+        Row(
+            "fall",
+            "a fall of four decades in 100 steps, then a spike",
+            "50 steps after the fall, a step of the old level is no larger than 10 "
+            "times the largest of the 49 before it",
+            criteria.fall,
+        ),
+        Row(
+            "rise",
+            "a slow rise x10 to the end",
+            "95 % of these 300 steps are taken, at a median factor of 0.9 of the usual "
+            "one",
+            criteria.rise,
+        ),
+        Row(
+            "regular",
+            "every 16th step x50",
+            "of these steps, 4 are refused at most, 25 shrunk among the first 1,000 "
+            "steps; later 1 % of all steps are shrunk at most, by half at most",
+            criteria.regular,
+            "long",
+        ),
+        Row(
+            "loss_rise",
+            "a rise of the loss for good",
+            "the factor stays above 0.25 of the usual one, and is back within 300 "
+            "steps; n.a.: the method never sees the loss",
+            criteria.loss_rise,
+            applies=lambda method: method.watches_loss,
+        ),
+        Row(
+            "rate_jump",
+            "a rate that jumps by x60, SGD",
+            "at the end, twice as far from the truth as at the start at most; what "
+            "takes `value_fn=` gets it",
+            special_criteria.rate_jump,
+            "rate_jump",
+        ),
+        Row(
+            "sparse",
+            "row-sparse gradients, one x1000",
+            "the step is no larger than 10 times the largest healthy one; 95 % of the "
+            "later ones are taken, at a median factor of 0.9 of the usual one",
+            special_criteria.sparse,
+            "sparse",
+        ),
+        Row(
+            "muon",
+            "one gradient x5e7, Muon",
+            "at the end, twice as far from the truth at most as without it",
+            special_criteria.muon,
+            "muon",
+        ),
+        Row(
+            "statistics",
+            "nan batch under BatchNorm",
+            "the running statistics stay finite; what tells that it skipped a step "
+            "gives the old ones back",
+            special_criteria.statistics,
+            "statistics",
         ),
         Row(
             "zero_leaf",

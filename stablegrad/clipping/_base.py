@@ -1,8 +1,9 @@
-"""Clips of norms in a chain: measure the gradient once, multiply it once.
+"""Clips in a chain: measure the gradient once, multiply it once.
 
-A `NormClip` turns the norms of a step into factors. The default one of each method
-compares them with a threshold. The published ones follow the recurrence of a paper, nan
-and inf included.
+`transformation` makes any clip from a function of one step, and keeps its readings. A
+`NormClip` turns the norms of a step into factors: the default one of each method
+compares them with a threshold, the published ones follow the recurrence of a paper,
+nan and inf included.
 """
 
 from collections.abc import Callable
@@ -14,7 +15,8 @@ import optax
 
 from .. import _checks, _trees
 from .._compiled import compiled
-from .._norms import OVERFLOW, measure
+from .._norms import Measurement, measure
+from .._packing import Packing
 from .._scales import scale_leaves
 from ..granularity._group_norms import (
     group_norms,
@@ -25,16 +27,76 @@ from ..granularity._group_norms import (
 from ..granularity._groups import Granularity, group
 from ..responses._clip import factors
 from ..thresholds._base import Scope, Threshold, judge, learn
-from ._readings import ClipNumbers, ClipRecord
+from ._readings import ClipNumbers, init_readings, next_readings
 
 
 class ClippingState(NamedTuple):
-    """State of a `clip_by_...` transformation."""
-
     clip_numbers: ClipNumbers  # Readings and statistics.
 
 
-class ClipStep(NamedTuple):
+class Clipped(NamedTuple):
+    """The result of one step of a clip."""
+
+    updates: Any
+    statistics: Any
+    measured: Measurement  # Before clipping.
+    norm: jax.Array  # float32 (): L2 norm after clipping, if it is finite.
+    limit: float | jax.Array  # float32: the limits in force.
+    scale: jax.Array  # float32 () in [0, 1]: the smallest factor.
+    memory: tuple = ()  # The fields of the state before `clip_numbers`.
+    shrunk: jax.Array | None = None  # bool (); None: whether the scale is below 1.
+    overflows: bool = True  # Whether norms of 1e18 and more count as not finite.
+
+
+def transformation(
+    name: str,
+    kind: type[Any],
+    start: Callable[[Any], Any],
+    step: Callable[..., Clipped],
+    memory: Callable[[Any], tuple] = lambda params: (),
+) -> optax.GradientTransformationExtraArgs:
+    """Return the transformation of a clip.
+
+    Args:
+        name: Name of the clip in `metrics` and in errors.
+        kind: Class of the state, whose last field is `clip_numbers`.
+        start: Returns the first statistics, given parameters or updates: the layout
+            depends on their structure, shapes and dtypes alone.
+        step: `step(updates, statistics, memory, params, extra)`.
+        memory: Returns the other fields of the first state, given parameters.
+    """
+
+    def packing(tree) -> Packing:
+        return Packing(jax.eval_shape(lambda: (init_readings(), start(tree))))
+
+    def init_fn(params):
+        numbers = packing(params).pack((init_readings(), start(params)))
+        state = kind(*memory(params), {name: numbers})
+        # Some optimizers start with one buffer in two places, which cannot be donated.
+        return _trees.placed_like(_trees.distinct(state), params)
+
+    def update_fn(updates, state, params=None, **extra):
+        *kept, numbers = state
+        columns = packing(updates)
+        readings, statistics = columns.unpack(numbers[name])
+        done = step(updates, statistics, kept, params, extra)
+        raw, clipped, finite = done.measured.norm, done.norm, done.measured.finite
+        if done.overflows:
+            clipped = jnp.where(finite, clipped, 0.0)
+        else:
+            finite = jnp.isfinite(raw)
+        limit = jnp.min(jnp.asarray(done.limit), initial=jnp.inf)
+        shrunk = done.scale < 1 if done.shrunk is None else done.shrunk
+        numbers = (raw, clipped, limit, done.scale)
+        readings = next_readings(readings, numbers, finite, shrunk)
+        packed = columns.pack((readings, done.statistics))
+        return done.updates, kind(*done.memory, {name: packed})
+
+    check = lambda state, tree: _checks.require_state(name, kind, state)
+    return optax.GradientTransformationExtraArgs(init_fn, compiled(update_fn, check))
+
+
+class NormStep(NamedTuple):
     """The result of a `NormClip` for one step; arrays of shape (groups,)."""
 
     factors: jax.Array  # float32: the factor on the gradient.
@@ -47,45 +109,39 @@ class NormClip(NamedTuple):
 
     per: Granularity
     init: Callable[[int], Any]  # groups -> statistics
-    step: Callable[[Any, jax.Array, Scope], ClipStep]  # statistics, norms, scope
+    step: Callable[[Any, jax.Array, Scope], NormStep]  # statistics, norms, scope
     of_params: bool = False  # Whether it uses the norms of the parameters.
     published: bool = False  # Whether it is given nan and inf, and passes them on.
+
+
+def only_published(clip: Callable[..., Any], **settings) -> None:
+    """Raise ValueError if a setting of the published method of a clip was given."""
+    defaults = clip.__kwdefaults__ or {}
+    for name, value in settings.items():
+        # `optax.inject_hyperparams` passes a default as an array.
+        if not isinstance(value, jax.Array) and value != defaults[name]:
+            raise ValueError(
+                f"`{name}` belongs to the published rule: pass `published=True`, or "
+                f"leave it out; got {value!r}."
+            )
 
 
 def clip_to_threshold(threshold: Threshold) -> NormClip:
     """Return the method that shrinks norms above a threshold's limit to the limit."""
 
-    def step(statistics, norms, scope: Scope) -> ClipStep:
+    def step(statistics, norms, scope: Scope) -> NormStep:
         limit = threshold.limit(statistics, scope)
         judgement = judge(threshold, norms, limit, scope.grouping)
         learned = learn(threshold, statistics, judgement)
-        return ClipStep(factors(judgement), judgement.limit, learned)
+        return NormStep(factors(judgement), judgement.limit, learned)
 
     return NormClip(threshold.per, threshold.init, step, threshold.of_params)
 
 
-def transformation(
-    name: str, kind: type, init_fn: Callable, update_fn: Callable
-) -> optax.GradientTransformationExtraArgs:
-    """Return a transformation whose state is of a kind and lies where `params` do."""
-
-    def init(params):
-        # Some optimizers start with one buffer in two places, which cannot be donated.
-        return _trees.placed_like(_trees.distinct(init_fn(params)), params)
-
-    check = lambda state, tree: _checks.require_state(name, kind, state)
-    return optax.GradientTransformationExtraArgs(init, compiled(update_fn, check))
-
-
 def clip_norms(name: str, clip: NormClip) -> optax.GradientTransformationExtraArgs:
     """Return the transformation that clips the gradients of a chain by their norms."""
-    record = ClipRecord(name, lambda tree: clip.init(group(clip.per, tree).count))
 
-    def init_fn(params) -> ClippingState:
-        return ClippingState(record.init(params))
-
-    def update_fn(updates, state, params=None, **extra):
-        del extra
+    def step(updates, statistics, memory, params, extra) -> Clipped:
         grouping = group(clip.per, updates)
         measured, norms = measure_groups(grouping, updates)
         param_norms = None
@@ -94,26 +150,16 @@ def clip_norms(name: str, clip: NormClip) -> optax.GradientTransformationExtraAr
                 raise _checks.missing_params(f"`{name}`")
             own = _trees.inexact_leaves(params, updates)
             param_norms = group_norms(grouping, measure(params, updates), own)
-        statistics = record.statistics(state.clip_numbers, updates)
         done = clip.step(statistics, norms, Scope(grouping, param_norms))
         scales = group_scales(grouping, done.factors)
-        finite = (norms < OVERFLOW)[0] if grouping.whole else measured.finite
-        keep = None if clip.published else finite
+        keep = None if clip.published else measured.finite
         clipped = scale_leaves(updates, scales, updates, keep)
         if grouping.whole:
-            length = scales.by_leaf * measured.norm
+            norm = scales.by_leaf * measured.norm
         else:
-            length = scaled_groups_norm(grouping, measured, norms, done.factors)
-        numbers = record.after_step(
-            state.clip_numbers,
-            updates,
-            done.statistics,
-            raw=measured.norm,
-            clipped=jnp.where(finite, length, 0.0),
-            limit=jnp.min(done.limit, initial=jnp.inf),
-            scale=scales.smallest(),
-            finite=finite,
-        )
-        return clipped, ClippingState(numbers)
+            norm = scaled_groups_norm(grouping, measured, norms, done.factors)
+        scale = scales.smallest()
+        return Clipped(clipped, done.statistics, measured, norm, done.limit, scale)
 
-    return transformation(name, ClippingState, init_fn, update_fn)
+    start = lambda tree: clip.init(group(clip.per, tree).count)
+    return transformation(name, ClippingState, start, step)

@@ -9,27 +9,17 @@ import optax
 from .. import _trees
 from .._checks import require, require_count
 from .._norms import measure
-from ._base import transformation
-from ._elements import changed_or_same
-from ._readings import ClipNumbers, ClipRecord
+from .._platform import cond_on_cpu
+from ._base import Clipped, transformation
+from ._readings import ClipNumbers
 
-NAME = "limit_direction"
 # The mean of equal unit vectors has length 1, of independent ones about 0.2.
 LEAST_LENGTH = 0.5
 
 
 class DirectionState(NamedTuple):
-    """State of `limit_direction`."""
-
     mean_direction: Any  # float32 or complex64, shaped like the parameters.
     clip_numbers: ClipNumbers  # Readings and statistics.
-
-
-class DirectionStatistics(NamedTuple):
-    """Statistics of the mean direction."""
-
-    mean_square: jax.Array  # float32: the square of its length.
-    direction_steps: jax.Array  # int32: steps in the mean, saturating.
 
 
 def limit_direction(
@@ -41,12 +31,11 @@ def limit_direction(
     """Turn a gradient that points against the running mean direction.
 
         m_t = d m_{t-1} + (1 - d) g_t / ||g_t||;    c_t = cos(g_t, m_{t-1})
-        if c_t < C and ||m_{t-1}|| >= 1/2:  the part of g_t along m is changed so that
-            the cosine is C; if that made g_t longer, it is shortened to its old norm
+        if c_t < C and ||m_{t-1}|| >= 1/2:  change the part of g_t along m so that the
+            cosine is C, and shorten g_t to its old norm if that made it longer
 
-    The mean follows the direction of every finite gradient before it is turned. No
-    outlier's size can bend it, and a lasting turn is followed within ten steps at
-    d = 0.9. Directions that cancel each other have a short mean, and no limit.
+    The mean follows finite gradients before they are turned: the size of an outlier
+    cannot bend it. Directions that cancel each other have a short mean, and no limit.
 
     Args:
         min_cosine: Smallest cosine C that is still normal, in (-1, 1). Independent
@@ -55,9 +44,8 @@ def limit_direction(
         warmup_steps: Finite steps before anything is turned, >= 1.
 
     Returns:
-        A transformation for `optax.chain`. A gradient that holds a nan or inf, or whose
-        norm is 1e18 or more, becomes all zeros, teaches nothing, and is counted in
-        `metrics`. The state holds one float32 a parameter.
+        A transformation for `optax.chain`. A gradient with a nan or inf, or of norm
+        1e18 or more, becomes zeros. The state holds one float32 a parameter.
 
     Raises:
         ValueError: If a concrete argument is out of range.
@@ -73,26 +61,24 @@ def limit_direction(
     require("min_cosine", min_cosine, "in (-1, 1)", lambda x: -1 < x < 1)
     require("decay", decay, "in [0, 1)", lambda x: 0 <= x < 1)
     require_count("warmup_steps", warmup_steps)
-    start = DirectionStatistics(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32))
-    record = ClipRecord(NAME, lambda tree: start)
 
-    def init_fn(params) -> DirectionState:
-        mean = jax.tree.map(lambda p: jnp.zeros_like(p, _wide(p)), params)
-        return DirectionState(mean, record.init(params))
+    zeros = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
+    unseen = lambda params: (
+        jax.tree.map(lambda p: jnp.zeros_like(p, _wide(p)), params),
+    )
 
-    def update_fn(updates, state, params=None, **extra):
-        del params, extra
-        mean = state.mean_direction
-        before = record.statistics(state.clip_numbers, updates)
+    def step(updates, statistics, memory, params, extra) -> Clipped:
+        mean_square, steps = statistics  # The squared length of the mean; its steps.
+        (mean,) = memory
         measured = measure(updates)
         finite = measured.finite
         usable = finite & (measured.norm > 0)
         norm = jnp.where(usable, measured.norm, 1.0)
-        length = jnp.sqrt(before.mean_square)
+        length = jnp.sqrt(mean_square)
         inverse = 1 / jnp.maximum(length, 1e-12)
         along_mean = _dot(updates, mean, updates) / norm
         cosine = jnp.clip(along_mean * inverse, -1.0, 1.0)
-        ready = before.direction_steps >= warmup_steps
+        ready = steps >= warmup_steps
         least = jnp.asarray(min_cosine, jnp.float32)
         turns = usable & ready & (length >= LEAST_LENGTH) & (cosine < least)
         across = jnp.sqrt(1 - jnp.square(cosine))
@@ -106,41 +92,35 @@ def limit_direction(
             new = (shorter * norm) * (u + ((along - cosine) * inverse) * m)
             return jnp.where(turns, new.astype(g.dtype), g)
 
-        def all_turned():
-            return _trees.map_inexact(turned, updates, updates, mean)
-
         def followed(m, g):
             new = decay * m + (1 - decay) * (g.astype(m.dtype) / norm)
             return jnp.where(usable, new.astype(m.dtype), m)
 
-        out = changed_or_same(updates, turns, all_turned)
+        all_turned = lambda: _trees.map_inexact(turned, updates, updates, mean)
+        out = cond_on_cpu(turns, all_turned, lambda: updates)
         # The length of a mean of unit vectors follows from its old length and the dot
         # product alone, without a pass over the mean.
         square = (
-            jnp.square(decay) * before.mean_square
+            jnp.square(decay) * mean_square
             + 2 * decay * (1 - decay) * along_mean
             + jnp.square(1 - decay)
         )
         left = jnp.where(turns, shorter * jnp.hypot(across, along), 1.0)
-        numbers = record.after_step(
-            state.clip_numbers,
-            updates,
-            DirectionStatistics(
-                jnp.where(usable, jnp.maximum(square, 0.0), before.mean_square),
-                _trees.count_if(usable, before.direction_steps),
-            ),
-            raw=measured.norm,
-            clipped=jnp.where(finite, left * measured.norm, 0.0),
+        square = jnp.where(usable, jnp.maximum(square, 0.0), mean_square)
+        return Clipped(
+            _trees.zero_unless(finite, out, updates),
+            (square, _trees.count_if(usable, steps)),
+            measured,
+            left * measured.norm,
             limit=least,
             scale=left,
-            finite=finite,
+            memory=(_trees.map_inexact(followed, updates, mean, updates),),
             shrunk=turns,
         )
-        return _trees.zero_unless(finite, out, updates), DirectionState(
-            _trees.map_inexact(followed, updates, mean, updates), numbers
-        )
 
-    return transformation(NAME, DirectionState, init_fn, update_fn)
+    return transformation(
+        "limit_direction", DirectionState, lambda tree: zeros, step, unseen
+    )
 
 
 def _wide(leaf):
@@ -150,11 +130,8 @@ def _wide(leaf):
 
 def _dot(a, b, like) -> jax.Array:
     """Return the real part of the dot product over all floating-point leaves."""
-    pairs = zip(
-        _trees.inexact_leaves(a, like), _trees.inexact_leaves(b, like), strict=True
-    )
-    wide = lambda leaf: leaf.astype(_wide(leaf))
-    return sum(
-        (jnp.sum(jnp.real(wide(x) * jnp.conj(y))) for x, y in pairs),
-        jnp.zeros((), jnp.float32),
-    )
+    total = jnp.zeros((), jnp.float32)
+    a, b = _trees.inexact_leaves(a, like), _trees.inexact_leaves(b, like)
+    for x, y in zip(a, b, strict=True):
+        total += jnp.sum(jnp.real(x.astype(_wide(x)) * jnp.conj(y)))
+    return total

@@ -1,7 +1,6 @@
-"""Clips of single elements: their limits, and what is done only where needed."""
+"""Clips of single elements: sizes, limits and clamping, leaf by leaf."""
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +8,6 @@ import numpy as np
 from jax import lax
 
 from .. import _trees
-from .._norms import Measurement, measure
-from .._platform import cond_on_cpu
 from .._scales import Scales
 
 
@@ -35,23 +32,22 @@ def squares(leaf) -> jax.Array:
 
 
 def clamp(updates, bounds):
-    """Clamp every floating-point leaf to the magnitudes in `bounds`."""
-    return _trees.map_inexact(clamp_leaf, updates, updates, bounds)
-
-
-def clamp_leaf(leaf, bound) -> jax.Array:
-    """Clamp each element to a magnitude, float32 and >= 0; keep its sign or phase.
+    """Clamp each element to the magnitude in `bounds`, >= 0; keep its sign or phase.
 
     A nan stays, also in the bound, which is then no limit.
     """
-    wide = leaf.astype(np.promote_types(np.float32, leaf.dtype))
-    size = jnp.abs(wide)
-    bound = bound.astype(size.dtype)
-    if jnp.iscomplexobj(leaf):
-        clamped = jnp.sign(wide) * bound
-    else:
-        clamped = jnp.where(wide < 0, -bound, bound)
-    return jnp.where(size > bound, clamped, wide).astype(leaf.dtype)
+
+    def clamped(leaf, bound) -> jax.Array:
+        wide = leaf.astype(np.promote_types(np.float32, leaf.dtype))
+        size = jnp.abs(wide)
+        bound = bound.astype(size.dtype)
+        if jnp.iscomplexobj(leaf):
+            edge = jnp.sign(wide) * bound
+        else:
+            edge = jnp.where(wide < 0, -bound, bound)
+        return jnp.where(size > bound, edge, wide).astype(leaf.dtype)
+
+    return _trees.map_inexact(clamped, updates, updates, bounds)
 
 
 def per_leaf(numbers: jax.Array, like):
@@ -77,28 +73,11 @@ def scale_above(updates, limits: jax.Array, factors: jax.Array):
 
 def any_above(updates, largest_squares) -> jax.Array:
     """Return whether the square of any element exceeds its limit."""
-    pairs = zip(
-        _trees.inexact_leaves(updates),
-        _trees.inexact_leaves(largest_squares, updates),
-        strict=True,
-    )
+    leaves = _trees.inexact_leaves(updates)
+    limits = _trees.inexact_leaves(largest_squares, updates)
     # Counts are integers, whose sum is vectorized.
     counts = [
-        jnp.sum(squares(leaf) > limit, dtype=np.int32) > 0 for leaf, limit in pairs
+        jnp.sum(squares(leaf) > limit, dtype=np.int32) > 0
+        for leaf, limit in zip(leaves, limits, strict=True)
     ]
     return functools.reduce(jnp.logical_or, counts, jnp.zeros((), bool))
-
-
-def squares_after(measured: Measurement, changed, clipped: Callable) -> jax.Array:
-    """Return the sum of squares of each leaf of `clipped()`, float32 (leaves,).
-
-    They are those in `measured` unless `changed`; a CPU then computes nothing.
-    """
-    return cond_on_cpu(
-        changed, lambda: measure(clipped()).leaf_squares, lambda: measured.leaf_squares
-    )
-
-
-def changed_or_same(updates, changed, clipped: Callable):
-    """Return `clipped()`, or the updates unless `changed`; a CPU then only copies."""
-    return cond_on_cpu(changed, clipped, lambda: updates)

@@ -1,4 +1,4 @@
-"""Clip the elements of a leaf to its usual largest one: Stable-SPAM's AdaClip."""
+"""Clip the elements of a leaf to its usual largest one: AdaClip of Stable-SPAM."""
 
 from typing import Any
 
@@ -6,17 +6,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .. import _checks, _trees
-from .._checks import require_count
+from .. import _trees
+from .._checks import require, require_count
 from .._norms import measure
+from .._platform import cond_on_cpu
 from ..granularity._groups import independent
 from ..responses._clip import factors
 from ..thresholds._base import Scope, Threshold, judge, learn
 from ..thresholds._ema_ratio import ema_ratio
-from . import _elements
-from ._base import ClippingState, transformation
-from ._readings import ClipRecord
-from .published import _ada_clip
+from . import _elements, _moments
+from ._base import Clipped, ClippingState, only_published, transformation
 
 NAME = "clip_by_max"
 
@@ -30,28 +29,22 @@ def clip_by_max(
 ) -> optax.GradientTransformationExtraArgs:
     """Clamp the elements of a leaf that exceed its usual largest one: AdaClip.
 
-        M_i = max |g_i|;    g_i <- g_i * min(1, ratio m_i / |g_i|), element by element
-
-    By default, m is the running mean of `ema_ratio`, and elements are clamped to the
-    limit, so that they keep their order.
+        M = max |g_i|;    g_i <- g_i * min(1, ratio m / |g_i|),    m that of `ema_ratio`
 
     As published, m is the bias-corrected running mean of M including the current step,
-    so that every second step is clipped. Elements above m are multiplied by m / M: one
-    just above m becomes smaller than those just below it. The bias correction starts
-    again whenever the moments are reset, which multiplies m by up to 500.
+    and elements above m are multiplied by m / M: every second step is clipped, and one
+    element just above m becomes smaller than those just below it.
 
     Args:
-        ratio: Tolerated multiple of the usual maximum, > 1. Ignored if published, where
-            it is 1.
+        ratio: Tolerated multiple of the usual maximum, > 1. 1 if published.
         decay: Weight of the past, in [0, 1). None: 0.98; 0.999 if published.
         reset_every: Steps between resets of the moments, which restart the bias
             correction, >= 0; 0 for never. Only with `published`.
         published: Whether to follow the recurrence of the paper exactly.
 
     Returns:
-        A transformation for `optax.chain`. A gradient that holds a nan or inf, or whose
-        norm is 1e18 or more, becomes all zeros, teaches nothing, and is counted in
-        `metrics`. As published it is passed on.
+        A transformation for `optax.chain`. A gradient with a nan or inf, or of norm
+        1e18 or more, becomes zeros and teaches nothing; if published, it passes.
 
     Raises:
         ValueError: If a concrete argument is out of range.
@@ -66,23 +59,18 @@ def clip_by_max(
     """
     require_count("reset_every", reset_every, 0)
     if published:
-        return _ada_clip.ada_clip(NAME, 0.999 if decay is None else decay, reset_every)
-    _checks.only_published(reset_every=(reset_every, 1000))
+        return _published(0.999 if decay is None else decay, reset_every)
+    only_published(clip_by_max, reset_every=reset_every)
     decay = 0.98 if decay is None else decay
     return _clamp_to(ema_ratio(ratio, decay=decay, per="leaf"))
 
 
 def _clamp_to(threshold: Threshold) -> optax.GradientTransformationExtraArgs:
     """Return the transformation that clamps each leaf to a threshold's limit."""
-    record = ClipRecord(
-        NAME, lambda tree: threshold.init(len(_trees.inexact_leaves(tree)))
-    )
 
-    def update_fn(updates, state, params=None, **extra):
-        del params, extra
+    def step(updates, statistics, memory, params, extra) -> Clipped:
         measured = measure(updates)
         finite: Any = measured.finite
-        statistics = record.statistics(state.clip_numbers, updates)
         largest = jnp.where(finite, _elements.leaf_maxima(updates), 0.0)
         grouping = independent(largest.shape[0])
         limit = threshold.limit(statistics, Scope(grouping))
@@ -90,23 +78,41 @@ def _clamp_to(threshold: Threshold) -> optax.GradientTransformationExtraArgs:
         bounds = jnp.where(judgement.exceeded, judgement.limit, jnp.inf)
         clamp = lambda: _elements.clamp(updates, _elements.per_leaf(bounds, updates))
         scale = jnp.min(factors(judgement), initial=1.0)
-        squares = _elements.squares_after(measured, scale < 1, clamp)
-        numbers = record.after_step(
-            state.clip_numbers,
-            updates,
-            learn(threshold, statistics, judgement),
-            raw=measured.norm,
-            clipped=jnp.where(finite, jnp.sqrt(jnp.sum(squares)), 0.0),
-            limit=jnp.min(judgement.limit, initial=jnp.inf),
-            scale=scale,
-            finite=finite,
+        squares = cond_on_cpu(
+            scale < 1,
+            lambda: measure(clamp()).leaf_squares,
+            lambda: measured.leaf_squares,
         )
         clipped = _trees.zero_unless(finite, clamp(), updates)
-        return clipped, ClippingState(numbers)
+        norm, learned = (
+            jnp.sqrt(jnp.sum(squares)),
+            learn(threshold, statistics, judgement),
+        )
+        return Clipped(clipped, learned, measured, norm, judgement.limit, scale)
 
-    return transformation(
-        NAME,
-        ClippingState,
-        lambda params: ClippingState(record.init(params)),
-        update_fn,
-    )
+    start = lambda tree: threshold.init(len(_trees.inexact_leaves(tree)))
+    return transformation(NAME, ClippingState, start, step)
+
+
+def _published(decay, reset_every: int) -> optax.GradientTransformationExtraArgs:
+    require("decay", decay, "in [0, 1)", lambda x: 0 <= x < 1)
+
+    def start(tree):
+        leaves, none = len(_trees.inexact_leaves(tree)), jnp.zeros((), jnp.int32)
+        return jnp.zeros((leaves,), jnp.float32), none, none
+
+    def step(updates, statistics, memory, params, extra) -> Clipped:
+        running, steps, total = statistics
+        measured = measure(updates)
+        largest = _elements.leaf_maxima(updates)
+        steps, total = _trees.increment(steps), _trees.increment(total)
+        running = decay * running + (1 - decay) * largest
+        limit = running * _moments.correction(decay, steps)
+        factors = limit / largest
+        clipped = _elements.scale_above(updates, limit, factors)
+        if reset_every:
+            steps = jnp.where(total % reset_every == 0, 1, steps)
+        norm, scale = measure(clipped).norm, jnp.min(factors, initial=1.0)
+        return Clipped(clipped, (running, steps, total), measured, norm, limit, scale)
+
+    return transformation(NAME, ClippingState, start, step)

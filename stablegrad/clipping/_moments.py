@@ -1,12 +1,21 @@
 """Second moments of a gradient, element by element: a clip's own, or an optimizer's."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from .. import _trees
 from ._elements import squares
+from ._readings import ClipNumbers
+
+
+class MomentState(NamedTuple):
+    """State of a clip that compares gradients with a second moment."""
+
+    clip_inner: Any  # State of the inner optimizer.
+    clip_moment: Any  # Second moment, like the parameters; () if `inner` has it.
+    clip_numbers: ClipNumbers  # Readings and statistics.
 
 
 def track(moment, updates, decay):
@@ -42,25 +51,15 @@ def correction(decay, steps) -> jax.Array:
 
 
 def init(asker: str, optimizer, own: bool, params) -> tuple[Any, Any]:
-    """Return the state of an optimizer, and zeros for a moment of one's `own` or ().
+    """Return the state of an optimizer, and zeros for an `own` moment, else ().
 
-    Raises ValueError if the optimizer is to provide the moment and has none.
+    Raises ValueError if the optimizer must provide the moment and does not have one
+    `mu` and one `nu` of all parameters.
     """
     inner = _trees.strongly_typed(optimizer.init(params))
-    if not own:
-        require_moments(asker, inner, params)
-        return inner, ()
-    return inner, jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)
-
-
-def _has_moments(node) -> bool:
-    return hasattr(node, "mu") and hasattr(node, "nu") and hasattr(node, "_replace")
-
-
-def require_moments(asker: str, state, params) -> None:
-    """Raise ValueError unless a state has one `mu` and one `nu`, of all parameters."""
-    nodes = jax.tree.leaves(state, is_leaf=_has_moments)
-    nodes = [node for node in nodes if _has_moments(node)]
+    if own:
+        return inner, jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)
+    nodes = _trees.nodes(inner, _has_moments)
     whole = jax.tree.structure(params)
     found = sum(jax.tree.structure(node.nu) == whole for node in nodes)
     if found != 1 or len(nodes) != 1:
@@ -69,12 +68,11 @@ def require_moments(asker: str, state, params) -> None:
             "second moment `nu` of all parameters, such as `optax.adamw(1e-3)`; this "
             f"one has {found}."
         )
+    return inner, ()
 
 
 def second_moment(state):
-    """Return the second moment in the state of an optimizer."""
-    nodes = jax.tree.leaves(state, is_leaf=_has_moments)
-    return next(node.nu for node in nodes if _has_moments(node))
+    return _trees.nodes(state, _has_moments)[0].nu
 
 
 def cleared(state, *names: str):
@@ -87,6 +85,10 @@ def cleared(state, *names: str):
         return node._replace(**jax.tree.map(jnp.zeros_like, old))
 
     return jax.tree.map(clear, state, is_leaf=_has_moments)
+
+
+def _has_moments(node) -> bool:
+    return hasattr(node, "mu") and hasattr(node, "nu") and hasattr(node, "_replace")
 
 
 def warmth(steps, warmup_steps: int) -> jax.Array:

@@ -1,16 +1,18 @@
-"""Clip by a share of each unit's parameters: adaptive gradient clipping."""
+"""Clip by a share of each unit's parameters: AGC, robust and as published."""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
+from .._checks import require
 from ..granularity import _units
-from ..granularity._groups import units
+from ..granularity._groups import Units, units
+from ..thresholds._base import Scope
 from ..thresholds._param_ratio import param_ratio
-from ._base import clip_norms, clip_to_threshold
-from .published._agc import agc
+from ._base import NormClip, NormStep, clip_norms, clip_to_threshold
 
 
 def clip_by_param_norm(
@@ -26,24 +28,21 @@ def clip_by_param_norm(
 
         g_u <- g_u * min(1, ratio * max(||w_u||, eps) / ||g_u||)
 
-    The default eps = 1 is the norm of a unit under the usual initialisations. The
-    published eps = 1e-3 hardly lets layers that start at zero move under SGD.
-
     Args:
         ratio: Tolerated share of the parameters' norm, > 0. The paper's 0.01 is for
             batches of 1024 and more; small batches need up to 0.16.
-        eps: The least norm of a unit's parameters that is assumed, > 0. None: 1; 1e-3
-            if published.
+        eps: Least norm of a unit's parameters that is assumed, > 0. None: 1, usual at
+            initialisation; 1e-3 if published, which hardly moves layers of zeros.
         axis: The axes of a unit, as for `units`.
         stacked: The leaves with a leading layer axis, as for `units`.
-        exclude: The leaves that are not clipped, as for `units`. The paper leaves out
-            the classifier, for example `exclude="head"`.
+        exclude: The leaves that are not clipped, as for `units`; in the paper the
+            classifier, for example "head".
         published: Whether to follow the recurrence of the paper exactly.
 
     Returns:
         A transformation for `optax.chain`, which needs `params` at every step. A
-        gradient that holds a nan or inf, or whose norm is 1e18 or more, becomes all
-        zeros and is counted in `metrics`. As published it is passed on.
+        gradient with a nan or inf, or of norm 1e18 or more, becomes zeros; if
+        published, it passes.
 
     Raises:
         ValueError: If a concrete argument is out of range; when initialised, if the
@@ -52,19 +51,28 @@ def clip_by_param_norm(
     Example:
         >>> import optax
         >>> import stablegrad as sg
-        >>> tx = optax.chain(
-        ...     sg.clip_by_param_norm(0.02, exclude="head"),
-        ...     optax.sgd(0.1, momentum=0.9, nesterov=True),
-        ... )
+        >>> clip = sg.clip_by_param_norm(0.02, exclude="head")
+        >>> tx = optax.chain(clip, optax.sgd(0.1))
 
     Reference:
-        Brock et al., High-performance large-scale image recognition without
-        normalization (2021), https://arxiv.org/abs/2102.06171.
+        Brock et al. (2021), https://arxiv.org/abs/2102.06171.
     """
     per = units(axis, stacked, exclude)
     if published:
-        clip = agc(ratio, 1e-3 if eps is None else eps, per)
+        clip = _published(ratio, 1e-3 if eps is None else eps, per)
     else:
         threshold = param_ratio(ratio, eps=1.0 if eps is None else eps, per=per)
         clip = clip_to_threshold(threshold)
     return clip_norms("clip_by_param_norm", clip)
+
+
+def _published(ratio, eps, per: Units) -> NormClip:
+    require("ratio", ratio, "> 0", lambda x: 0 < x < float("inf"))
+    require("eps", eps, ">= 0", lambda x: 0 <= x < float("inf"))
+
+    def step(statistics, norms, scope: Scope) -> NormStep:
+        limit = ratio * jnp.maximum(scope.param_norms, eps)
+        shrunk = limit / jnp.maximum(norms, 1e-6)
+        return NormStep(jnp.where(norms > limit, shrunk, 1.0), limit, statistics)
+
+    return NormClip(per, lambda groups: (), step, of_params=True, published=True)

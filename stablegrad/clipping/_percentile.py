@@ -1,14 +1,15 @@
-"""Clip by a percentile of past norms: AutoClip."""
+"""Clip by a percentile of past norms: AutoClip, robust and as published."""
 
 import jax
+import jax.numpy as jnp
 import optax
 
+from .._checks import require, require_count
 from ..granularity._groups import Granularity
+from ..thresholds._base import Scope
 from ..thresholds._percentile import percentile
-from ._base import clip_norms, clip_to_threshold
-from .published._autoclip import autoclip
-
-NAME = "clip_by_percentile"
+from ..thresholds._statistics import write
+from ._base import NormClip, NormStep, clip_norms, clip_to_threshold
 
 
 def clip_by_percentile(
@@ -22,13 +23,10 @@ def clip_by_percentile(
 
         c_t = percentile(norms, q);    g <- g * min(1, c_t / ||g||)
 
-    By default, the percentile is taken over a window of bounded norms before the
-    current one, as in `percentile`. It shrinks under 1 % of healthy steps, and follows
-    a lasting shift within 60 steps.
-
-    As published, it is taken over all norms including the current one. With q = 10 it
-    shrinks nine of ten steps; it follows a lasting rise only after ten times as many
-    steps as came before; and one nan makes every later step nan.
+    The norms are those of `percentile`: a window of bounded norms before the current
+    one. As published, they are all so far, with the current one: at q = 10, nine of ten
+    steps shrink, a lasting rise is followed after ten times the steps before it, and
+    one nan makes every later step nan.
 
     Args:
         q: Percentile, in [0, 100]. None: 99.5; 10 if published.
@@ -38,9 +36,8 @@ def clip_by_percentile(
         published: Whether to follow the recurrence of the paper exactly.
 
     Returns:
-        A transformation for `optax.chain`. A gradient that holds a nan or inf, or whose
-        norm is 1e18 or more, becomes all zeros, teaches nothing, and is counted in
-        `metrics`. As published it is passed on.
+        A transformation for `optax.chain`. A gradient with a nan or inf, or of norm
+        1e18 or more, becomes zeros and teaches nothing; if published, it passes.
 
     Raises:
         ValueError: If a concrete argument is out of range.
@@ -55,8 +52,29 @@ def clip_by_percentile(
     """
     if published:
         window = 10_000 if window is None else window
-        return clip_norms(NAME, autoclip(10.0 if q is None else q, window, per))
-    threshold = percentile(
-        99.5 if q is None else q, window=1000 if window is None else window, per=per
-    )
-    return clip_norms(NAME, clip_to_threshold(threshold))
+        clip = _published(10.0 if q is None else q, window, per)
+    else:
+        window = 1000 if window is None else window
+        threshold = percentile(99.5 if q is None else q, window=window, per=per)
+        clip = clip_to_threshold(threshold)
+    return clip_norms("clip_by_percentile", clip)
+
+
+def _published(q, window: int, per: Granularity) -> NormClip:
+    require("q", q, "in [0, 100]", lambda x: 0 <= x <= 100)
+    require_count("window", window)
+
+    def init(groups: int):
+        return jnp.zeros((groups, window), jnp.float32), jnp.zeros((groups,), jnp.int32)
+
+    def step(statistics, norms, scope: Scope) -> NormStep:
+        ring, seen = statistics
+        ring, seen = write(ring, seen % window, norms), seen + 1
+        used = jnp.arange(window)[None, :] < seen[:, None]
+        limit = jnp.nanpercentile(jnp.where(used, ring, jnp.nan), q, axis=-1)
+        poisoned = jnp.any(used & jnp.isnan(ring), axis=-1)
+        limit = jnp.where(poisoned, jnp.nan, limit)
+        factor = jnp.minimum(limit / (norms + 1e-6), 1.0)
+        return NormStep(factor, limit, (ring, seen))
+
+    return NormClip(per, init, step, published=True)

@@ -1,10 +1,11 @@
-"""Numbers of a clip in a chain: its readings for `metrics`, and its own statistics.
+"""Numbers of a clip in a chain: its readings for `metrics`, before its statistics.
 
-All of them are packed in one float32 and one int32 array, under the name of the clip.
-The readings come first, so that `metrics` finds them without the rest of the layout.
+All are packed in one float32 and one int32 array, under the name of the clip. The
+readings come first, so that `metrics` finds them without the rest of the layout.
 """
 
-from collections.abc import Callable
+import collections
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -16,116 +17,69 @@ from .._packing import Packed, Packing, decode, encode, on_host
 ClipNumbers = dict[str, Packed]  # One entry, under the name of the clip.
 
 
+# Fields of the readings; all are rank-0.
+NUMBERS = (
+    "raw_norm",  # L2 norm of the gradient before clipping.
+    "clipped_norm",  # L2 norm of the gradient after clipping.
+    "limit",  # The strictest limit in force at the step.
+    "scale",  # In [0, 1]: the smallest factor.
+)
+COUNTS = (
+    "clipped_steps",  # Steps that were shrunk, since `init`.
+    "dropped_steps",  # Steps that were not finite, since `init`.
+)
+
+
 class ClipReadings(NamedTuple):
-    """The readings of a clip; rank-0, `encode`d so that they stay finite."""
-
-    raw_norm: jax.Array  # float32: L2 norm of the gradient before clipping.
-    clipped_norm: jax.Array  # float32: L2 norm of the gradient after clipping.
-    limit: jax.Array  # float32: the strictest limit in force at the step.
-    scale: jax.Array  # float32 in [0, 1]: the smallest factor.
-    clipped_steps: jax.Array  # int32: steps that were shrunk, since `init`.
-    dropped_steps: jax.Array  # int32: steps that were not finite, since `init`.
-
-
-# Fields of `ClipReadings` that may stand for a nan or an inf.
-ENCODED_READINGS = ("raw_norm", "clipped_norm", "limit")
-
-
-class _Packable(NamedTuple):
     """Readings as vectors: counts that are counted up at once cost no copy."""
 
-    numbers: jax.Array  # float32 (4,): the other fields.
-    counts: jax.Array  # int32 (2,)
+    numbers: jax.Array  # float32 (4,): NUMBERS, `encode`d so that they stay finite.
+    counts: jax.Array  # int32 (2,): COUNTS.
 
 
-def _init_readings() -> _Packable:
-    return _Packable(jnp.asarray([0, 0, 0, 1], jnp.float32), jnp.zeros((2,), jnp.int32))
+def init_readings() -> ClipReadings:
+    numbers = jnp.asarray([0, 0, 0, 1], jnp.float32)
+    return ClipReadings(numbers, jnp.zeros((2,), jnp.int32))
 
 
-_READINGS = Packing(jax.eval_shape(_init_readings))
+_READINGS = Packing(jax.eval_shape(init_readings))
 
 
-class ClipRecord:
-    """Packs the readings of a clip together with its statistics."""
-
-    def __init__(self, name: str, init: Callable[[Any], Any] = lambda tree: ()):
-        """Take a name, and what returns the statistics before the first step.
-
-        `init` is given the parameters or the updates: the layout depends on their
-        structure, shapes and dtypes alone.
-        """
-        self._name = name
-        self._init = init
-
-    def init(self, params) -> ClipNumbers:
-        """Return the numbers before the first step."""
-        start = self._start(params)
-        return {self._name: Packing(start).pack(start)}
-
-    def statistics(self, numbers: ClipNumbers, updates) -> Any:
-        """Return the statistics of the clip."""
-        return self._packing(updates).unpack(numbers[self._name])[1]
-
-    def after_step(
-        self,
-        numbers: ClipNumbers,
-        updates,
-        statistics,
-        *,
-        raw,
-        clipped,
-        limit,
-        scale,
-        finite,
-        shrunk=None,
-    ) -> ClipNumbers:
-        """Return the numbers after one step, with new statistics.
-
-        The step counts as clipped if it is finite and `shrunk`, which by default means
-        that the scale is below 1.
-        """
-        before = _READINGS.unpack(numbers[self._name])
-        shrunk = finite & (scale < 1 if shrunk is None else shrunk)
-        scale = jnp.where(jnp.isfinite(scale), scale, 0.0).astype(jnp.float32)
-        readings = _Packable(
-            jnp.stack([encode(raw), encode(clipped), encode(limit), scale]),
-            _trees.count_if(jnp.stack([shrunk, ~finite]), before.counts),
-        )
-        return {self._name: self._packing(updates).pack((readings, statistics))}
-
-    def _start(self, tree) -> tuple[_Packable, Any]:
-        return _init_readings(), self._init(tree)
-
-    def _packing(self, tree) -> Packing:
-        return Packing(jax.eval_shape(lambda: self._start(tree)))
+def next_readings(before: ClipReadings, numbers, finite, shrunk) -> ClipReadings:
+    """Return the readings after a step, from its numbers and its two flags."""
+    *norms, scale = numbers
+    scale = jnp.where(jnp.isfinite(scale), scale, 0.0).astype(jnp.float32)
+    flags = jnp.stack([finite & shrunk, ~finite])
+    return ClipReadings(
+        jnp.stack([*map(encode, norms), scale]), _trees.count_if(flags, before.counts)
+    )
 
 
 def numbers_of_clips(state: Any) -> dict[str, jax.Array]:
     """Return the readings of every clip inside a state, as flat scalars."""
-    numbers: dict[str, jax.Array] = {}
-    counts: dict[str, int] = {}
-    for name, readings in _found(state):
-        counts[name] = counts.get(name, 0) + 1
-        prefix = f"{name}_{counts[name]}" if counts[name] > 1 else name
-        for field, number in readings._asdict().items():
-            number = decode(number) if field in ENCODED_READINGS else number
-            numbers[f"{prefix}_{field}"] = number
-    return numbers
+    found: dict[str, jax.Array] = {}
+    for prefix, (numbers, counts) in numbered(_found(state)):
+        for i, field in enumerate(NUMBERS):
+            found[f"{prefix}_{field}"] = decode(numbers[..., i])
+        for i, field in enumerate(COUNTS):
+            found[f"{prefix}_{field}"] = counts[..., i]
+    return found
+
+
+def numbered(found: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """Yield what was found with its name, and `name_2` for a second of that name."""
+    counts: collections.Counter[str] = collections.Counter()
+    for name, readings in found:
+        counts[name] += 1
+        yield f"{name}_{counts[name]}" if counts[name] > 1 else name, readings
 
 
 def _found(state: Any) -> list[tuple[str, ClipReadings]]:
     """Return name and readings of every clip, an outer one before an inner one."""
     found = []
-    for node in jax.tree.leaves(state, is_leaf=_is_clip):
-        if _is_clip(node):
-            ((name, packed),) = node.clip_numbers.items()
-            numbers, counts = _READINGS.unpack(on_host(packed))
-            fields = [numbers[..., i] for i in range(4)]
-            fields += [counts[..., i] for i in range(2)]
-            found.append((name, ClipReadings(*fields)))
-            found += _found(getattr(node, "clip_inner", ()))
+    is_clip = lambda node: isinstance(getattr(node, "clip_numbers", None), dict)
+    for node in _trees.nodes(state, is_clip):
+        ((name, packed),) = node.clip_numbers.items()
+        found.append((name, _READINGS.unpack(on_host(packed))))
+        found += _found(getattr(node, "clip_inner", ()))
     return found
-
-
-def _is_clip(node: Any) -> bool:
-    return isinstance(getattr(node, "clip_numbers", None), dict)

@@ -1,6 +1,4 @@
-"""Clip elements against their running second moment: the idea of SPAM."""
-
-from typing import Any, NamedTuple
+"""Clip elements against their running second moment: SPAM, robust and as published."""
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +7,13 @@ import optax
 from .. import _checks, _trees
 from .._checks import require, require_count
 from .._norms import measure
+from .._platform import cond_on_cpu
 from .._scales import Scales, scale_leaves
 from . import _elements, _moments
-from ._base import transformation
-from ._readings import ClipNumbers, ClipRecord
-from .published import _spam
+from ._base import Clipped, transformation
 
 NAME = "clip_by_second_moment"
+PROTECTED = 20  # Published steps without a limit, at the start and after resets.
 SPIKE = 0.5  # A step that clipping leaves less than this share of its norm.
 
 
@@ -34,15 +32,12 @@ def clip_by_second_moment(
         v_hat = v / (1 - d^k);    b = sqrt(threshold * max(v_hat, mean(v_hat)))
         g <- g * min(1, b / |g|);    v <- d v + (1 - d) |g|^2
 
-    By default, v is that of the steps before, corrected for its start from zero, and
-    counts at no less than the mean of its leaf. The limit is in force from the second
-    step. A reset, if asked for, clears the correction as well; the mean of the leaf
-    outlives it.
+    with v that of the steps before, and the mean over its leaf. The limit is in force
+    from the second step. A reset clears v and k, but not the mean.
 
-    As published, b = sqrt(threshold v) without correction, so that the limit drifts
-    from 10 to 45 standard deviations within one period. An element whose v is zero is
-    clamped to zero until the next reset. The first 20 steps after each reset have no
-    limit. The moments are reset on a clock, and their bias correction is not.
+    As published, b = sqrt(threshold v): the limit drifts from 10 to 45 standard
+    deviations within one period, is off for 20 steps after each reset, and clamps an
+    element whose v is zero to zero. Moments are reset on a clock.
 
     Args:
         threshold: Tolerated square in units of the second moment, > 1. 5000 is 71
@@ -51,20 +46,17 @@ def clip_by_second_moment(
             the clipped gradient. Its `nu` is then the second moment, and a reset clears
             its moments. None: the clip keeps a second moment of its own.
         decay: Weight d of the past, in (0, 1); that of `inner` if there is one.
-        reset_every: Steps from one reset to the next, >= 0; 0 for never. None: 0; 500
-            if published.
+        reset_every: Steps between resets, >= 0; 0 for never. None: 0; 500 if published.
         reset_on_spike: Whether to reset after a step of which clipping leaves less than
             half of the norm. Not with `published`.
         rewarmup_steps: Steps over which the updates grow from 0.01 back to 1 after each
-            reset, along a cosine, >= 0. None: 0; 150 if published and there is an
-            `inner`.
+            reset, along a cosine, >= 0. None: 0; 150 if published with an `inner`.
         published: Whether to follow the recurrence of the paper exactly. The paper's
             Adam adds `eps` before the bias correction of v; here, `inner` decides.
 
     Returns:
-        A transformation for `optax.chain`. A gradient that holds a nan or inf, or whose
-        norm is 1e18 or more, becomes all zeros, is not passed to `inner`, and is
-        counted in `metrics`. As published it is passed on.
+        A transformation for `optax.chain`. A gradient with a nan or inf, or of norm
+        1e18 or more, becomes zeros and does not reach `inner`; if published, it passes.
 
     Raises:
         ValueError: If a concrete argument is out of range; when initialised, if `inner`
@@ -87,45 +79,21 @@ def clip_by_second_moment(
     if inner is not None:
         _checks.require_optimizer(NAME, inner)
     optimizer = optax.with_extra_args_support(inner or optax.identity())
-    settings = (NAME, threshold, optimizer, inner is None, decay, period, rewarmup)
+    settings = (threshold, optimizer, inner is None, decay, period, rewarmup)
     if published:
         require("reset_on_spike", reset_on_spike, "False as published", lambda x: not x)
-        return _spam.spam(*settings)
+        return _published(*settings)
     return _clamp_to_moment(*settings, reset_on_spike)
 
 
-class SecondMomentState(NamedTuple):
-    """State of `clip_by_second_moment`."""
-
-    clip_inner: Any  # State of the inner optimizer.
-    clip_moment: Any  # Second moment of the clipped gradient, () if `inner` has it.
-    clip_numbers: ClipNumbers  # Readings and statistics.
-
-
-class MomentStatistics(NamedTuple):
-    """Statistics of the second moment."""
-
-    leaf_means: jax.Array  # float32 (leaves,): means of one's own moment.
-    leaf_levels: jax.Array  # float32 (leaves,): corrected means; no reset clears them.
-    moment_steps: jax.Array  # int32: steps in the moment since its last reset.
-    moment_resets: jax.Array  # int32
-
-
 def _clamp_to_moment(
-    name, threshold, optimizer, own_moment, decay, period, rewarmup, reset_on_spike
+    threshold, optimizer, own_moment, decay, period, rewarmup, reset_on_spike
 ) -> optax.GradientTransformationExtraArgs:
     """Return the default method; `own_moment` if the optimizer has none."""
 
-    def start(tree) -> MomentStatistics:
+    def start(tree):
         zeros = jnp.zeros((len(_trees.inexact_leaves(tree)),), jnp.float32)
-        none = jnp.zeros((), jnp.int32)
-        return MomentStatistics(zeros, zeros, none, none)
-
-    record = ClipRecord(name, start)
-
-    def init_fn(params) -> SecondMomentState:
-        inner, moment = _moments.init(name, optimizer, own_moment, params)
-        return SecondMomentState(inner, moment, record.init(params))
+        return zeros, zeros, *[jnp.zeros((), jnp.int32)] * 2
 
     def largest_squares(moment, correction, levels, like):
         """Return the largest square of each element; inf where nothing is known."""
@@ -135,69 +103,105 @@ def _clamp_to_moment(
             known = jnp.asarray(threshold, jnp.float32) * known
             return jnp.where(level > 0, known, jnp.inf)
 
-        return _trees.map_inexact(
-            largest, like, moment, _elements.per_leaf(levels, like)
-        )
+        by_leaf = _elements.per_leaf(levels, like)
+        return _trees.map_inexact(largest, like, moment, by_leaf)
 
-    def update_fn(updates, state, params=None, **extra):
-        inner, moment = state.clip_inner, state.clip_moment
-        before = record.statistics(state.clip_numbers, updates)
+    def step(updates, statistics, memory, params, extra) -> Clipped:
+        # Means of the clip's own moment; corrected ones, which no reset clears; steps
+        # in the moment since its last reset.
+        old_means, levels, steps, number_of_resets = statistics
+        inner, moment = memory
         measured = measure(updates)
         finite = measured.finite
         yardstick = moment if own_moment else _moments.second_moment(inner)
-        correction = _moments.correction(decay, before.moment_steps)
-        means = before.leaf_means if own_moment else _moments.means(yardstick, updates)
-        levels = jnp.where(
-            correction * means > 0, correction * means, before.leaf_levels
-        )
+        correction = _moments.correction(decay, steps)
+        means = old_means if own_moment else _moments.means(yardstick, updates)
+        levels = jnp.where(correction * means > 0, correction * means, levels)
         limits = lambda: largest_squares(yardstick, correction, levels, updates)
         clamp = lambda: _elements.clamp(updates, jax.tree.map(jnp.sqrt, limits()))
         above = finite & _elements.any_above(updates, limits())
-        squares = _elements.squares_after(measured, above, clamp)
-        clipped = _elements.changed_or_same(updates, above, clamp)
-        left = jnp.where(finite, jnp.sqrt(jnp.sum(squares)), 0.0)
-        ratio = jnp.where(finite & (measured.norm > 0), left / measured.norm, 1.0)
+        squares = cond_on_cpu(
+            above,
+            lambda: measure(clamp()).leaf_squares,
+            lambda: measured.leaf_squares,
+        )
+        clipped = cond_on_cpu(above, clamp, lambda: updates)
+        norm = jnp.where(finite, jnp.sqrt(jnp.sum(squares)), 0.0)
+        ratio = jnp.where(finite & (measured.norm > 0), norm / measured.norm, 1.0)
         clipped = _trees.zero_unless(finite, clipped, updates)
         out, new_inner = optimizer.update(clipped, inner, params, **extra)
         out = _trees.zero_unless(finite, out, updates)
         if rewarmup:
-            warming = before.moment_resets > 0
-            warmth = _moments.warmth(before.moment_steps, rewarmup)
-            out = scale_leaves(out, Scales(warmth).where(warming), updates)
+            warmth = Scales(_moments.warmth(steps, rewarmup))
+            out = scale_leaves(out, warmth.where(number_of_resets > 0), updates)
         new_inner = _trees.select(finite, new_inner, inner)
-        new_means = before.leaf_means
+        new_means = old_means
         if own_moment:
             tracked = _moments.track(moment, clipped, decay)
             moment = _trees.select(finite, tracked, moment)
-            followed = _moments.track_means(new_means, squares, decay, updates)
-            new_means = jnp.where(finite, followed, new_means)
-        steps = _trees.count_if(finite, before.moment_steps)
-        resets = jnp.zeros((), bool)
-        if period:
-            resets |= finite & (steps == period)
-        if reset_on_spike:
-            resets |= finite & (ratio < SPIKE)
+            followed = _moments.track_means(old_means, squares, decay, updates)
+            new_means = jnp.where(finite, followed, old_means)
+        steps = _trees.count_if(finite, steps)
+        is_due, spikes = (steps == period) & (period > 0), (ratio < SPIKE)
+        resets = finite & (is_due | (spikes & reset_on_spike))
         if period or reset_on_spike:
             zeros = jax.tree.map(jnp.zeros_like, moment)
             moment = _trees.select(resets, zeros, moment)
             if not own_moment:
                 zeros = _moments.cleared(new_inner, "mu", "nu", "count")
                 new_inner = _trees.select(resets, zeros, new_inner)
-        numbers = record.after_step(
-            state.clip_numbers,
-            updates,
-            MomentStatistics(
-                jnp.where(resets, 0.0, new_means),
-                levels,
-                jnp.where(resets, 0, steps),
-                _trees.count_if(resets, before.moment_resets),
-            ),
-            raw=measured.norm,
-            clipped=left,
-            limit=jnp.inf,
-            scale=jnp.where(ratio < 1 - 1e-6, ratio, 1.0),
-            finite=finite,
+        statistics = (
+            jnp.where(resets, 0.0, new_means),
+            levels,
+            jnp.where(resets, 0, steps),
+            _trees.count_if(resets, number_of_resets),
         )
-        return out, SecondMomentState(new_inner, moment, numbers)
+        scale = jnp.where(ratio < 1 - 1e-6, ratio, 1.0)  # Not a rounding error.
+        memory = (new_inner, moment)
+        return Clipped(out, statistics, measured, norm, jnp.inf, scale, memory)
 
-    return transformation(name, SecondMomentState, init_fn, update_fn)
+    memory = lambda params: _moments.init(NAME, optimizer, own_moment, params)
+    return transformation(NAME, _moments.MomentState, start, step, memory)
+
+
+def _published(
+    threshold, optimizer, own_moment: bool, decay, period: int, rewarmup: int
+) -> optax.GradientTransformationExtraArgs:
+    def step(updates, statistics, memory, params, extra) -> Clipped:
+        inner, moment = memory
+        total, number_of_resets = statistics
+        number = _trees.increment(total)
+        age = number % period if period else number
+        resets = (age == 0) if period else jnp.zeros((), bool)
+        if own_moment:
+            zero = jax.tree.map(jnp.zeros_like, moment)
+            moment = yardstick = _trees.select(resets, zero, moment)
+        else:
+            inner = _trees.select(resets, _moments.cleared(inner, "mu", "nu"), inner)
+            yardstick = _moments.second_moment(inner)
+        armed = (number >= PROTECTED) & (age >= PROTECTED)
+
+        def bound(v):
+            limit = jnp.sqrt(threshold * v.astype(jnp.float32))
+            return jnp.where(armed, limit, jnp.inf)
+
+        bounds = _trees.map_inexact(bound, updates, yardstick)
+        clipped = _elements.clamp(updates, bounds)
+        if own_moment:
+            moment = _moments.track(moment, clipped, decay)
+        out, inner = optimizer.update(clipped, inner, params, **extra)
+        if rewarmup and not own_moment:
+            warmth = Scales(_moments.warmth(age, rewarmup)).where(number >= period)
+            out = scale_leaves(out, warmth, updates)
+        measured, norm = measure(updates), measure(clipped).norm
+        ratio = jnp.where(measured.norm > 0, norm / measured.norm, 1.0)
+        scale = jnp.where(ratio < 1 - 1e-6, ratio, 1.0)  # Not a rounding error.
+        done = (number, _trees.count_if(resets, number_of_resets))
+        memory = (inner, moment)
+        return Clipped(
+            out, done, measured, norm, jnp.inf, scale, memory, overflows=False
+        )
+
+    start = lambda tree: (jnp.zeros((), jnp.int32),) * 2
+    memory = lambda params: _moments.init(NAME, optimizer, own_moment, params)
+    return transformation(NAME, _moments.MomentState, start, step, memory)

@@ -1,6 +1,4 @@
-"""Clip a leaf by how far its gradient exceeds its second moment: StableAdamW."""
-
-from typing import Any, NamedTuple
+"""Clip a leaf whose gradient exceeds its second moment: StableAdamW."""
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +13,7 @@ from ..responses._clip import factors
 from ..thresholds._base import Scope, judge, learn
 from ..thresholds._zscore import zscore
 from . import _elements, _moments
-from ._base import transformation
-from ._readings import ClipNumbers, ClipRecord
-from .published import _stable_adamw
+from ._base import Clipped, transformation
 
 NAME = "clip_update_rms"
 # The unit of the ratios that are squared: no gradient below 1e18 overflows them.
@@ -38,36 +34,31 @@ def clip_update_rms(
 
         r_i = sqrt(mean(g^2 / v_hat));    g_i <- g_i * min(1, max(D, limit_i) / r_i)
 
-    By default, v_hat is that of the steps before, and counts at no less than the mean
-    of its leaf. The gradient is shrunk before any moment follows it. limit_i is that of
-    `zscore(z)` on r_i: a lasting shift by any factor is normal within 62 steps, long
-    before the second moment has followed.
+    with v_hat that of the steps before, at least its mean over the leaf, and limit_i
+    that of `zscore(z)` on r_i. No moment follows the gradient before it is shrunk.
 
-    As published, v_hat includes the current gradient, so that r is at most
-    1 / sqrt(1 - d). The update of `inner` is divided by max(1, r / D), after the
-    moments of `inner` have followed the gradient.
+    As published, v_hat includes the current gradient, and the update of `inner` is
+    divided by max(1, r / D) after the moments of `inner` have followed the gradient.
 
     Args:
         max_rms: The multiple D of the second moment's root that is always normal, > 0.
-            None: 2; 1 if published. A huge first gradient raises the second moment, and
-            fades from it with d; until then, steps below it are normal.
+            None: 2; 1 if published.
         inner: The optimizer, which takes the clipped gradient. Required if published.
             None: the transformation only clips, as a member of a chain.
         decay: Weight d of the past, in (0, 1): that of the optimizer's second moment.
             None: 0.999; 0.99 if published.
         eps: The least root of a second moment that is assumed, > 0.
-        z: Standard deviations of log r above its level that are still normal, > 0. Not
-            used if published.
+        z: Standard deviations of log r above its level that are normal, > 0. Not used
+            if published.
         published: Whether to follow the recurrence of the paper exactly.
 
     Returns:
-        A transformation for `optax.chain`. A gradient that holds a nan or inf, or whose
-        norm is 1e18 or more, becomes all zeros, is not passed to `inner`, and is
-        counted in `metrics`. As published it is passed on.
+        A transformation for `optax.chain`. A gradient with a nan or inf, or of norm
+        1e18 or more, becomes zeros and does not reach `inner`; if published, it passes.
 
     Raises:
-        ValueError: If a concrete argument is out of range, or if `published` is given
-            without `inner`.
+        ValueError: If a concrete argument is out of range, or `published` comes without
+            `inner`.
 
     Example:
         >>> import optax
@@ -75,8 +66,7 @@ def clip_update_rms(
         >>> tx = optax.chain(sg.clip_update_rms(), optax.adamw(1e-3))
 
     Reference:
-        Wortsman et al., Stable and low-precision training for large-scale
-        vision-language models (2023), https://arxiv.org/abs/2304.13013.
+        Wortsman et al. (2023), https://arxiv.org/abs/2304.13013.
     """
     top = (1.0 if published else 2.0) if max_rms is None else max_rms
     decay = (0.99 if published else 0.999) if decay is None else decay
@@ -93,24 +83,8 @@ def clip_update_rms(
         _checks.require_optimizer(NAME, inner)
     optimizer = optax.with_extra_args_support(inner or optax.identity())
     if published:
-        return _stable_adamw.stable_adamw(NAME, optimizer, top, decay, eps)
+        return _published(optimizer, top, decay, eps)
     return _clip_gradient(optimizer, top, decay, eps, threshold)
-
-
-class UpdateRmsState(NamedTuple):
-    """State of `clip_update_rms`."""
-
-    clip_inner: Any  # State of the inner optimizer.
-    clip_moment: Any  # float32: the second moment, shaped like the parameters.
-    clip_numbers: ClipNumbers  # Readings and statistics.
-
-
-class UpdateRmsStatistics(NamedTuple):
-    """Statistics of the root mean squares."""
-
-    leaf_means: jax.Array  # float32 (leaves,): means of the second moment.
-    moment_steps: jax.Array  # int32: steps in the moment.
-    rms: Any  # Statistics of the threshold.
 
 
 def _clip_gradient(
@@ -118,18 +92,9 @@ def _clip_gradient(
 ) -> optax.GradientTransformationExtraArgs:
     """Return the default method."""
 
-    def start(tree) -> UpdateRmsStatistics:
-        leaves = len(_trees.inexact_leaves(tree))
-        none = jnp.zeros((), jnp.int32)
-        return UpdateRmsStatistics(
-            jnp.zeros((leaves,), jnp.float32), none, threshold.init(leaves)
-        )
-
-    record = ClipRecord(NAME, start)
-
-    def init_fn(params) -> UpdateRmsState:
-        inner, moment = _moments.init(NAME, optimizer, True, params)
-        return UpdateRmsState(inner, moment, record.init(params))
+    def start(tree):
+        leaves, none = len(_trees.inexact_leaves(tree)), jnp.zeros((), jnp.int32)
+        return jnp.zeros((leaves,), jnp.float32), none, threshold.init(leaves)
 
     def rms(updates, moment, correction, least) -> jax.Array:
         """Return the root mean square of g / sqrt(v_hat) of each leaf, (leaves,)."""
@@ -142,17 +107,18 @@ def _clip_gradient(
         ratios = _trees.map_inexact(squares, updates, updates, moment, floors)
         return UNIT * jnp.sqrt(_moments.means(ratios, updates))
 
-    def update_fn(updates, state, params=None, **extra):
-        before = record.statistics(state.clip_numbers, updates)
+    def step(updates, statistics, memory, params, extra) -> Clipped:
+        means, steps, of_ratios = statistics  # The moment: means, steps.
+        old_inner, old_moment = memory
         measured = measure(updates)
         finite = measured.finite
-        correction = _moments.correction(decay, before.moment_steps)
-        least = jnp.maximum(correction * before.leaf_means, jnp.square(eps))
-        observed = finite & (before.moment_steps > 0)
-        ratio = rms(updates, state.clip_moment, correction, least.astype(jnp.float32))
+        correction = _moments.correction(decay, steps)
+        least = jnp.maximum(correction * means, jnp.square(eps))
+        observed = finite & (steps > 0)
+        ratio = rms(updates, old_moment, correction, least.astype(jnp.float32))
         ratio = jnp.where(observed, ratio, 0.0)
         grouping = independent(ratio.shape[0])
-        normal = threshold.limit(before.rms, Scope(grouping))
+        normal = threshold.limit(of_ratios, Scope(grouping))
         signal = jnp.minimum(ratio, LARGEST_JUDGED)
         judgement = judge(threshold, signal, normal, grouping, observed=observed)
         limit = jnp.maximum(judgement.limit, top)
@@ -160,29 +126,49 @@ def _clip_gradient(
         judgement = judgement._replace(limit=limit, exceeded=exceeded)
         scales = Scales(factors(judgement._replace(signal=ratio)))
         clipped = scale_leaves(updates, scales, updates, keep=finite)
-        out, inner = optimizer.update(clipped, state.clip_inner, params, **extra)
-        moment = _moments.track(state.clip_moment, clipped, decay)
+        out, inner = optimizer.update(clipped, old_inner, params, **extra)
+        moment = _moments.track(old_moment, clipped, decay)
         squares = jnp.square(scales.by_leaf) * measured.leaf_squares
-        means = _moments.track_means(before.leaf_means, squares, decay, updates)
-        statistics = UpdateRmsStatistics(
-            jnp.where(finite, means, before.leaf_means),
-            _trees.count_if(finite, before.moment_steps),
-            learn(threshold, before.rms, judgement),
+        new_means = _moments.track_means(means, squares, decay, updates)
+        statistics = (
+            jnp.where(finite, new_means, means),
+            _trees.count_if(finite, steps),
+            learn(threshold, of_ratios, judgement),
         )
-        numbers = record.after_step(
-            state.clip_numbers,
-            updates,
+        return Clipped(
+            _trees.zero_unless(finite, out, updates),
             statistics,
-            raw=measured.norm,
-            clipped=jnp.where(finite, scaled_norm(measured, scales, updates), 0.0),
-            limit=jnp.min(limit, initial=jnp.inf),
-            scale=scales.smallest(),
-            finite=finite,
-        )
-        return _trees.zero_unless(finite, out, updates), UpdateRmsState(
-            _trees.select(finite, inner, state.clip_inner),
-            _trees.select(finite, moment, state.clip_moment),
-            numbers,
+            measured,
+            scaled_norm(measured, scales, updates),
+            limit,
+            scales.smallest(),
+            _trees.select(finite, (inner, moment), (old_inner, old_moment)),
         )
 
-    return transformation(NAME, UpdateRmsState, init_fn, update_fn)
+    memory = lambda params: _moments.init(NAME, optimizer, True, params)
+    return transformation(NAME, _moments.MomentState, start, step, memory)
+
+
+def _published(optimizer, max_rms, decay, eps) -> optax.GradientTransformationExtraArgs:
+    def step(updates, statistics, memory, params, extra) -> Clipped:
+        inner, moment = memory
+        steps = _trees.increment(statistics)
+        moment = _moments.track(moment, updates, decay)
+        correction = _moments.correction(decay, steps)
+        least = jnp.asarray(eps, jnp.float32) ** 2
+
+        def squares(g, v):
+            return _elements.squares(g) / jnp.maximum(correction * v, least)
+
+        ratios = _trees.map_inexact(squares, updates, updates, moment)
+        rms = jnp.sqrt(_moments.means(ratios, updates))
+        scales = Scales(1 / jnp.maximum(rms / max_rms, 1.0))
+        out, inner = optimizer.update(updates, inner, params, **extra)
+        measured = measure(out, updates)
+        norm = scaled_norm(measured, scales, out, updates)
+        out, scale = scale_leaves(out, scales, updates), scales.smallest()
+        return Clipped(out, steps, measured, norm, max_rms, scale, (inner, moment))
+
+    start = lambda tree: jnp.zeros((), jnp.int32)
+    memory = lambda params: _moments.init(NAME, optimizer, True, params)
+    return transformation(NAME, _moments.MomentState, start, step, memory)

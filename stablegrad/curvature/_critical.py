@@ -29,7 +29,7 @@ def critical_learning_rate(
     spike: float = 0.05,
     best_loss: float = 0.0,
 ) -> CriticalLearningRate:
-    """Estimates the learning rate at which training would spike, before training.
+    """Estimate the learning rate at which training would spike, before training.
 
     With L the loss on the batch, g its gradient, H its Hessian and u the optimizer's
     first update per unit of learning rate, there are four limits and two guides:
@@ -41,13 +41,10 @@ def critical_learning_rate(
         polyak      = (L - best_loss) / -g.u
         parameter   = 1e-3 min_leaf rms(x) / rms(u)
 
-    `directional` uses the curvature at one point and is exact on a quadratic. `forward`
-    follows the loss along the first update, and misses the spikes of later steps.
-    `probe` takes real optimizer steps and is the most reliable: `critical` is `probe`,
-    or the smaller of the other two without it. `safe_start` is half of the smallest of
-    the three. On the 36 networks of `benchmarks/critical_lr.py`, `probe` is within a
-    factor 1.4 of the first spike in 94 %, and `forward` is off by up to 13. A limit is
-    not the best rate, and ignores instabilities that build up over thousands of steps.
+    `critical` is `probe`, which takes real optimizer steps and is the most reliable: on
+    36 networks it is within a factor 1.4 of the first spike in 94 %, where `forward` is
+    off by up to 13. Without a probe it is the smaller of the first two. `safe_start` is
+    half of the smallest of the three. A limit is not the best rate.
 
     The cost is about 20 forward passes, one Hessian product and 15 times `steps`
     gradients, in one compiled program. No argument is modified.
@@ -68,9 +65,9 @@ def critical_learning_rate(
             means over all batches, and each update is also tried on the next batch.
         steps: Optimizer steps of the probe, >= 0: about the time scale of the momentum,
             1 / (1 - b). 0 omits the probe, for large models.
-        curvature: How u.Hu is computed: `"jvp"`, `"vjp"` or `"difference"` of
-            gradients, `"auto"` for the first of them that the loss supports, or
-            `"forward"` for a difference of three losses.
+        curvature: How to compute u.Hu: "jvp", "vjp" or "difference" of gradients;
+            "auto", the first of them that the loss supports; or "forward", a difference
+            of three losses.
         tolerance: Relative rise of the loss that counts for `forward`, > 0.
         spike: Relative rise of the loss that counts for `probe`, > 0.
         best_loss: The smallest possible loss, for `polyak`.
@@ -82,29 +79,23 @@ def critical_learning_rate(
 
     Raises:
         TypeError: If `loss_fn` does not return a real scalar.
-        ValueError: If an argument is out of range or does not fit the others, `params`
-            has no floating-point leaf, the loss, its gradient or the first update is
-            not finite, only the update is zero, or `loss_fn` lacks the derivative for
-            `curvature`.
+        ValueError: If an argument is out of range; if `params` has no floating-point
+            leaf; if the loss, its gradient or the first update is not finite, or only
+            the update is zero; if `loss_fn` lacks the derivative for `curvature`.
 
     Example:
         >>> import jax.numpy as jnp, optax
         >>> import stablegrad as sg
-        >>> def loss_fn(params, batch):
-        ...     return 0.5 * jnp.sum(batch * params**2)
-        >>> batch = jnp.array([1.0, 10.0])
+        >>> loss_fn = lambda params, batch: 0.5 * jnp.sum(batch * params**2)
         >>> found = sg.critical_learning_rate(
-        ...     loss_fn, jnp.ones(2), batch, optax.sgd(1.0)
+        ...     loss_fn, jnp.ones(2), jnp.array([1.0, 10.0]), optax.sgd(1.0)
         ... )
-        >>> round(found.directional, 4)
-        0.2018
-        >>> found.safe_start < 0.2 < found.forward
-        True
+        >>> round(found.directional, 4), found.safe_start < 0.2 < found.forward
+        (0.2018, True)
 
     Reference:
-        Kalra et al., A scalable measure of loss landscape curvature for analyzing the
-        training dynamics of LLMs (2026), https://arxiv.org/abs/2601.16979, for
-        `forward`. `probe` and `safe_start` are original to stablegrad.
+        Kalra et al. (2026), https://arxiv.org/abs/2601.16979, for `forward`. `probe`
+        and `safe_start` are original to stablegrad.
     """
     for name, value in ("tolerance", tolerance), ("spike", spike):
         _checks.require(name, value, "finite and > 0", lambda x: 0 < x < math.inf)
@@ -114,7 +105,7 @@ def critical_learning_rate(
     loss, trained, frozen = _loss.problem(loss_fn, params)
     optimizer = _loss.optimizer(tx, "critical_learning_rate")
     rate = _loss.built_rate(optimizer, trained, learning_rate)
-    data = [(frozen, one) for one in (batch, *_further(more_batches, batch))]
+    data = [(frozen, one) for one in (batch, *_listed_batches(more_batches, batch))]
     with jax.default_matmul_precision("highest"):
         method = _hessian.choose(curvature, loss, trained, data[0])
         settings = dict(steps=steps, rate=rate, tolerance=tolerance, spike=spike)
@@ -123,7 +114,7 @@ def critical_learning_rate(
             for one in data
         ]
         for one in found:
-            _require_usable(one)
+            _require_moving(one)
         cross_lengths = [
             cross_batch(loss, trained, other, one.direction, one.forward, tolerance)
             for one, other in zip(found, data[1:] + data[:1], strict=True)
@@ -132,8 +123,8 @@ def critical_learning_rate(
     return report(found, cross_lengths, best_loss, method)
 
 
-def _further(more_batches, batch) -> list[Any]:
-    """A list of `more_batches`; ValueError unless each has the structure of `batch`."""
+def _listed_batches(more_batches, batch) -> list[Any]:
+    """List `more_batches`; raise ValueError if one is not structured like `batch`."""
     is_array = hasattr(more_batches, "dtype")
     found = more_batches if is_array else list(more_batches)
     expected = jax.tree.structure(batch)
@@ -145,8 +136,8 @@ def _further(more_batches, batch) -> list[Any]:
     return found
 
 
-def _require_usable(found: Estimates) -> None:
-    """Raises ValueError unless loss, gradient and update are finite and it moves."""
+def _require_moving(found: Estimates) -> None:
+    """Raise ValueError unless all is finite, and the update moves the parameters."""
     _loss.require_finite(found.loss, found.gradient_norm)
     update = float(found.update_norm)
     if not math.isfinite(update):

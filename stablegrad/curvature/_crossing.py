@@ -13,12 +13,12 @@ _LARGEST_START = 1e20  # The start is clipped to this, so that no rate overflows
 def crossing(
     holds: Callable, start: jax.Array, growth: float, precision: float
 ) -> jax.Array:
-    """The smallest rate for which `holds(rate)`, within a factor `precision`.
+    """Return the smallest rate for which `holds(rate)`, within a factor `precision`.
 
-    The search divides `start` by four until the condition fails, multiplies by `growth`
-    until it holds, then bisects the logarithm. It approaches from below because a loss
-    that saturates crosses its limit several times, and the first rise may be narrow.
-    The result is inf if the condition never holds within 12 decades, 0 if always.
+    Divide `start` by four until the condition fails, multiply by `growth` until it
+    holds, then bisect the logarithm. Approach from below, because a loss that saturates
+    crosses its limit several times, and the first rise may be narrow. Return inf if the
+    condition never holds within 12 decades, 0 if always.
     """
     usable = jnp.isfinite(start) & (start > 0)
     start = jnp.where(usable, start, 1).astype(jnp.float32)

@@ -7,24 +7,24 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
+from .._trees import nodes
+
 _TOLERANCE = 1e-4  # Largest difference between two readings of one decay.
 _ADAM_FIELDS = {"count", "mu", "nu"}  # Other fields belong to other update rules.
 
 
 class Decays(NamedTuple):
-    """The decay rates of an optimizer's moments."""
-
     momentum: float
     b2: float
     averaged: bool  # Whether m = b m + (1 - b) g, kept as `mu`, and not m = b m + g.
 
 
 def decays(tx, params, momentum: float | None, b2: float | None) -> Decays:
-    """The given decays, where None is replaced by what a new state shows.
+    """Return the given decays, where None is replaced by what a new state shows.
 
     A moment that is x after a gradient of ones becomes (1 + b) x after another one, and
-    b x after a gradient of zeros. If the two readings disagree, the optimizer follows
-    another rule, which raises ValueError: a guess could give a wrong limit.
+    b x after a gradient of zeros. Raise ValueError if the two readings disagree, as
+    under another rule: a guess could give a wrong limit.
     """
     adam = _second_moment(jax.eval_shape(tx.init, params), params)
     averaged = hasattr(adam, "mu")
@@ -46,7 +46,7 @@ def decays(tx, params, momentum: float | None, b2: float | None) -> Decays:
 
 
 def preconditioner(tx, state, grads, params, decays: Decays, eps) -> jax.Array:
-    """The diagonal P of the next step, flat and positive, without a floor.
+    """Return the diagonal P of the next step, flat and positive, without a floor.
 
         P = (1 - b1^t) (sqrt(v_t / (1 - b2^t)) + eps)
 
@@ -68,9 +68,9 @@ def preconditioner(tx, state, grads, params, decays: Decays, eps) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames="tx")
 def _readings(tx, params):
-    """Readings of b2 and the momentum, and whether two steps move the parameters.
+    """Read b2 and the momentum, and whether two steps move the parameters.
 
-    These are the first step, on a gradient of ones, and the second one, on zeros.
+    The first step is on a gradient of ones, the second one on zeros.
     """
     # All parameters are zero, so that weight decay adds nothing to the gradient.
     zeros = jax.tree.map(jnp.zeros_like, params)
@@ -107,7 +107,7 @@ def _readings(tx, params):
 
 
 def _agreed(readings) -> float | None:
-    """The decay if all readings give the same one, else None."""
+    """Return the decay if all readings give the same one, else None."""
     read = [float(reading) for reading in readings]
     agree = all(0 <= x < 1 for x in read) and max(read) - min(read) <= _TOLERANCE
     return read[0] if agree else None
@@ -122,7 +122,7 @@ def _not_shown(name: str) -> ValueError:
 
 
 def _second_moment(state, params) -> Any:
-    """The only node of a state that holds the second moments of all parameters."""
+    """Return the one node of a state that holds all second moments."""
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     found = _nodes_with("nu", state)
     sizes = [sum(leaf.size for leaf in jax.tree.leaves(node.nu)) for node in found]
@@ -137,10 +137,6 @@ def _second_moment(state, params) -> Any:
 
 
 def _nodes_with(field: str, state) -> list[Any]:
-    """The nodes of a state that have a field of this name; methods do not count."""
-
-    def has_field(node) -> bool:
-        return hasattr(node, field) and not callable(getattr(node, field))
-
-    leaves = jax.tree.leaves(state, is_leaf=has_field)
-    return [node for node in leaves if has_field(node)]
+    """Return the nodes of a state with a field of this name that is no method."""
+    has_field = lambda node: hasattr(node, field) and not callable(getattr(node, field))
+    return nodes(state, has_field)

@@ -45,7 +45,7 @@ class Estimates(NamedTuple):
 def estimate(
     loss, tx, params, data, method, probed, *, steps, rate, tolerance, spike
 ) -> Estimates:
-    """Computes all estimates for one batch; `rate` is the one `tx` was built with."""
+    """Compute all estimates for one batch; `rate` is the one `tx` was built with."""
     value, grads = jax.value_and_grad(loss)(params, data)
     updates, _ = tx.update(grads, tx.init(params), params, value=value)
     update = jax.tree.map(lambda u, x: (u / rate).astype(x.dtype), updates, params)
@@ -88,7 +88,7 @@ def estimate(
 
 @functools.partial(jax.jit, static_argnames="loss")
 def cross_batch(loss, params, data, direction, forward, tolerance) -> jax.Array:
-    """The `forward` length on this batch along the direction of another batch."""
+    """Return the `forward` length on this batch along another batch's direction."""
     value, grads = jax.value_and_grad(loss)(params, data)
     slope = jnp.asarray(optax.tree.vdot(grads, direction), jnp.float32)
     scale = measure(params).norm + 1
@@ -98,7 +98,7 @@ def cross_batch(loss, params, data, direction, forward, tolerance) -> jax.Array:
 
 
 def _first_rise(loss_at, value, slope, scale, guess, tolerance) -> jax.Array:
-    """The first length at which the loss exceeds `value`, beyond the tolerance."""
+    """Return the first length at which the loss rises by more than the tolerance."""
     limit = value + tolerance * jnp.abs(value)
     start = _start(value, slope, scale, guess)
     # A nan is not below the limit, so it counts as a rise.
@@ -106,7 +106,7 @@ def _first_rise(loss_at, value, slope, scale, guess, tolerance) -> jax.Array:
 
 
 def _start(value, slope, scale, guess) -> jax.Array:
-    """A length that is smaller than all available estimates."""
+    """Return a length that is smaller than all available estimates."""
     usual = jnp.where(jnp.isfinite(guess) & (guess > 0), guess, 1e-2 * scale)
     # A loss that happens to be close to zero is no estimate of the length.
     by_value = jnp.maximum(jnp.abs(value / slope), _NEGLIGIBLE * usual)
@@ -114,11 +114,11 @@ def _start(value, slope, scale, guess) -> jax.Array:
 
 
 def _second_difference(loss_at, value, slope, scale) -> jax.Array:
-    """The curvature along a line from three losses, (L(h) + L(-h) - 2 L(0)) / h^2.
+    """Return the curvature along a line, (L(h) + L(-h) - 2 L(0)) / h^2.
 
-    The step h is chosen so that the second difference is 4 to 40 % of the first: a
-    shorter step suffers from rounding, a longer one from higher derivatives. The step
-    is at most `scale`. A second difference within rounding error counts as zero.
+    Choose a step h <= `scale` whose second difference is 4 to 40 % of the first: a
+    shorter step suffers from rounding, a longer one from higher derivatives. A second
+    difference within rounding error counts as zero.
     """
 
     def difference(h) -> jax.Array:
@@ -145,7 +145,7 @@ def _second_difference(loss_at, value, slope, scale) -> jax.Array:
 
 
 def _spikes(loss, tx, params, data, steps, limit, scale) -> jax.Array:
-    """Whether the loss exceeds a limit, or is nan, within some optimizer steps."""
+    """Return whether the loss exceeds a limit or is nan within some steps."""
     # The carry is (value, params, state, steps taken).
     below = lambda carry: (carry[3] <= steps) & (carry[0] <= limit)
 

@@ -10,11 +10,11 @@ _RELATIVE_STEP = 1e-3  # Step of the central difference, relative to ||x||.
 
 
 def product(loss, method: str, params, data, vector):
-    """The product H v of the Hessian at `params` with a vector.
+    """Return the product H v of the Hessian at `params` with a vector.
 
-    `"jvp"` is forward over reverse differentiation and the cheapest; `"vjp"` is reverse
-    over reverse, for functions with a `custom_vjp`; `"difference"` takes two gradients,
-    for functions without a second derivative, such as a Pallas kernel:
+    "jvp" is forward over reverse differentiation, the cheapest. "vjp" is reverse over
+    reverse, for functions with a `custom_vjp`. "difference" takes two gradients, for
+    functions without a second derivative, such as a Pallas kernel:
 
         H v = (g(x + h v) - g(x - h v)) / 2h,    h = 1e-3 ||x|| / ||v||
     """
@@ -30,14 +30,14 @@ def product(loss, method: str, params, data, vector):
 
 
 def move(params, length, direction):
-    """`params + length * direction`, in the dtypes of `params`."""
+    """Return `params + length * direction`, in the dtypes of `params`."""
     return optax.apply_updates(params, optax.tree.scale(length, direction))
 
 
 def choose(method: str, loss, params, data) -> str:
-    """The method itself, or for `"auto"` the cheapest one that the loss supports.
+    """Return the method, or for "auto" the cheapest one that the loss supports.
 
-    Raises ValueError if the loss does not support it, and any error of the loss itself.
+    Raise ValueError if the loss does not support it, and any error of the loss itself.
     """
     if method in ("difference", "forward"):
         return method

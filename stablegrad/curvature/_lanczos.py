@@ -27,13 +27,13 @@ class Spectrum(NamedTuple):
 
 
 def lanczos(loss, method, root, params, data, iterations: int, seed) -> Spectrum:
-    """Lanczos with full reorthogonalisation on A = R H R, R diagonal, in float32.
+    """Run Lanczos with full reorthogonalisation on A = R H R in float32.
 
         w = A q_j;  a_j = w.q_j;  w -= Q^T Q w, twice;  b_j = ||w||;  q_{j+1} = w / b_j
 
-    H is the Hessian of `loss(params, data)`, `root` the diagonal of R, float32 (size,).
-    Half as many further iterations follow if the residual exceeds 1 % of the largest
-    eigenvalue. A product that is not finite makes the result nan.
+    H is the Hessian of `loss(params, data)`, and `root` the diagonal of R, float32
+    (size,). Half as many more iterations follow if the residual exceeds 1 % of the
+    largest eigenvalue. A product that is not finite makes the result nan.
     """
     size = root.size
     most = min(iterations + iterations // 2, size)
@@ -52,10 +52,7 @@ def lanczos(loss, method, root, params, data, iterations: int, seed) -> Spectrum
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
 def _extend(loss, method, basis, begin, end, root, params, data):
-    """Runs the iterations `begin` to `end`.
-
-    A basis is orthonormal rows, and the two diagonals of the tridiagonal matrix.
-    """
+    """Extend a basis from `begin` to `end` orthonormal rows, with both diagonals."""
     flat, unravel = ravel_pytree(params)
 
     def step(j, basis):
@@ -78,7 +75,7 @@ def _extend(loss, method, basis, begin, end, root, params, data):
 
 
 def _read(basis, done: int) -> Spectrum:
-    """The Ritz values after `done` iterations, in float64 on the host."""
+    """Return the Ritz values after `done` iterations, in float64 on the host."""
     vectors, diagonal, beside = basis
     diagonal, beside = (np.asarray(x[:done], np.float64) for x in (diagonal, beside))
     if not (np.isfinite(diagonal).all() and np.isfinite(beside).all()):

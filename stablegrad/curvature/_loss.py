@@ -28,7 +28,7 @@ class Loss:
     graphdef: Any  # The static part of a Flax NNX module; None for other pytrees.
 
     def __call__(self, params, data) -> jax.Array:
-        """Calls the user's function: a rank-0 array, float32 or wider."""
+        """Return the loss, rank-0, float32 or wider."""
         (frozen, other_state), batch = data
         trained = self.treedef.flatten_up_to(params)
         rows = zip(trained, frozen, self.constants, strict=True)
@@ -52,11 +52,10 @@ class Loss:
 
 
 def problem(loss_fn: Callable, params) -> tuple[Loss, Any, tuple]:
-    """Separates the leaves that an optimizer updates from all others.
+    """Separate the leaves that an optimizer updates from all others.
 
-    Returns:
-        The loss; the floating-point parameters, in float32 or wider and with None for
-        the other leaves; and the frozen arrays, which `loss` takes beside the batch.
+    Return the loss; the floating-point parameters, in float32 or wider, with None for
+    the other leaves; and the frozen arrays, which the loss takes beside the batch.
     """
     if not callable(loss_fn):
         kind = type(loss_fn).__name__
@@ -83,7 +82,7 @@ def problem(loss_fn: Callable, params) -> tuple[Loss, Any, tuple]:
 
 
 def optimizer(tx, asker: str) -> optax.GradientTransformationExtraArgs:
-    """The same transformation, as a static argument of `jax.jit`."""
+    """Return the same transformation, as a static argument of `jax.jit`."""
     _checks.require_optimizer(asker, tx)
     tx = optax.with_extra_args_support(tx)
     init, update = _hashable(tx.init), _hashable(tx.update)
@@ -91,9 +90,9 @@ def optimizer(tx, asker: str) -> optax.GradientTransformationExtraArgs:
 
 
 def built_rate(tx, params, learning_rate: float | None) -> float:
-    """The given rate, else that in the state of `optax.inject_hyperparams`, else 1.
+    """Return the given rate, else that of `optax.inject_hyperparams`, else 1.
 
-    Raises ValueError if the state holds another rate than the given one.
+    Raise ValueError if the state holds another rate than the given one.
     """
     positive = lambda rate: 0 < rate < math.inf
     given = 1.0 if learning_rate is None else learning_rate
@@ -118,25 +117,23 @@ def built_rate(tx, params, learning_rate: float | None) -> float:
 
 
 def _rates(state) -> list[jax.Array]:
-    """The learning rates in the states of `optax.inject_hyperparams`."""
-
-    def has_rate(node) -> bool:
-        return "learning_rate" in (getattr(node, "hyperparams", None) or ())
-
-    nodes = jax.tree.leaves(state, is_leaf=has_rate)
-    rates = [node.hyperparams["learning_rate"] for node in nodes if has_rate(node)]
-    return [jnp.asarray(rate, jnp.float32) for rate in rates]
+    """Return the learning rates in the states of `optax.inject_hyperparams`."""
+    of_node = lambda node: getattr(node, "hyperparams", None) or ()
+    has_rate = lambda node: "learning_rate" in of_node(node)
+    found = [
+        node.hyperparams["learning_rate"] for node in _trees.nodes(state, has_rate)
+    ]
+    return [jnp.asarray(rate, jnp.float32) for rate in found]
 
 
 def step(loss: Loss, tx, params, state, data, scale):
-    """The loss, and the parameters and state after a step with the scaled update."""
+    """Return the loss, and parameters and state after a step by the scaled update."""
     value, grads = jax.value_and_grad(loss)(params, data)
     updates, state = tx.update(grads, state, params, value=value)
     return value, optax.apply_updates(params, optax.tree.scale(scale, updates)), state
 
 
 def require_finite(value, gradient_norm) -> None:
-    """Raises ValueError unless the loss and its gradient are finite."""
     loss, gradient = float(value), float(gradient_norm)
     if not (math.isfinite(loss) and math.isfinite(gradient)):
         raise ValueError(
@@ -146,7 +143,7 @@ def require_finite(value, gradient_norm) -> None:
 
 
 def outline(tree) -> str:
-    """The shapes of a pytree, on one line."""
+    """Return the shapes of a pytree, on one line."""
     if hasattr(tree, "dtype"):
         return f"an array of shape {tuple(tree.shape)}"
     return " ".join(repr(jax.tree.map(np.shape, tree)).split())[:100]
@@ -161,7 +158,7 @@ def _hashable(function: Callable) -> Callable:
 
 
 def _widened(leaf) -> jax.Array:
-    """A leaf in float32 or wider; half precision would round small steps away."""
+    """Return a leaf in float32 or wider: half precision rounds small steps away."""
     leaf = jnp.asarray(leaf)
     if jnp.iscomplexobj(leaf):
         raise TypeError("`params` must be real, got a complex leaf.")

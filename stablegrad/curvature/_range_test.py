@@ -1,7 +1,6 @@
 """The learning-rate range test: one step at each of many rising rates."""
 
 import dataclasses
-import importlib
 import itertools
 import math
 from collections.abc import Callable, Iterable
@@ -14,6 +13,7 @@ import optax
 
 from .. import _checks
 from . import _loss
+from ._figure import new_figure
 
 _FIRST, _LAST = 10, 5  # Steps at both ends where the slope is not used.
 
@@ -31,7 +31,6 @@ class RangeTest:
     steps: int  # The number of rates asked for.
 
     def __str__(self) -> str:
-        """A rate to start with, and where the test ended."""
         tried, diverged = len(self.rates), math.isfinite(self.divergence)
         cut_short = not diverged and tried < self.steps
         if math.isfinite(self.suggestion):
@@ -53,7 +52,7 @@ class RangeTest:
         return text
 
     def figure(self) -> Any:
-        """Plots the losses over the rates.
+        """Plot the losses over the rates.
 
         Returns:
             A `matplotlib.figure.Figure`, for `savefig` or a notebook.
@@ -61,13 +60,7 @@ class RangeTest:
         Raises:
             ImportError: If Matplotlib is not installed.
         """
-        try:
-            Figure = importlib.import_module("matplotlib.figure").Figure
-        except ImportError as error:
-            raise ImportError(
-                "`figure` needs Matplotlib: pip install 'stablegrad[report]'"
-            ) from error
-        figure = Figure(figsize=(6, 4), layout="constrained")
+        figure = new_figure(6, 4)
         axes = figure.subplots()
         axes.plot(self.rates, self.losses, ".", color="0.75", label="loss")
         axes.plot(self.rates, self.smoothed, label="smoothed")
@@ -99,18 +92,15 @@ def learning_rate_range_test(
     smoothing: float = 0.98,
     blow_up: float = 4.0,
 ) -> RangeTest:
-    """Trains a copy of the parameters for some steps while the learning rate rises.
+    """Train a copy of the parameters for some steps while the learning rate rises.
 
         eta_i = low (high / low)^(i / (steps - 1)),    one optimizer step at each
         s_i = (1 - d) sum_j d^(i - j) L_j / (1 - d^(i + 1))
         suggestion = argmin ds / d log(eta), before the minimum of s
 
-    The slope is taken over the logarithm of the rate, as that over the rate itself is
-    always steepest at the low end; the first ten and last five steps are not used. The
-    test ends at the first loss that is not finite, or when s_i exceeds `blow_up` times
-    its smallest value so far, some steps after the instability starts. Later rates
-    start from parameters that earlier rates have trained, so the result is a rough
-    guide: `critical_learning_rate` is more precise.
+    without the slopes of the first ten and last five steps. Later rates start from
+    parameters that earlier rates have trained, so the result is a rough guide:
+    `critical_learning_rate` is more precise.
 
     Args:
         loss_fn: As for `critical_learning_rate`.
@@ -123,11 +113,12 @@ def learning_rate_range_test(
         steps: The number of rates, >= 20.
         learning_rate: As for `critical_learning_rate`.
         smoothing: Decay d of the average, in [0, 1).
-        blow_up: Multiple of the smallest average that ends the test, > 1. For a
-            negative average the excess is relative to its magnitude.
+        blow_up: Multiple of the smallest s so far at which the test ends, > 1. For a
+            negative s, the excess is relative to its magnitude.
 
     Returns:
         `RangeTest`: the losses and rates, advice under `str()`, a plot by `figure()`.
+        The test also ends at the first loss that is nan or inf.
 
     Raises:
         TypeError: If `loss_fn` does not return a real scalar.
@@ -138,18 +129,15 @@ def learning_rate_range_test(
     Example:
         >>> import jax.numpy as jnp, optax
         >>> import stablegrad as sg
-        >>> def loss_fn(params, batch):
-        ...     return 0.5 * jnp.sum(batch * params**2)
-        >>> batch = jnp.array([1.0, 10.0])
+        >>> loss_fn = lambda params, batch: 0.5 * jnp.sum(batch * params**2)
         >>> test = sg.learning_rate_range_test(
-        ...     loss_fn, jnp.ones(2), batch, optax.sgd(1.0), low=1e-4
+        ...     loss_fn, jnp.ones(2), jnp.array([1.0, 10.0]), optax.sgd(1.0), low=1e-4
         ... )
         >>> test.suggestion < 0.2 < test.divergence
         True
 
     Reference:
-        Smith, Cyclical learning rates for training neural networks (2015),
-        https://arxiv.org/abs/1506.01186; the defaults are those of fastai.
+        Smith (2015), https://arxiv.org/abs/1506.01186; the defaults are fastai's.
     """
     _checks.require("low", low, "finite and > 0", lambda x: 0 < x < math.inf)
     _checks.require("high", high, "finite and > `low`", lambda x: low < x < math.inf)
@@ -194,7 +182,7 @@ def learning_rate_range_test(
 
 
 def _steepest(rates: np.ndarray, smoothed: np.ndarray) -> float:
-    """The rate at which the average falls fastest before its minimum, or nan."""
+    """Return the rate at which the average falls fastest before its minimum, or nan."""
     last = min(len(rates) - _LAST, int(np.argmin(smoothed)) + 1)
     if last <= _FIRST:
         return math.nan

@@ -50,11 +50,10 @@ class CriticalLearningRate:
     flags: tuple[str, ...]  # Warnings, in a word or two.
 
     def margin(self, rate: float) -> float:
-        """The rate divided by the critical one; training spikes above 1."""
+        """Return the rate divided by the critical one; training spikes above 1."""
         return rate / self.critical if self.critical else math.inf
 
     def __str__(self) -> str:
-        """The limits, a rate to start with, and the warnings."""
         limits = {
             "probe": self.probe,
             "forward": self.forward,
@@ -86,7 +85,7 @@ class CriticalLearningRate:
 def report(
     estimates: list[Estimates], cross_lengths, best_loss: float, method: str
 ) -> CriticalLearningRate:
-    """Combines the batches: geometric means of the rates, and means of the rest."""
+    """Combine the batches: geometric means of the rates, and means of the rest."""
     # One number a batch, in float64 on the host, where no product overflows.
     each = jax.tree.map(
         lambda *numbers: np.array(numbers, np.float64),
@@ -134,7 +133,7 @@ def report(
 
 
 def _geometric_mean(rates: np.ndarray) -> float:
-    """The geometric mean; 0 if any rate is <= 0, also beside an infinite one."""
+    """Return the geometric mean; 0 if any rate is <= 0, also beside an infinite one."""
     if rates.min() <= 0:
         return 0.0
     return math.exp(np.mean(np.log(rates)))

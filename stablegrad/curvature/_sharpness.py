@@ -15,7 +15,6 @@ from .._norms import measure
 from . import _hessian, _loss
 from ._decays import Decays, decays, preconditioner
 from ._lanczos import lanczos
-from ._limits import stable_limit
 
 _FLOOR = 1e-2  # Smallest element of P, relative to their root mean square.
 _FEW = 1e-2  # Share of coordinates: a top eigenvector on fewer is an artefact.
@@ -35,7 +34,6 @@ class Sharpness:
     unfloored_participation: float  # nan without `tx`.
 
     def __str__(self) -> str:
-        """The eigenvalues, the rate that they allow, and warnings."""
         if not math.isfinite(self.largest):
             return (
                 "The curvature is not finite, though the loss and its gradient are: "
@@ -43,9 +41,8 @@ class Sharpness:
             )
         preconditioned = not math.isnan(self.unfloored)
         limit = "nothing limits the learning rate: no eigenvalue is positive"
-        if math.isfinite(self.stable_rate):
-            rate = f"{self.stable_rate:.3g}"
-            limit = f"the optimizer is stable below a learning rate of {rate}"
+        if math.isfinite(rate := self.stable_rate):
+            limit = f"the optimizer is stable below a learning rate of {rate:.3g}"
         text = (
             f"The {'preconditioned ' if preconditioned else ''}loss curves by "
             f"{self.largest:.4g} at most and {self.smallest:.4g} at least (residual "
@@ -54,16 +51,17 @@ class Sharpness:
         )
         if self.residual > 1e-2 * abs(self.largest):
             text += " Not converged: pass more `iterations`."
-        if preconditioned:
-            text += " Without a floor under the second moments the largest is "
-            text += f"{self.unfloored:.4g}"
-            if self.unfloored_participation < _FEW:
-                share = f"{100 * self.unfloored_participation:.2g} %"
-                text += ", an artefact of vanishing gradients: "
-                text += f"{share} of the coordinates carry it"
-            text += ". Before training, the limit is often 10 to 100 times too low: "
-            text += "trust `critical_learning_rate`."
-        return text
+        if not preconditioned:
+            return text
+        artefact, share = "", self.unfloored_participation
+        if share < _FEW:
+            artefact = ", an artefact of vanishing gradients: "
+            artefact += f"{100 * share:.2g} % of the coordinates carry it"
+        return (
+            f"{text} Without a floor under the second moments the largest is "
+            f"{self.unfloored:.4g}{artefact}. Before training, the limit is often 10 "
+            "to 100 times too low: trust `critical_learning_rate`."
+        )
 
 
 def sharpness(
@@ -81,28 +79,23 @@ def sharpness(
     iterations: int = 20,
     seed: int = 0,
 ) -> Sharpness:
-    """Measures the largest and smallest curvature of a loss, raw or preconditioned.
+    """Measure the largest and smallest curvature of a loss, raw or preconditioned.
 
         lambda = eigenvalues of H,  or of  P^-1/2 H P^-1/2,  P = max(P, 0.01 rms(P))
         P = (1 - b1^t) (sqrt(v_t / (1 - b2^t)) + eps),  v_t with this gradient included
+        stable:  eta (lambda k + w) < 2,    k = (1 + 2b if nesterov else 1) / (1 + b)
 
-    by the Lanczos method in float32. With momentum b and weight decay w, steps are
-    stable for
-
-        eta (lambda k + w) < 2,    k = (1 + 2b if nesterov else 1) / (1 + b)
-
-    with k times (1 - b) if the momentum is an average, as in Adam: 2 / lambda for
-    gradient descent, 3.8 / lambda with momentum 0.9, 38 / lambda for Adam. Above the
-    limit training spikes, and may still converge. The cost is `iterations` Hessian
-    products, each about two gradients, and as many copies of the parameters; twice that
-    with `tx`.
+    by the Lanczos method in float32, with momentum b and weight decay w. k is (1 - b)
+    times that if the momentum is an average, as in Adam. Above the limit training
+    spikes, and may still converge. The cost is `iterations` Hessian products and as
+    many copies of the parameters; twice that with `tx`.
 
     Args:
         loss_fn: As for `critical_learning_rate`.
         params: As for `critical_learning_rate`.
         batch: As for `critical_learning_rate`; one batch for all products.
-        tx: An optimizer that keeps one second moment `nu` of all parameters, as Adam
-            and RMSProp do, for the preconditioner P. None: the plain Hessian.
+        tx: An optimizer with one second moment `nu` of all parameters, as Adam and
+            RMSProp have, for the preconditioner P. None: the plain Hessian.
         state: The state of `tx` during training. None: the initial state.
         momentum: b, in [0, 1); b1 of Adam. None: 0 without `tx`, else the value that
             two steps on artificial gradients show.
@@ -119,26 +112,21 @@ def sharpness(
 
     Raises:
         TypeError: If `loss_fn` does not return a real scalar.
-        ValueError: If an argument is out of range, `params` has no floating-point leaf,
-            the loss or its gradient is not finite, `state` is given without `tx`, `tx`
-            keeps no second moment of all parameters, or its decays are neither given
-            nor shown by its state.
+        ValueError: If an argument is out of range; if `params` has no floating-point
+            leaf; if the loss or its gradient is not finite; if `state` is given without
+            `tx`; if `tx` has no second moment of all parameters, or its decays are
+            neither given nor shown by its state.
 
     Example:
         >>> import jax.numpy as jnp
         >>> import stablegrad as sg
-        >>> def loss_fn(params, batch):
-        ...     return 0.5 * jnp.sum(batch * params**2)
+        >>> loss_fn = lambda params, batch: 0.5 * jnp.sum(batch * params**2)
         >>> found = sg.sharpness(loss_fn, jnp.ones(3), jnp.array([3.0, 1.0, -5.0]))
-        >>> round(found.largest, 4), round(found.smallest, 4)
-        (3.0, -5.0)
-        >>> round(found.stable_rate, 4)
-        0.6667
+        >>> [round(x, 4) for x in (found.largest, found.smallest, found.stable_rate)]
+        [3.0, -5.0, 0.6667]
 
     Reference:
-        Cohen et al., Gradient descent on neural networks typically occurs at the edge
-        of stability (2021), https://arxiv.org/abs/2103.00065; Cohen et al., Adaptive
-        gradient methods at the edge of stability (2022),
+        Cohen et al. (2021), https://arxiv.org/abs/2103.00065; Cohen et al. (2022),
         https://arxiv.org/abs/2207.14484. The floor is original to stablegrad.
     """
     _checks.require_count("iterations", iterations)
@@ -181,9 +169,31 @@ def sharpness(
     )
 
 
+def stable_limit(
+    curvature: float,
+    momentum: float = 0.0,
+    *,
+    nesterov: bool = False,
+    averaged: bool = False,
+    weight_decay: float = 0.0,
+) -> float:
+    """Return the learning rate eta below which steps contract along an eigenvector.
+
+        eta (curvature k + w) < 2,    k = (1 + 2b if nesterov else 1) / (1 + b)
+
+    `curvature` is the largest eigenvalue, of P^-1 H with a constant preconditioner P; b
+    is the momentum, w the decoupled weight decay. `averaged` means m = b m + (1 - b) g,
+    as in Adam, which multiplies k by (1 - b). The limit is inf if no rate is unstable.
+    """
+    ahead = 1 + 2 * momentum if nesterov else 1.0
+    gain = ahead / (1 + momentum) * (1 - momentum if averaged else 1.0)
+    stiffness = max(curvature, 0.0) * gain + weight_decay
+    return 2 / stiffness if stiffness else math.inf
+
+
 @functools.partial(jax.jit, static_argnames=("loss", "tx", "averages"))
 def _inverse_roots(loss, tx, state, params, data, averages, eps):
-    """The loss, the norm of its gradient, and P^-1/2 with and without the floor."""
+    """Return the loss, its gradient's norm, and P^-1/2 with and without the floor."""
     value, grads = jax.value_and_grad(loss)(params, data)
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     roots = [jnp.ones(size, jnp.float32)]

@@ -11,7 +11,7 @@ from ._guard import APPLY
 def apply(
     tx: optax.GradientTransformation, grads, state, params, **extra
 ) -> tuple[Any, Any]:
-    """Takes one optimizer step and returns the new parameters.
+    """Take one optimizer step and return the new parameters.
 
         updates, state' = tx.update(grads, state, params, **extra)
         params' = params + updates

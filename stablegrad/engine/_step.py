@@ -189,7 +189,9 @@ class GuardedStep:
         """Warn once if a step brings no loss and a threshold could judge it."""
         every = (t for response in self._responses for t in response.thresholds)
         watches = any(t.of == "value" and not t.required for t in every)
-        if watches and "value" not in extra and not self._warned:
+        # With `value_fn=` alone, the trust region raises an error.
+        told = {"value", "value_fn"} & extra.keys()
+        if watches and not told and not self._warned:
             self._warned = True
             warnings.warn(_checks.unseen_value(extra), stacklevel=2)
 

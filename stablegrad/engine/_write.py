@@ -10,7 +10,7 @@ from .. import _trees
 
 
 class Writer:
-    """Writes new arrays over old ones where a step is accepted and elements are finite.
+    """Write new arrays over old ones where a step is accepted and elements are finite.
 
     It adds up what it keeps out, by the leaf of the parameters that an array belongs
     to. Flags of one leaf are joined before they are counted, so that XLA counts them in

@@ -17,8 +17,6 @@ from . import _units
 
 
 class Units(NamedTuple):
-    """The granularity that `units` returns."""
-
     axis: _units.AxisRule
     stacked: _units.StackRule
     exclude: str | Callable[[Any, Any], bool] | None
@@ -63,7 +61,7 @@ def units(
     stacked: _units.StackRule = None,
     exclude: str | Callable[[Any, Any], bool] | None = None,
 ) -> Units:
-    """Judges each output neuron separately: the granularity "unit", with settings.
+    """Judge each output neuron separately: the granularity "unit", with settings.
 
     A unit is the weights of one output: a column of a dense kernel (in, out), a filter
     of a convolution (..., in, out), one feature of one head of an attention projection,
@@ -94,21 +92,20 @@ def units(
         >>> tx = sg.guard(optax.sgd(0.1), sg.clip(rule))
 
     Reference:
-        Brock et al., High-performance large-scale image recognition without
-        normalization (2021), https://arxiv.org/abs/2102.06171.
+        Brock et al. (2021), https://arxiv.org/abs/2102.06171.
     """
     return Units(axis, stacked, exclude)
 
 
 def check_granularity(per: Granularity) -> None:
-    """Raises ValueError unless `per` is a granularity."""
+    """Raise ValueError unless `per` is a granularity."""
     expected = f"one of {NAMES}, `units(...)` or a function (path, leaf) -> label"
     known = lambda x: callable(x) or isinstance(x, Units) or x in NAMES
     _checks.require("per", per, expected, known)
 
 
 def check_sharded(per: Granularity) -> None:
-    """Raises ValueError if a device cannot measure the groups from its shards."""
+    """Raise ValueError if a device cannot measure the groups from its shards."""
     if isinstance(per, Units) or per == "unit":
         raise ValueError(
             'per="unit" cannot be used with `axis_name`: a device does not know which '
@@ -118,12 +115,12 @@ def check_sharded(per: Granularity) -> None:
 
 
 def independent(count: int) -> Grouping:
-    """One group for each of `count` leaves."""
+    """Return one group for each of `count` leaves."""
     return Grouping(count, tuple(range(count)))
 
 
 def group(per: Granularity, tree) -> Grouping:
-    """The groups of a pytree, from its names, shapes and dtypes."""
+    """Divide a pytree into groups by its names, shapes and dtypes."""
     leaves = _trees.paths_and_leaves(tree)
     if isinstance(per, Units) or per == "unit":
         return _unit_groups(per if isinstance(per, Units) else units(), tree, leaves)
@@ -153,10 +150,9 @@ def _unit_groups(settings: Units, tree, leaves) -> Grouping:
 
 def _label(per, path, leaf) -> Hashable:
     label = per(path, leaf)
-    if not isinstance(label, Hashable):
-        raise ValueError(
-            "the function `per` must return a label that can be hashed, such as a "
-            "string, or None to leave the leaf out, got "
-            f"{label!r} for {_trees.path_name(path)!r}."
-        )
-    return label
+    if isinstance(label, Hashable):
+        return label
+    raise ValueError(
+        "the function `per` must return a label that can be hashed, such as a string, "
+        f"or None to leave the leaf out, got {label!r} for {_trees.path_name(path)!r}."
+    )

@@ -28,7 +28,7 @@ class Leaf(NamedTuple):
 
 
 def described(name: Parts, shapes: dict[Parts, Axes]) -> Leaf:
-    """Describes a parameter; a bias has as many layer axes as its weight."""
+    """Describe a parameter; a bias has as many layer axes as its weight."""
     module, kind, shape = name[:-1], name[-1], shapes[name]
     rank = len(shape)
     for weight, bias in BIAS_OF.items():
@@ -54,7 +54,7 @@ def described(name: Parts, shapes: dict[Parts, Axes]) -> Leaf:
 
 
 def _bias_readings(kind: str, shape: Axes, bias: Axes) -> dict[int, Axes]:
-    """The input axes for each number of layer axes with which the bias agrees."""
+    """Return the input axes for each number of layer axes that the bias allows."""
     rank, outputs_first, outputs_last = len(shape), {}, {}
     for depth in range(len(bias) if rank > len(bias) else 0):
         outputs = bias[depth:]
@@ -70,7 +70,7 @@ def _bias_readings(kind: str, shape: Axes, bias: Axes) -> dict[int, Axes]:
 
 
 def _is_attention(module: Parts, kind: str, shapes: dict[Parts, Axes]) -> bool:
-    """Whether `out` takes the (heads, features) that `value` returns."""
+    """Return whether `out` takes the (heads, features) that `value` returns."""
     if not module or module[-1] not in (*PROJECTIONS, "out"):
         return False
     value, out = (shapes.get((*module[:-1], x, kind), ()) for x in ("value", "out"))
@@ -79,7 +79,7 @@ def _is_attention(module: Parts, kind: str, shapes: dict[Parts, Axes]) -> bool:
 
 
 def _named_outputs(module: Parts, kind: str, shapes: dict[Parts, Axes]) -> int | None:
-    """The number of output axes by the layer's name: attention and convolutions."""
+    """Return the number of output axes that a layer's name shows."""
     if kind not in BIAS_OF or not module:
         return None
     *parent, layer = module

@@ -14,6 +14,7 @@ weight by its bias, name or rank. More than one possible layout is an error.
 import operator
 import re
 from collections.abc import Callable
+from itertools import takewhile
 from typing import Any
 
 import jax
@@ -30,10 +31,10 @@ StackRule = str | Callable[[Any, Any], bool | int] | None
 def unit_axes(
     tree, axis: AxisRule = None, stacked: StackRule = None
 ) -> tuple[Axes, ...]:
-    """The axes over which unit norms sum, for each leaf of `inexact_leaves`.
+    """Return the axes over which unit norms sum, for each leaf of `inexact_leaves`.
 
-    `axis` and `stacked` are those of `units`, `tree` may hold shapes and dtypes only.
-    Raises ValueError if a rule does not fit the tree or a unit is not determined.
+    `axis` and `stacked` are those of `units`; `tree` may hold shapes and dtypes only.
+    Raise ValueError if a rule does not fit the tree or a unit is not determined.
     """
     pairs = paths_and_leaves(tree)
     # The keys of a flat dictionary may contain dots or slashes.
@@ -59,7 +60,7 @@ def unit_axes(
 
 
 def _given_axes(given, path, shape: Axes, offset: int) -> Axes:
-    """The axes in order and from 0; `given` counts from axis `offset`."""
+    """Return the axes in order and from 0; `given` counts from axis `offset`."""
     axes = given if isinstance(given, tuple) else (given,)
     try:
         unit = {range(offset, len(shape))[operator.index(a)] for a in axes}
@@ -74,7 +75,7 @@ def _given_axes(given, path, shape: Axes, offset: int) -> Axes:
 
 
 def _declared_depths(stacked: StackRule, pairs, leaves: list[Leaf]) -> list[int]:
-    """The number of layer axes of each leaf according to `stacked`."""
+    """Return the number of layer axes of each leaf according to `stacked`."""
     if callable(stacked):
         return [int(stacked(*pair)) for pair in pairs]
     depths = [int(stacked in leaf.module) for leaf in leaves]
@@ -84,14 +85,16 @@ def _declared_depths(stacked: StackRule, pairs, leaves: list[Leaf]) -> list[int]
 
 
 def _inferred_depths(leaves: list[Leaf]) -> list[int | None]:
-    """The number of layer axes of each leaf, None if two are possible."""
+    """Return the number of layer axes of each leaf, None if two are possible."""
     shared: dict[Parts, Axes] = {}  # Layer axes of subtrees with a settled leaf.
     settled = [leaf for leaf in leaves if leaf.depth is not None]
     for leaf in settled + leaves:
         layers = leaf.shape[: leaf.depth]
         for subtree in _enclosing(leaf):
             if leaf.depth is not None or subtree in shared:
-                shared[subtree] = _common_prefix(shared.get(subtree, layers), layers)
+                pairs = zip(shared.get(subtree, layers), layers, strict=False)
+                common = takewhile(lambda pair: pair[0] == pair[1], pairs)
+                shared[subtree] = tuple(size for size, _ in common)
     depths = []
     for leaf in leaves:
         depth = leaf.depth
@@ -106,20 +109,12 @@ def _inferred_depths(leaves: list[Leaf]) -> list[int | None]:
 
 
 def _enclosing(leaf: Leaf) -> list[Parts]:
-    """The subtrees that contain a leaf, from the smallest."""
+    """Return the subtrees that contain a leaf, from the smallest."""
     return [leaf.module[:end] for end in range(len(leaf.module), -1, -1)]
 
 
-def _common_prefix(a: Axes, b: Axes) -> Axes:
-    """The longest common beginning of two shapes."""
-    length = min(len(a), len(b))
-    while a[:length] != b[:length]:
-        length -= 1
-    return a[:length]
-
-
 def _inferred_axes(leaf: Leaf, depth: int | None, declared: bool) -> Axes | None:
-    """The axes of a unit after `depth` layer axes, None if they are not determined."""
+    """Return the axes of a unit after `depth` layer axes, None if not determined."""
     if depth is None:
         return None
     rank, rest = len(leaf.shape), leaf.shape[depth:]
@@ -143,7 +138,7 @@ def _inferred_axes(leaf: Leaf, depth: int | None, declared: bool) -> Axes | None
 
 
 def _undecided(path, leaf: Leaf, depth: int | None, inferring: bool) -> ValueError:
-    """An error that lists the possible layouts and how to choose one."""
+    """Return an error that lists the possible layouts and how to choose one."""
     shape, readings = leaf.shape, list(leaf.readings.items())
     if not inferring:  # Then `axis` counts after the layer axes.
         shape, depth = shape[depth:], 0

@@ -45,8 +45,6 @@ class PlateauReadings(NamedTuple):
 
 
 class PlateauState(NamedTuple):
-    """State of `reduce_on_plateau`."""
-
     plateau_rule: dict[str, None]  # Convention, mode and threshold mode.
     plateau_settings: PlateauSettings
     plateau_readings: PlateauReadings
@@ -65,14 +63,6 @@ def init_plateau(rule: tuple[str, ...], settings: PlateauSettings) -> PlateauSta
     no, one = jnp.zeros((), bool), jnp.ones((), jnp.float32)
     readings = PlateauReadings(one, zero, no, none, none, none, none, none, zero, none)
     return PlateauState(layout(rule), *distinct((settings, readings)))
-
-
-def plain(state: PlateauState) -> PlateauState:
-    """Return the state with arrays in place of the variables of Flax NNX."""
-    leaves = jax.tree.leaves(state)
-    first = len(PlateauSettings._fields)
-    settings, readings = PlateauSettings(*leaves[:first]), leaves[first:]
-    return PlateauState(state.plateau_rule, settings, PlateauReadings(*readings))
 
 
 def evaluate(state: PlateauState, value) -> PlateauState:

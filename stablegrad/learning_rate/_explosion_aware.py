@@ -63,7 +63,7 @@ def explosion_aware(
     limit: Threshold | None = None,
     limit_below: float | jax.Array = 1.0,
 ) -> ExplosionAware:
-    """Checks and joins the pieces; errors name `asker`."""
+    """Check and join the pieces; errors name `asker`."""
     numbers = (int, float, np.ndarray, np.generic, jax.Array)
     number = isinstance(schedule, numbers) and not isinstance(schedule, bool)
     if not (number or callable(schedule)):
@@ -123,7 +123,7 @@ def unjudged(parts: ExplosionAware, state: ScheduleState) -> tuple[Judgement, ..
 
 
 def rate_now(parts: ExplosionAware, state: ScheduleState, lr_scale) -> jax.Array:
-    """The base schedule's rate at its position, times the back-off's factor."""
+    """Return the base schedule's rate at its position, times the back-off's factor."""
     rate = parts.rate(state.schedule_readings.schedule_position)
     return rate * lr_scale.astype(rate.dtype)
 
@@ -131,7 +131,7 @@ def rate_now(parts: ExplosionAware, state: ScheduleState, lr_scale) -> jax.Array
 def after_step(
     parts: ExplosionAware, state: ScheduleState, words: tuple[Judgement, ...], taken
 ) -> ScheduleState:
-    """The state after a step, taken or not, of which `words` tell."""
+    """Return the state after a step with these judgements, taken or not."""
     seen = explosion(parts.thresholds, words)
     calm = taken & ~seen.exploded & ~seen.unknown
     moves = calm | (parts.advance == "always")

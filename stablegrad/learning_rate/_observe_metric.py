@@ -1,11 +1,12 @@
-"""`observe_metric`: passes a metric to plateaus outside of the training step."""
+"""Pass a metric to plateaus outside of the training step."""
 
 from typing import Any, TypeVar
 
 import jax
 
+from .._trees import nodes, without_variables
 from ..thresholds._signals import scalar_signal
-from ._evaluations import PlateauState, evaluate, plain
+from ._evaluations import PlateauState, evaluate
 
 State = TypeVar("State")
 
@@ -14,9 +15,8 @@ def observe_metric(state: State, *, value: Any) -> State:
     """Pass a metric to every `reduce_on_plateau` in an optimizer state.
 
     Use it for a metric that is not known at every step, such as a validation loss once
-    an epoch. The scale is reduced in the returned state and used from the next step on.
-    If steps pass `value=` for another transformation, build the plateau with
-    `metric=None`. Otherwise, the plateau compares the two metrics with each other.
+    an epoch. The reduced scale is used from the next step on. If steps pass `value=`
+    for another transformation, build the plateau with `metric=None`.
 
     Args:
         state: A state that contains a plateau's state: that of a chain, a wrapper or a
@@ -24,13 +24,8 @@ def observe_metric(state: State, *, value: Any) -> State:
         value: The metric, a real scalar. A nan or inf is counted and ignored.
 
     Returns:
-        A new state of the same structure, shapes and dtypes. The function is pure and
-        works inside and outside of `jax.jit`. Assign the new state:
-
-        - Optax: `state = sg.observe_metric(state, value=metric)`
-        - Linen: `train_state = sg.observe_metric(train_state, value=metric)`
-        - NNX: `optimizer.opt_state = sg.observe_metric(
-          optimizer.opt_state, value=metric)`
+        A new state of the same structure, shapes and dtypes, to assign where `state`
+        was, such as to `optimizer.opt_state`. The function is pure and can be jitted.
 
     Raises:
         ValueError: If the state contains no plateau, or `value` is not a scalar.
@@ -44,21 +39,20 @@ def observe_metric(state: State, *, value: Any) -> State:
         0.5
     """
     (metric,) = scalar_signal("value", value)
-    nodes, structure = jax.tree.flatten(state, is_leaf=_is_plateau)
-    if not any(map(_is_plateau, nodes)):
+    if not nodes(state, _is_plateau):
         raise ValueError(
             "there is no plateau in this optimizer state. Add `reduce_on_plateau(...)` "
             "to the chain, and pass its state: the one from `tx.init`, Linen's "
             "`train_state`, or NNX's `optimizer.opt_state`."
         )
-    return structure.unflatten(
-        [_observe(node, metric) if _is_plateau(node) else node for node in nodes]
-    )
 
+    def observe(node):
+        if not _is_plateau(node):
+            return node
+        evaluated = evaluate(without_variables(node), metric)
+        return jax.tree.structure(node).unflatten(jax.tree.leaves(evaluated))
 
-def _observe(state: PlateauState, metric) -> PlateauState:
-    evaluated = evaluate(plain(state), metric)
-    return jax.tree.structure(state).unflatten(jax.tree.leaves(evaluated))
+    return jax.tree.map(observe, state, is_leaf=_is_plateau)
 
 
 def _is_plateau(node: Any) -> bool:

@@ -1,4 +1,4 @@
-"""`reduce_on_plateau`: lowers the learning rate when a metric stops improving."""
+"""Reduce the learning rate when a metric stops improving."""
 
 from typing import Any
 
@@ -40,21 +40,17 @@ def reduce_on_plateau(
         better_t = a_t < b - m   (mode="max": a_t > b + m);    the first always is
         k_t = max(factor * k_{t-1}, min_scale)  if n_t > patience, then n = 0
 
-    and a cooldown follows. The scale never grows; see `back_off` for one that regrows.
-
-    This differs from the published rules. Torch and Optax use b instead of |b|, so that
-    with a negative best, a worse metric counts as better. They count a nan as bad, so
-    that a few failed evaluations reduce the scale. Optax with patience=0 reduces the
-    scale at every improvement and at no other time.
+    and a cooldown follows. The scale never grows; see `back_off` for one that does.
+    Unlike here, Torch and Optax use b instead of |b| and count a nan as bad, and Optax
+    with patience=0 reduces the scale at every improvement and at no other time.
 
     Args:
         factor: Factor of one reduction. Dimensionless, in (0, 1).
-        patience: Bad evaluations in a row that are tolerated, >= 0. With 0, every bad
-            evaluation reduces the scale.
+        patience: Bad evaluations in a row that are tolerated, >= 0.
         mode: "min" for a metric such as a loss, "max" for one such as accuracy.
         threshold: Margin that an improvement must exceed, >= 0.
-        threshold_mode: "rel" for a share of |b|, "abs" for the metric's unit. Keras
-            has "abs" only.
+        threshold_mode: "rel" for a share of |b|, "abs", as in Keras, for the metric's
+            unit.
         cooldown: Evaluations after a reduction that do not count as bad, >= 0.
         min_scale: Smallest scale, in [0, 1].
         start_after: Number of first evaluations that are ignored, >= 0.
@@ -63,17 +59,14 @@ def reduce_on_plateau(
         convention: Whose counting to follow. "torch": n > patience and a cooldown of
             `cooldown`. "keras": n >= patience, a cooldown of `cooldown` - 1, and n is
             kept at min_scale. "optax": n >= patience and a cooldown of `cooldown`.
-        metric: Name of the extra argument of `update` to read. A reduction applies to
-            the updates of the same step. A step without the argument only applies the
-            scale. `observe_metric` works in addition. If None, only `observe_metric`
-            passes values, so that a training loss, passed as `value=` for another
-            transformation, is not mistaken for a validation metric.
+        metric: Name of the extra argument of `update` to read; a step without it only
+            applies the scale. If None, only `observe_metric` passes values, so that a
+            training loss in `value=` is not mistaken for a validation metric.
 
     Returns:
-        A transformation for `optax.chain`. It keeps structure, shapes and dtypes. Its
-        state is float32, int32 and bool for parameters of any dtype. A metric of nan or
-        inf is counted and ignored. A nan or inf in the updates passes through. Inside a
-        guard, the metric of a rejected step is ignored.
+        A transformation for `optax.chain`. Its state is float32, int32 and bool for
+        parameters of any dtype. A metric of nan or inf is counted and ignored. A nan or
+        inf in the updates passes. In a guard, the metric of a rejected step is ignored.
 
     Raises:
         ValueError: If a concrete argument is out of range; when a step is traced, if
@@ -91,8 +84,7 @@ def reduce_on_plateau(
         0.5
 
     Reference:
-        `torch.optim.lr_scheduler.ReduceLROnPlateau`, Keras's `ReduceLROnPlateau`,
-        `optax.contrib.reduce_on_plateau`.
+        `ReduceLROnPlateau` of Torch and Keras, `optax.contrib.reduce_on_plateau`.
     """
     require("factor", factor, "in (0, 1)", lambda x: 0 < x < 1)
     require_steps("patience", patience, 0)
@@ -118,11 +110,9 @@ def reduce_on_plateau(
         )
 
     def init_fn(params) -> Any:
-        del params
         return init_plateau(rule, settings())
 
     def update_fn(updates, state, params=None, **extra) -> Any:
-        del params
         state = state._replace(plateau_settings=settings())
         if metric is not None and extra.get(metric) is not None:
             (value,) = scalar_signal(metric, extra[metric])

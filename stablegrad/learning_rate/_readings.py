@@ -1,4 +1,4 @@
-"""What schedules and plateaus have to tell, wherever they are in a state."""
+"""Readings of the schedules and plateaus anywhere in a state."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,44 +7,31 @@ import jax
 import jax.numpy as jnp
 
 from .._packing import decode
-from ._evaluations import PlateauState, plain
-from ._explosion_aware import ScheduleReadings, ScheduleState
+from .._trees import nodes
+from ..clipping._readings import numbered
+from ._evaluations import PlateauState
+from ._explosion_aware import ScheduleState
 
-TOLD = (
-    "plateau_scale",
-    "plateau_bad_evaluations",
-    "plateau_evaluations",
-    "plateau_cuts",
-    "plateau_ignored_metrics",
-)
+PLATEAU = ("scale", "bad_evaluations", "evaluations", "cuts", "ignored_metrics")
 
 
 def numbers_of_rates(state: Any) -> dict[str, jax.Array]:
-    """The numbers of every schedule and plateau in a state, as flat scalars.
-
-    Those of a second one of its kind are called `schedule_2_...`, `plateau_2_...`.
-    """
+    """Return the numbers of every schedule and plateau in a state, as flat scalars."""
     numbers: dict[str, jax.Array] = {}
-    counts: dict[str, int] = {}
-    for kind, readings in _found(state):
-        counts[kind] = counts.get(kind, 0) + 1
-        prefix = f"{kind}_{counts[kind]}" if counts[kind] > 1 else kind
-        for name, number in readings.items():
-            numbers[name.replace(kind, prefix, 1)] = number
+    for prefix, readings in numbered(_found(state)):
+        numbers |= {f"{prefix}_{name}": number for name, number in readings.items()}
     return numbers
 
 
 def _found(state: Any) -> Iterator[tuple[str, dict[str, jax.Array]]]:
     kinds = (PlateauState, ScheduleState)
-    for node in jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kinds)):
+    for node in nodes(state, lambda node: isinstance(node, kinds)):
         if isinstance(node, PlateauState):
-            readings = plain(node).plateau_readings
-            told = {name: getattr(readings, name) for name in TOLD}
+            readings = node.plateau_readings
+            told = {name: getattr(readings, f"plateau_{name}") for name in PLATEAU}
             best = jnp.where(readings.plateau_judged, readings.plateau_best, jnp.nan)
-            yield "plateau", {**told, "plateau_best": best}
-        elif isinstance(node, ScheduleState):
-            # NNX wraps each array in a variable.
-            wrapped = jax.tree.leaves(node.schedule_readings)
-            told = ScheduleReadings(*wrapped)._asdict()
-            rate = decode(told["schedule_rate"])
-            yield "schedule", {**told, "schedule_rate": rate}
+            yield "plateau", {**told, "best": best}
+        else:
+            fields = node.schedule_readings._asdict().items()
+            told = {name.removeprefix("schedule_"): number for name, number in fields}
+            yield "schedule", {**told, "rate": decode(told["rate"])}

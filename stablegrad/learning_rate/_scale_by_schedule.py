@@ -36,21 +36,16 @@ def scale_by_explosion_aware_schedule(
     advance: str = "always",
     flip_sign: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """Multiplies updates by a schedule that backs off at explosions and regrows.
+    """Multiply updates by a schedule that backs off at explosions and regrows.
 
-        u_t = schedule(p_t) * k_t * s_t * g_t;    p_{t+1} = p_t + 1
+        u_t = schedule(p_t) * k_t * s_t * g_t;    p_{t+1} = p_t + 1,  p_0 = 0
 
-    with k_t in [min_scale, 1] the factor of `back_off` at step t, s_t that of `clip` by
-    `limit` where k_t < limit_below, else 1, and p_0 = 0. The size of a step never
-    exceeds the base schedule's own.
+    with k_t in [min_scale, 1] the factor of `back_off` at step t, and s_t that of
+    `clip` by `limit` where k_t < limit_below, else 1. A step is never larger than the
+    base schedule's own.
 
-    The sign is that of `optax.scale_by_schedule`: a positive schedule climbs. In a
-    chain that ends here, descend with `flip_sign=True`; before `optax.sgd(1.0)` leave
-    it.
-
-    Inside a guard, a step that the guard rejects leaves this state as it was, whatever
-    `advance`: the schedule waits, and does not learn of the explosion. There, put
-    `back_off` beside `skip` instead.
+    Inside a guard, a rejected step leaves this state as it was, and teaches it nothing:
+    there, put `back_off` beside `skip` instead.
 
     Args:
         schedule: The base schedule: a number, or a function of the step such as
@@ -64,16 +59,14 @@ def scale_by_explosion_aware_schedule(
         min_scale: Smallest k_t, in (0, 1].
         limit: A threshold to clip to while k_t is low; None: no clip.
         limit_below: The k_t below which `limit` is in force, in (0, 1].
-        advance: When p_t moves on. "always": at every step, so that a schedule of
-            10,000 steps ends at step 10,000. "calm": not at steps that explode or are
-            not finite, so that every rate of the base schedule is had by a calm step.
-        flip_sign: Whether to multiply by -1 as well, as `optax.scale_by_learning_rate`
-            does.
+        advance: When p_t moves on: "always", at every step; or "calm", not at steps
+            that explode or are not finite.
+        flip_sign: Whether to multiply by -1, to descend at the end of a chain. A
+            positive schedule climbs, as in `optax.scale_by_schedule`.
 
     Returns:
-        A transformation for `optax.chain`. It keeps structure, shapes and dtypes. A
-        step with a nan or inf anywhere becomes all zeros and is counted: not taken, so
-        it neither ends a hold nor regrows.
+        A transformation for `optax.chain`. A step with a nan or inf anywhere becomes
+        zeros and is counted: it neither ends a hold nor regrows.
 
     Raises:
         TypeError: If `schedule` is neither a number nor a function, or an argument is
@@ -92,7 +85,7 @@ def scale_by_explosion_aware_schedule(
         >>> tx = optax.chain(optax.scale_by_adam(), rate)
 
     Reference:
-        `optax.scale_by_schedule`, which this is while nothing explodes.
+        `optax.scale_by_schedule`, which this equals while nothing explodes.
     """
     settings = ExplosionSettings(
         factor, confirm_steps, hold_steps, regrow_steps, min_scale
@@ -113,12 +106,12 @@ def scale_by_explosion_aware_schedule(
 
     def update_fn(updates, state, params=None, **extra):
         measured = measure(updates)
-        words = judged(parts, state, measured, updates, params, extra)
-        verdict = parts.rule.propose(state.explosions, words)
+        judgements = judged(parts, state, measured, updates, params, extra)
+        verdict = parts.rule.propose(state.explosions, judgements)
         rate = rate_now(parts, state, verdict.lr_scale)
         rate = -rate if flip_sign else rate
         scales = verdict.gradient_scales or uniform()
         scaled = scale_leaves(updates, scales.times(rate), updates, measured.finite)
-        return scaled, after_step(parts, state, words, measured.finite)
+        return scaled, after_step(parts, state, judgements, measured.finite)
 
     return optax.GradientTransformationExtraArgs(init_fn, compiled(update_fn))

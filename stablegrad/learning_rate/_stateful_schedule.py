@@ -32,14 +32,14 @@ class ExplosionAwareSchedule:
         self._parts = parts
 
     def init(self) -> ScheduleState:
-        """The state before the first step."""
+        """Return the state before the first step."""
         return init_schedule(self._parts, None)
 
     def __call__(self, state: ScheduleState, **extra_args: Any) -> jax.Array:
-        """The learning rate of this step, rank-0, float32.
+        """Return the learning rate of this step, rank-0, float32.
 
-        Without any extra argument, as `optax.inject_hyperparams` asks at `init`, the
-        rate if the step is calm.
+        Without extra arguments, as `optax.inject_hyperparams` calls it at `init`, take
+        the step as calm.
         """
         if not isinstance(state, ScheduleState):
             raise TypeError(
@@ -47,19 +47,19 @@ class ExplosionAwareSchedule:
                 "`optax.inject_hyperparams(optax.adamw)(learning_rate=schedule)`; "
                 f"called with a step count, it got {described(state)}."
             )
-        if extra_args:
-            words = self._words(state, extra_args)
-        else:
-            words = unjudged(self._parts, state)
-        verdict = self._parts.rule.propose(state.explosions, words)
-        return rate_now(self._parts, state, verdict.lr_scale).astype(jnp.float32)
+        parts = self._parts
+        known = (
+            self._judged(state, extra_args) if extra_args else unjudged(parts, state)
+        )
+        verdict = parts.rule.propose(state.explosions, known)
+        return rate_now(parts, state, verdict.lr_scale).astype(jnp.float32)
 
     def update(self, state: ScheduleState, **extra_args: Any) -> ScheduleState:
-        """The state after this step."""
-        words = self._words(state, extra_args)
-        return after_step(self._parts, state, words, taken=jnp.ones((), bool))
+        """Return the state after this step."""
+        judgements = self._judged(state, extra_args)
+        return after_step(self._parts, state, judgements, taken=jnp.ones((), bool))
 
-    def _words(self, state: ScheduleState, extra_args: dict[str, Any]):
+    def _judged(self, state: ScheduleState, extra_args: dict[str, Any]):
         return judged(self._parts, state, measure(None), None, None, extra_args)
 
 
@@ -73,21 +73,17 @@ def explosion_aware_schedule(
     min_scale: float | jax.Array = 1e-4,
     advance: str = "always",
 ) -> ExplosionAwareSchedule:
-    """Lowers a schedule at explosions of the loss, holds it there, and lets it regrow.
+    """Lower a schedule at explosions of the loss, hold it there, and let it regrow.
 
         rate_t = schedule(p_t) * k_t;    p_{t+1} = p_t + 1,  p_0 = 0
 
-    with k_t in [min_scale, 1] the factor of `back_off` at step t, which takes every
+    with k_t in [min_scale, 1] the factor of `back_off` at step t, which counts every
     step as taken. The rate never exceeds the base schedule's own.
 
-    A schedule never sees a gradient: thresholds watch of="value", passed as `value=` to
-    `update`, or a function of what else is passed. Inside a guard, a step that the
-    guard rejects leaves this state as it was, whatever `advance`: the schedule waits,
-    and does not learn of the explosion. There, put `back_off` beside `skip` instead.
-
-    Nor can it clip while the rate is low: for `limit=`, use one of the two other doors
-    to the same machine, `scale_by_explosion_aware_schedule` in a chain and `back_off`
-    in a guard.
+    A schedule sees no gradient: thresholds watch the loss, or what else is passed to
+    `update`, and there is no `limit=`. To clip as well, use
+    `scale_by_explosion_aware_schedule` in a chain. Inside a guard, use `back_off`: a
+    rejected step leaves this state as it was, and teaches it nothing.
 
     Args:
         schedule: The base schedule: a number, or a function of the step such as
@@ -100,16 +96,13 @@ def explosion_aware_schedule(
         hold_steps: Calm steps that arm the next cut and start regrowth, >= 0.
         regrow_steps: Calm steps that undo one cut, >= 1.
         min_scale: Smallest k_t, in (0, 1].
-        advance: When p_t moves on. "always": at every step, so that a schedule of
-            10,000 steps ends at step 10,000. "calm": not at steps that explode or whose
-            signal is nan or inf.
+        advance: When p_t moves on: "always", at every step; or "calm", not at steps
+            that explode or whose signal is not finite.
 
     Returns:
-        A stateful schedule, for a hyperparameter of `optax.inject_hyperparams`. Its
-        rate is float32. With parameters in bfloat16, build with
-        `optax.inject_hyperparams(optax.adamw, hyperparam_dtype=jnp.float32)`: else
-        optax rounds all numbers to their dtype, Adam's b2 of 0.999 to 1, and every
-        update is nan.
+        A stateful schedule of float32 rates, for `optax.inject_hyperparams`. With
+        parameters in bfloat16, inject with `hyperparam_dtype=jnp.float32`: else optax
+        rounds Adam's b2 of 0.999 to 1, and every update is nan.
 
     Raises:
         TypeError: If `schedule` is neither a number nor a function, or an argument is
@@ -140,13 +133,11 @@ def explosion_aware_schedule(
     for threshold in thresholds:
         if is_norm(threshold.of):
             raise ValueError(
-                f"`{NAME}` never sees a gradient, got "
-                f"`{threshold.name}(..., of={threshold.of!r})`. Watch the loss, or "
-                "what you pass yourself:\n"
-                "  of='value', with tx.update(grads, state, params, value=loss)\n"
-                "  of=lambda updates, params, extra: extra['norm'], with\n"
-                "     tx.update(grads, state, params, norm=optax.global_norm(grads))\n"
-                "or use what does see it: `scale_by_explosion_aware_schedule` in a "
-                "chain, `back_off` in a `guard`."
+                f"`{NAME}` never sees a gradient, got `{threshold.name}(..., "
+                f"of={threshold.of!r})`. Watch of='value', with "
+                "tx.update(grads, state, params, value=loss), or a norm that you pass: "
+                "of=lambda updates, params, extra: extra['norm'], with `norm=`. Or use "
+                "`scale_by_explosion_aware_schedule` in a chain, or `back_off` in a "
+                "guard."
             )
     return ExplosionAwareSchedule(parts)

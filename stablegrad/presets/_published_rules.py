@@ -33,7 +33,7 @@ def window_mean(
     floor: float,
     counts_itself: bool,
 ) -> Threshold:
-    """mean + sigma * max(std, floor) of the last raw values, once half are there."""
+    """Return mean + sigma * max(std, floor) of the last raw values, once half exist."""
     needed = max(2, window // 2) - int(counts_itself)
 
     def init(groups: int) -> WindowState:
@@ -67,7 +67,7 @@ def accepted_mean(
     decay: float = 0.99,
     min_count: int = 500,
 ) -> Threshold:
-    """A multiple of the mean of accepted norms, or so many deviations above it."""
+    """Return a threshold on the mean of accepted norms, or on their deviation."""
 
     def init(groups: int) -> AcceptedState:
         one = jnp.ones((groups,), jnp.float32)

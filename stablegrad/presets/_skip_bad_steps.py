@@ -37,7 +37,7 @@ def skip_bad_steps(
     axis_name: AxisName = None,
     averaged_gradients: bool = False,
 ) -> GuardedTransformation:
-    """Rejects steps whose loss or gradient norm is far above that of the last ones.
+    """Reject steps whose loss or gradient norm is far above that of the last ones.
 
         olmo, levanter, maxtext:  x_t > mean + sigma * std of the last `window` steps
         axlearn_mean:             ||g|| >= multiplier * running mean

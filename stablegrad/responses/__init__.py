@@ -1,1 +1,1 @@
-"""What to do about a step that is not normal: the responses of a guard."""
+"""Responses of a guard to a step that is not normal."""

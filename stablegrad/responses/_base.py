@@ -1,9 +1,7 @@
-"""A response: what to do about a step that its thresholds do not call normal.
+"""Responses: what to do about a step that its thresholds do not call normal.
 
-The engine asks each response twice in a step. `propose` turns judgements into a
-verdict, before the step is taken. `settle` updates the response's state once the engine
-has decided. Responses never touch a gradient: the engine multiplies and selects once,
-for all of them.
+The engine calls `propose` before the step is taken, and `settle` once it has decided.
+Responses never touch a gradient: the engine multiplies and selects once, for all.
 """
 
 import functools
@@ -21,16 +19,16 @@ from .trust_region._probe import Attempt
 
 
 class Verdict(NamedTuple):
-    """What a response asks for in this step."""
+    """The request of a response for this step."""
 
     gradient_scales: Scales | None  # Factors in [0, 1] on the gradient; None: ones.
-    update_scales: Scales | None  # The same on the update.
+    update_scales: Scales | None  # Factors in [0, 1] on the update.
     lr_scale: jax.Array  # float32 in (0, 1], (): on the update, as a learning rate.
     reason: jax.Array  # int32, (): why the step must not be taken; 0 takes it.
 
 
 class Foresight(NamedTuple):
-    """What a response asks for that probes the loss along the step."""
+    """The request of a response that probes the loss along the step."""
 
     step_scale: jax.Array  # float32 in [0, 1], (): on the step.
     alarm: jax.Array  # bool, (): whether taking the whole step would have done harm.
@@ -42,10 +40,12 @@ class Response(NamedTuple):
 
     name: str
     thresholds: tuple[Threshold, ...]
-    init_state: Callable[[], Any]  # A pytree of rank-0 float32, int32 and bool arrays.
-    propose: Callable[[Any, tuple[Judgement, ...]], Verdict]
+    # () -> state: a pytree of rank-0 float32, int32 and bool arrays.
+    init_state: Callable[[], Any] = lambda: ()
+    # state, judgements -> verdict
+    propose: Callable[[Any, tuple[Judgement, ...]], Verdict] = lambda *_: proceed()
     # state, judgements, reason (0: taken) -> state
-    settle: Callable[[Any, tuple[Judgement, ...], jax.Array], Any]
+    settle: Callable[[Any, tuple[Judgement, ...], jax.Array], Any] = lambda *x: x[0]
     halts: Callable[[Any], jax.Array] = lambda state: jnp.zeros((), bool)
     # state, attempt -> foresight; only responses that probe the step have one.
     look_ahead: Callable[[Any, Attempt], Foresight] | None = None
@@ -55,7 +55,6 @@ class Response(NamedTuple):
 
     def init(self, params) -> Any:
         """Explain that a response is no optax transformation."""
-        del params
         raise TypeError(
             f"`{self.name}(...)` is a response of a guard, not an optax "
             f"transformation. Give it to a guard instead of a chain: "
@@ -74,8 +73,8 @@ def proceed(**changes) -> Verdict:
 def combine(verdicts) -> Verdict:
     """Return the strictest of all verdicts.
 
-    Clips take the minimum, not the product: each limit is a limit on the raw norm, and
-    the smallest factor meets them all. Learning-rate factors multiply.
+    Clips take the minimum: each limit is one on the raw norm, and the smallest factor
+    meets them all. Learning-rate factors multiply.
     """
     strictest = proceed()
     for verdict in verdicts:

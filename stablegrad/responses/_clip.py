@@ -17,22 +17,21 @@ def factors(judgement: Judgement) -> jax.Array:
 
 
 def clip(threshold: Threshold) -> Response:
-    """Shrinks what exceeds a threshold to the threshold, and never grows anything.
+    """Shrink what exceeds a threshold to the threshold.
 
         s_t = limit_t / x_t  if limit_t < x_t < inf,  else 1
 
-    The gradient is multiplied by s_t for of="grad_norm" and for a function (whose value
-    must be proportional to the gradient, such as its largest element); the optimizer's
-    update for of="update_norm". Every group of the threshold's granularity has its own
-    factor: with per="leaf", a leaf that explodes does not shrink the others. Several
-    clips apply the smallest of their factors: each limit is a limit on the raw norm.
+    multiplies the gradient for of="grad_norm" and for a function, whose value must be
+    proportional to the gradient; the optimizer's update for of="update_norm". Every
+    group of the threshold has its own factor: with per="leaf", a leaf that explodes
+    does not shrink the others. Several clips apply the smallest of their factors.
 
     Args:
-        threshold: What is normal. Not of="value": a large loss says nothing of a size.
+        threshold: The threshold. Not of="value": a large loss does not give a size.
 
     Returns:
-        A response for `guard`. A nan or inf is not shrunk (0 * nan is nan), so clipping
-        cannot spread it; the guard rejects the step if it reaches the update.
+        A response for `guard`. A nan or inf is not shrunk, so clipping cannot spread
+        it; the guard rejects the step if it reaches the update.
 
     Raises:
         TypeError: If `threshold` is not a threshold.
@@ -54,17 +53,9 @@ def clip(threshold: Threshold) -> Response:
         )
 
     def propose(state, judgements):
-        del state
         (judgement,) = judgements
         scales = group_scales(judgement.grouping, factors(judgement))
-        if is_outgoing(threshold.of):
-            return proceed(update_scales=scales)
-        return proceed(gradient_scales=scales)
+        kind = "update_scales" if is_outgoing(threshold.of) else "gradient_scales"
+        return proceed(**{kind: scales})
 
-    return Response(
-        "clip",
-        (threshold,),
-        init_state=lambda: (),
-        propose=propose,
-        settle=lambda state, judgements, reason: state,
-    )
+    return Response("clip", (threshold,), propose=propose)

@@ -1,4 +1,4 @@
-"""Halt: say that a run is stuck, so that the host can stop it."""
+"""Halt: mark a run as stuck, so that the host can stop it."""
 
 from typing import NamedTuple
 
@@ -6,28 +6,24 @@ import jax
 import jax.numpy as jnp
 
 from .._checks import require_steps
-from .._trees import increment
-from ._base import Response, proceed
+from .._trees import count_if
+from ._base import Response
 from ._reasons import is_nonfinite
 
 
 class HaltState(NamedTuple):
-    """State of `halt`."""
-
     nonfinite_run: jax.Array  # int32: non-finite steps since one was last taken.
     patience_over: jax.Array  # bool: whether that is `after` or more.
 
 
 def halt(after: int | jax.Array = 20) -> Response:
-    """Raises the `halted` flag after too many non-finite steps with none taken.
+    """Raise the `halted` flag after too many non-finite steps with none taken.
 
         h_t = 0 if the step was taken, h_{t-1} + 1 if it was not finite, else h_{t-1}
         halted_t = h_t >= after
 
-    While halted, parameters and optimizer state are held, because non-finite steps are
-    never applied; `raise_if_halted` turns the flag into an exception on the host. A
-    single good step clears it. Finite outliers do not halt: `skip` takes them as the
-    new normal instead.
+    Non-finite steps are never applied. `raise_if_halted` turns the flag into an
+    exception on the host, and one good step clears it. Finite outliers do not halt.
 
     Args:
         after: Non-finite steps since the last taken one, >= 1.
@@ -49,18 +45,9 @@ def halt(after: int | jax.Array = 20) -> Response:
         return HaltState(jnp.zeros((), jnp.int32), jnp.zeros((), bool))
 
     def settle(state: HaltState, judgements, reason) -> HaltState:
-        del judgements
-        longer = jnp.where(
-            is_nonfinite(reason), increment(state.nonfinite_run), state.nonfinite_run
-        )
+        longer = count_if(is_nonfinite(reason), state.nonfinite_run)
         run = jnp.where(reason == 0, 0, longer)
         return HaltState(run, run >= after)
 
-    return Response(
-        "halt",
-        (),
-        init,
-        propose=lambda state, judgements: proceed(),
-        settle=settle,
-        halts=lambda state: state.patience_over,
-    )
+    halts = lambda state: state.patience_over
+    return Response("halt", (), init, settle=settle, halts=halts)

@@ -1,4 +1,4 @@
-"""Why a step was not taken: the codes that states, metrics and events carry."""
+"""Reasons why a step was not taken: the codes of states, metrics and events."""
 
 from enum import IntEnum
 
@@ -12,7 +12,7 @@ FIRST_OUTLIER = 10
 
 
 class Reason(IntEnum):
-    """Why a step was skipped. Codes below 10: something was nan or inf.
+    """Reason why a step was skipped; a code below 10: something was nan or inf.
 
     Example:
         >>> import stablegrad as sg
@@ -69,5 +69,5 @@ def first_reason(codes) -> jax.Array:
 
 
 def is_nonfinite(reason) -> jax.Array:
-    """Return whether a code stands for something that was not finite."""
+    """Return whether a code means that something was not finite."""
     return (reason > 0) & (reason < FIRST_OUTLIER)

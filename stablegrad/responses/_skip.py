@@ -13,25 +13,21 @@ from ._reasons import first_reason, is_nonfinite, reason_code
 
 
 class SkipState(NamedTuple):
-    """State of `skip`."""
-
     outlier_run: jax.Array  # int32, in [0, max_consecutive]: finite outliers in a row.
 
 
 def skip(*thresholds: Threshold, max_consecutive: int | jax.Array = 20) -> Response:
-    """Rejects steps that any threshold does not call normal.
+    """Reject steps that any threshold does not call normal.
 
         reject_t = nonfinite_t or (exceeded_t and c_{t-1} < max_consecutive)
         c_t = min(c_{t-1} + 1, max_consecutive) if exceeded_t, 0 at a normal step taken
 
     A rejected step leaves the parameters and the inner optimizer's state bit for bit as
-    they were. A nan or inf is rejected however often it comes. Finite outliers are
-    rejected at most `max_consecutive` times in a row: after that they are what the run
-    looks like now, and are taken until a normal step comes, so that no threshold, not
-    even a fixed one, can stop a run for ever.
+    they were. A nan or inf is always rejected. Finite outliers are taken after
+    `max_consecutive` in a row, so that no threshold can stop a run for ever.
 
     Args:
-        *thresholds: What is normal. None given means `nonfinite()`.
+        *thresholds: The thresholds. None given means `nonfinite()`.
         max_consecutive: Finite outliers rejected in a row at most, >= 0 steps.
 
     Returns:
@@ -47,8 +43,8 @@ def skip(*thresholds: Threshold, max_consecutive: int | jax.Array = 20) -> Respo
         >>> tx = sg.guard(optax.sgd(0.1), sg.skip(sg.nonfinite(), sg.zscore(6.0)))
 
     Reference:
-        OLMo et al., 2 OLMo 2 Furious (2024), https://arxiv.org/abs/2501.00656, whose
-        skip-step this is; `optax.apply_if_finite`, which gives in to nan after a while.
+        The skip-step of OLMo et al. (2024), https://arxiv.org/abs/2501.00656; unlike
+        `optax.apply_if_finite`, which applies a nan after a while.
     """
     check_thresholds("skip", thresholds)
     thresholds = thresholds or (_limits.nonfinite(),)

@@ -13,23 +13,21 @@ PER = ("whole", "example", "token")
 def limit_gradient(
     x: jax.Array, max_norm: float | jax.Array, *, per: str = "example"
 ) -> jax.Array:
-    """Returns `x`, and limits the gradient that flows back through it.
+    """Return `x`, and limit the gradient that flows back through it.
 
         forward   y = x
         backward  g_i <- g_i min(1, max_norm / ||g_i||)    for every part i
 
-    The layers before this point get a gradient of at most `max_norm` per part; the
-    layers after it are trained as usual. A clip in the optimizer acts on the sum over
-    the batch, in which one bad example can already dominate all others.
+    The layers before this point get a gradient of at most `max_norm` per part. A clip
+    in the optimizer acts on the sum over the batch, where one example may dominate.
 
     Args:
         x: Activations, of any floating-point dtype.
         max_norm: Largest norm of a part, >= 0, in the units of dL/dx; it may be traced.
             In the gradient of a mean over a batch of B, each example's share contains a
             factor 1 / B. 0 stops the gradient.
-        per: The parts. "example": one index of the first axis, so that each example is
-            limited separately. "token": one vector along the last axis, as in (batch,
-            length, width). "whole": all of `x`.
+        per: The parts. "example": one index of the first axis. "token": one vector
+            along the last axis, as in (batch, length, width). "whole": all of `x`.
 
     Returns:
         `x`. Norms are computed in float32 or wider and do not overflow. A part with a
@@ -44,14 +42,13 @@ def limit_gradient(
     Example:
         >>> import jax, jax.numpy as jnp
         >>> import stablegrad as sg
-        >>> def loss(x):
-        ...     return jnp.sum(jnp.array([[1.0], [1000.0]]) * sg.limit_gradient(x, 5.0))
+        >>> weights = jnp.array([[1.0], [1000.0]])
+        >>> loss = lambda x: jnp.sum(weights * sg.limit_gradient(x, 5.0))
         >>> jax.grad(loss)(jnp.ones((2, 1))).ravel().tolist()
         [1.0, 5.0]
 
     Reference:
-        Pascanu et al., On the difficulty of training recurrent neural networks (2013),
-        https://arxiv.org/abs/1211.5063, applied inside the network to each example.
+        Pascanu et al. (2013), https://arxiv.org/abs/1211.5063, inside the network.
     """
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):

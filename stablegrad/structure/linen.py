@@ -7,18 +7,13 @@ from ._limit_gradient import limit_gradient
 
 
 class LimitGradient(linen.Module):
-    """A layer that returns its input, and limits the gradient that flows back.
-
-    Attributes:
-        max_norm: As for `stablegrad.limit_gradient`.
-        per: As for `stablegrad.limit_gradient`.
+    """A layer that applies `stablegrad.limit_gradient` to its input.
 
     Example:
         >>> from flax import linen
         >>> from stablegrad.structure.linen import LimitGradient
-        >>> model = linen.Sequential(
-        ...     [linen.Dense(8), LimitGradient(1.0), linen.Dense(2)]
-        ... )
+        >>> layers = [linen.Dense(8), LimitGradient(1.0), linen.Dense(2)]
+        >>> model = linen.Sequential(layers)
     """
 
     max_norm: float
@@ -26,5 +21,5 @@ class LimitGradient(linen.Module):
 
     @linen.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns `x`."""
+        """Return `x`."""
         return limit_gradient(x, self.max_norm, per=self.per)

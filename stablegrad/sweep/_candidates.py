@@ -83,36 +83,21 @@ WORDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """One entry of a comparison.
-
-    `compare` makes candidates from names and transformations. Build one yourself if
-    `update` needs more than `value=`.
-
-    Attributes:
-        name: Name in the table.
-        build: `build(learning_rate, steps)` returns the transformation. The rate may be
-            a traced scalar; `steps` is a Python integer.
-        own_rate: Whether `build` ignores the rate. The candidate then runs at one rate
-            only.
-        extra: Names of the extra arguments of `update`: "value", "grad", "value_fn".
-        observes: Whether the loss of each evaluation is passed to `observe_metric`, for
-            `reduce_on_plateau(metric=None)`.
+    """An optimizer to compare; build one if its `update` needs more than `value=`.
 
     Example:
         >>> import optax
         >>> import stablegrad as sg
-        >>> probing = sg.sweep.Candidate(
-        ...     "probing",
-        ...     lambda rate, steps: sg.guard(optax.sgd(rate), sg.trust_region(every=8)),
-        ...     extra=("value", "value_fn"),
-        ... )
+        >>> build = lambda rate, steps: sg.guard(optax.sgd(rate), sg.trust_region())
+        >>> extra = ("value", "value_fn")
+        >>> probing = sg.sweep.Candidate("probing", build, extra=extra)
     """
 
     name: str
-    build: Callable[[Any, int], Transformation]
-    own_rate: bool = False
-    extra: tuple[str, ...] = ("value",)
-    observes: bool = False
+    build: Callable[[Any, int], Transformation]  # rate, which may be traced; steps
+    own_rate: bool = False  # Whether `build` ignores the rate: it runs at one only.
+    extra: tuple[str, ...] = ("value",)  # For `update`: "value", "grad", "value_fn".
+    observes: bool = False  # Whether evaluated losses are passed to `observe_metric`.
 
 
 def candidate(given: Any, name: str | None = None) -> Candidate:

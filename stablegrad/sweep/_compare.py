@@ -37,26 +37,23 @@ def compare(
     """Train every candidate at every learning rate from every seed, and rank them.
 
     For each seed, all runs start from the same parameters and see the same batches in
-    the same order. The runs of a candidate are vectorized by `jax.vmap`, as many at a
-    time as fit in half of the memory. If a candidate raises an error, it is reported
-    and the others run. Ctrl-C returns the results so far.
+    the same order. `jax.vmap` trains as many runs of a candidate at a time as fit in
+    half of the memory. If a candidate raises an error, it is reported and the others
+    run. Ctrl-C returns the results so far.
 
     Args:
         loss_fn: `loss_fn(params, batch)`, the mean loss of a batch, a scalar; or a
             training step `step(tx, params, opt_state, batch)` that returns
-            `(params, opt_state, loss)`. A training step must pass `value=` to
-            `tx.update`, and `value_fn=` for candidates that probe the loss along the
-            update.
+            `(params, opt_state, loss)`, and passes `value=` to `tx.update`, and
+            `value_fn=` for candidates that probe the loss along the update.
         params: Initial parameters, a pytree; or a function that makes them from the
             `jax.random.key` of a seed.
         data: Arrays with examples along the first axis, each used once an epoch; or a
             function that makes a batch from a `jax.random.key`.
-        candidates: Names such as "adam", "momentum + stairs_down" or
+        candidates: A list, or a dict by name, of names such as "adam" or
             "adamw + clip_by_zscore + cosine + stabilize" (`stablegrad.sweep.WORDS`
-            lists all words), functions that map a learning rate to a transformation, or
-            transformations, which run at their own rate. A list, or a dict by name.
-            `update` is passed `value=`, the loss. Pass a `stablegrad.sweep.Candidate`
-            for other extra arguments, such as `value_fn=` for a trust region.
+            lists all words), of functions that map a learning rate to a transformation,
+            of transformations, which run at their own rate, or of `Candidate`s.
         learning_rates: Peak rates, > 0, best evenly spaced on a logarithmic scale.
         seeds: Number of seeds, >= 1, or different seeds, >= 0.
         steps: Steps of each run, >= 1. Policies span all of them.
@@ -78,10 +75,9 @@ def compare(
         show_progress: Whether to show progress on standard error.
 
     Returns:
-        A `Comparison`: `str()` is the ranked table, `figure()` draws training curves
-        and loss against learning rate, `records()` is for data frames, and `save()`
-        writes JSON. A run whose loss is nan or inf counts with its loss before
-        training.
+        A `Comparison`: `str()` is the ranked table, `figure()` draws curves,
+        `records()` is for data frames, and `save()` writes JSON. A run whose loss is
+        nan or inf counts with its loss before training.
 
     Raises:
         TypeError: If `loss_fn` takes neither two nor four arguments, or a candidate has
@@ -92,19 +88,16 @@ def compare(
     Example:
         >>> import jax, jax.numpy as jnp
         >>> import stablegrad as sg
-        >>> def loss_fn(params, batch):
-        ...     return jnp.mean((batch @ params - 1.0) ** 2)
         >>> result = sg.sweep.compare(
-        ...     loss_fn, jnp.zeros(2), lambda key: jax.random.normal(key, (8, 2)) + 1,
-        ...     ["sgd", "adam + cosine"], learning_rates=[1e-3, 1e-1], steps=50,
-        ...     show_progress=False,
+        ...     lambda params, batch: jnp.mean((batch @ params - 1.0) ** 2),
+        ...     jnp.zeros(2), lambda key: jax.random.normal(key, (8, 2)) + 1,
+        ...     ["sgd", "adam + cosine"], [1e-3, 1e-1], steps=50, show_progress=False,
         ... )
         >>> result.rows[0].scores.best_rate
         0.1
 
     Reference:
-        LR sensitivity: Wortsman et al., Small-scale proxies for large-scale Transformer
-        training instabilities (2023), https://arxiv.org/abs/2309.14322.
+        LR sensitivity: Wortsman et al. (2023), https://arxiv.org/abs/2309.14322.
     """
     rates = tuple(map(float, learning_rates))
     positive = lambda x: len(x) > 0 and all(0 < rate < np.inf for rate in x)

@@ -9,9 +9,8 @@ SMOOTHING = 0.9
 def spikes(losses) -> int:
     """Count losses more than 7 standard deviations above the mean of earlier losses.
 
-    The mean and the deviation are those of the last 1,000 losses before, and of 32 at
-    least. Losses that are not finite are left out. The share of such losses is the
-    spike score of OLMo 2, https://arxiv.org/abs/2501.00656.
+    Mean and deviation are those of the last 32 to 1,000 finite losses. The share of
+    such losses is the spike score of OLMo 2, https://arxiv.org/abs/2501.00656.
     """
     losses = np.asarray(losses, np.float64)
     losses = losses[np.isfinite(losses)]

@@ -16,8 +16,6 @@ SLICE = 1000  # Validation examples that are evaluated in one call.
 
 
 class Experiment(NamedTuple):
-    """The problem, its data and the training budget."""
-
     init: Callable[[jax.Array], Any]  # key -> parameters
     loss: Any  # (params, batch) -> scalar; None with a training step.
     step: Callable | None  # The user's training step, if any.
@@ -44,8 +42,8 @@ def make_experiment(
     function, params, data, batch_size, validation, evaluate, hidden, **budget
 ) -> Experiment:
     """Combine the parts of a problem, and check that they fit together."""
-    is_loss = _takes(function, 2)
-    if not is_loss and not _takes(function, 4):
+    is_loss = _accepts(function, 2)
+    if not is_loss and not _accepts(function, 4):
         raise TypeError(
             "`loss_fn` must be a loss of (params, batch) or a training step of "
             f"(tx, params, opt_state, batch), got {_checks.described(function)}."
@@ -69,7 +67,8 @@ def make_experiment(
     if _is_function(data):
         arrays, batch = None, lambda _, key: data(key)
     else:
-        arrays, batch = _arrays("data", data), _take_rows
+        arrays = _arrays("data", data)
+        batch = lambda data, rows: jax.tree.map(lambda x: x[rows], data)
     experiment = Experiment(
         init=params if _is_function(params) else lambda key: params,
         loss=function if is_loss else None,
@@ -126,16 +125,12 @@ def sampler(data, batch_size: int | None) -> Callable[[int, int, int], Any]:
     return draw_rows
 
 
-def _take_rows(data, rows):
-    return jax.tree.map(lambda x: x[rows], data)
-
-
 def _is_function(given) -> bool:
     """Return whether this is a function; models that are callable pytrees are not."""
     return callable(given) and jax.tree.structure(given) == jax.tree.structure(0)
 
 
-def _takes(function, number: int) -> bool:
+def _accepts(function, number: int) -> bool:
     try:
         inspect.signature(function).bind(*range(number))
     except (TypeError, ValueError):

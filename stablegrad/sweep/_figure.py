@@ -1,26 +1,17 @@
 """Figure of a comparison: training curves, and final loss against learning rate."""
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from .. import _checks
-
-if TYPE_CHECKING:
-    from ._result import Comparison
+from ..curvature._figure import new_figure
 
 
-def draw(result: "Comparison", most: int) -> Any:
+def draw(result, most: int) -> Any:
     """Draw the best `most` candidates as a `matplotlib.figure.Figure`."""
     _checks.require_count("most", most)
-    try:
-        matplotlib = importlib.import_module("matplotlib.figure")
-    except ImportError as error:
-        raise ImportError(
-            "`figure` needs Matplotlib: pip install 'stablegrad[report]'"
-        ) from error
-    figure = matplotlib.Figure(figsize=(12, 5), layout="constrained")
+    figure = new_figure(12, 5)
     curves, rates = figure.subplots(1, 2)
     rows = result.rows[:most]
     for i, row in enumerate(rows):

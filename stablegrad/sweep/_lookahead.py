@@ -8,8 +8,6 @@ import optax
 
 
 class LookaheadState(NamedTuple):
-    """State of `lookahead`."""
-
     slow_weights: Any
     lookahead_inner: Any  # State of `optax.lookahead`.
 

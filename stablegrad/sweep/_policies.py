@@ -1,14 +1,4 @@
-"""Learning-rate policies by name: functions of the peak rate and the number of steps.
-
-static         constant
-warmup         linear from 0 over the first tenth of the run, then constant
-stairs_up      1/4, 2/4, 3/4 and 4/4 of the rate, in four stairs over the first fifth
-stairs_down    a tenth of the rate after half of the run, a hundredth after 3/4
-cosine         cosine decay to 0
-warmup_cosine  warmup, then cosine decay to 0
-exponential    exponential decay to a hundredth
-wsd            warmup, constant, then linear decay to 0 over the last fifth
-"""
+"""Learning-rate policies by name, each a function of the peak rate and the steps."""
 
 from collections.abc import Callable
 from typing import Any
@@ -26,11 +16,13 @@ def _stairs(rates, shares, steps: int) -> optax.Schedule:
 
 
 def _stairs_up(rate, steps: int) -> optax.Schedule:
+    """Rise in four stairs over the first fifth of the run."""
     rates = [rate / 4 * i for i in (1, 2, 3, 4)]
     return _stairs(rates, [0.2 * i / 4 for i in (1, 2, 3)], steps)
 
 
 def _warmup(rate, steps: int) -> optax.Schedule:
+    """Rise linearly over the first tenth of the run."""
     return optax.linear_schedule(0.0, rate, _step_at(0.1, steps))
 
 
@@ -41,6 +33,7 @@ def _warmup_cosine(rate, steps: int) -> optax.Schedule:
 
 
 def _wsd(rate, steps: int) -> optax.Schedule:
+    """Warm up, stay constant, and decay linearly to 0 over the last fifth."""
     length = _step_at(0.2, steps)
     decay = optax.linear_schedule(rate, 0.0, length)
     return optax.join_schedules([_warmup(rate, steps), decay], [max(1, steps - length)])

@@ -44,23 +44,14 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Result of `compare`; `str()` gives the ranked table.
+    """Result of `compare`; `str()` gives the ranked table."""
 
-    Attributes:
-        rows: One `Row` per candidate, the lowest final loss first.
-        failed: Error messages of candidates that did not run to the end.
-        steps: Number of steps of each run.
-        seeds: Seeds of the runs.
-        validated: Whether losses are those of a validation set.
-        interrupted: Whether Ctrl-C ended the comparison early.
-    """
-
-    rows: tuple[Row, ...]
-    failed: dict[str, str]
-    steps: int
+    rows: tuple[Row, ...]  # One a candidate, the lowest final loss first.
+    failed: dict[str, str]  # Error messages of candidates that did not end.
+    steps: int  # Number of steps of each run.
     seeds: tuple[int, ...]
-    validated: bool
-    interrupted: bool = False
+    validated: bool  # Whether losses are those of a validation set.
+    interrupted: bool = False  # Whether Ctrl-C ended the comparison early.
 
     def __str__(self) -> str:
         return table(self)
@@ -99,7 +90,6 @@ class Comparison:
 
         Raises:
             ImportError: If Matplotlib is not installed.
-            ValueError: If `most` is out of range.
         """
         return draw(self, most)
 

@@ -19,7 +19,7 @@ DEAD = 0.5  # Share of dead units that is flagged.
 
 
 class Mean(NamedTuple):
-    """Mean over seeds, and its standard error; the error is nan for one seed."""
+    """Mean over seeds, and its standard error; nan for one seed."""
 
     mean: float
     error: float

@@ -1,12 +1,8 @@
 """The ranked table of a comparison as text."""
 
 import math
-from typing import TYPE_CHECKING
 
 from ._scores import CLIFF, DEAD, WITHIN, Mean
-
-if TYPE_CHECKING:
-    from ._result import Comparison, Row
 
 MEANING = f"""\
 Ranked by the final loss at the best learning rate, mean and standard error over seeds;
@@ -19,7 +15,7 @@ step. Trivial: rates at which a constant predictor is as good. ms/step: of one r
 while others share the machine; seconds: of all runs together; without compilation."""
 
 
-def table(result: "Comparison") -> str:
+def table(result) -> str:
     """Format aligned columns, the failed candidates and the meaning of the columns."""
     rows = [_cells(row) for row in result.rows]
     columns = []
@@ -38,7 +34,7 @@ def table(result: "Comparison") -> str:
     return "\n".join([*lines, f"{result.steps} steps a run, {seeds}{ending}.", MEANING])
 
 
-def _cells(row: "Row") -> dict[str, str]:
+def _cells(row) -> dict[str, str]:
     scores, best = row.scores, int(row.scores.loss.argmin())
     lost = row.diverged[row.diverged >= 0]
     trivial = f"{row.trivial.sum()}/{row.trivial.size}" if row.trivial.any() else "-"

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from .._observe import metrics
+from .._trees import nodes
 from ..learning_rate._observe_metric import observe_metric
 from ._candidates import Candidate
 from ._experiment import Experiment
@@ -114,5 +115,4 @@ def _skipped_steps(opt_state) -> jax.Array:
 
 
 def _find_states(opt_state, kind: type) -> list:
-    is_kind = lambda node: isinstance(node, kind)
-    return [x for x in jax.tree.leaves(opt_state, is_leaf=is_kind) if is_kind(x)]
+    return nodes(opt_state, lambda node: isinstance(node, kind))

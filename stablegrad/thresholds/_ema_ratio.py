@@ -31,7 +31,7 @@ def ema_ratio(
     of: Signal = "grad_norm",
     per: Granularity = "global",
 ) -> Threshold:
-    """Calls a signal normal up to `ratio` times its own running mean.
+    """Call a signal normal up to `ratio` times its own running mean.
 
     With h = max(ratio - 1, 1) and w_t = clip(x_t, m - h |m|, m + h |m|), m = m_{t-1}:
 

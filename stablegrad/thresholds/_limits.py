@@ -23,7 +23,7 @@ def _stateless(name, of, per, limit) -> Threshold:
 def fixed(
     limit: float | jax.Array, *, of: Signal = "grad_norm", per: Granularity = "global"
 ) -> Threshold:
-    """Calls a signal normal up to a fixed limit.
+    """Call a signal normal up to a fixed limit.
 
         exceeded_t = not (x_t <= limit)
 
@@ -64,7 +64,7 @@ def fixed(
 
 
 def nonfinite(*, of: Signal = "grad_norm", per: Granularity = "global") -> Threshold:
-    """Calls every finite signal normal, and no nan or inf.
+    """Call every finite signal normal, and no nan or inf.
 
         exceeded_t = not isfinite(x_t)
 

@@ -16,7 +16,7 @@ def param_ratio(
     of: Signal = "grad_norm",
     per: Granularity = "unit",
 ) -> Threshold:
-    """Calls a norm normal up to a share of the norm of the parameters it changes.
+    """Call a norm normal up to a share of the norm of the parameters it changes.
 
     With ||w|| the norm of a group of parameters:
 

@@ -37,7 +37,7 @@ def percentile(
     of: Signal = "grad_norm",
     per: Granularity = "global",
 ) -> Threshold:
-    """Calls a signal normal up to a percentile of its own past.
+    """Call a signal normal up to a percentile of its own past.
 
     With x* what has entered the window of the last `window` finite steps:
 

@@ -17,7 +17,7 @@ NAMES = ("grad_norm", "value", "update_norm")
 
 
 def check_signal(of: Signal, per: Granularity) -> None:
-    """Raises ValueError unless `of` can be measured at the granularity `per`."""
+    """Raise ValueError unless `of` can be measured at the granularity `per`."""
     _checks.require(
         "of",
         of,
@@ -33,23 +33,23 @@ def check_signal(of: Signal, per: Granularity) -> None:
 
 
 def is_norm(of: Signal) -> bool:
-    """Whether a signal is a norm: never negative, and close to lognormal."""
+    """Return whether a signal is a norm: never negative, and close to lognormal."""
     return of in ("grad_norm", "update_norm")
 
 
 def is_outgoing(of: Signal) -> bool:
-    """Whether a signal is known only after the inner optimizer has run."""
+    """Return whether a signal is known only after the inner optimizer has run."""
     return of == "update_norm"
 
 
 def signal_name(of: Signal) -> str:
-    """A word for the signal, for the names of metrics and for messages."""
+    """Return a word for the signal, for the names of metrics and for messages."""
     name = of if isinstance(of, str) else getattr(of, "__name__", "signal")
     return name if name.isidentifier() else "signal"
 
 
 def scalar_signal(name: str, value) -> jax.Array:
-    """A scalar as a float32 signal of one group; an error names what has a shape."""
+    """Return a scalar as a float32 signal of one group, or raise ValueError."""
     value = jnp.asarray(value)
     if value.ndim != 0 or jnp.iscomplexobj(value):
         raise ValueError(

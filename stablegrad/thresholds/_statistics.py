@@ -35,8 +35,8 @@ BOUND = 1e37
 class Recent(NamedTuple):
     """The last values of each group, and how long they have all been on one side.
 
-    What a statistic starts from, and what it starts again from where the signal has
-    moved for good: this is what ends lock-in.
+    A statistic starts from them, and starts again from them where the signal has moved
+    for good: this ends lock-in.
     """
 
     recent_values: jax.Array  # float32 (groups, ..., width): a ring of values.
@@ -51,7 +51,7 @@ def init_recent(shape: tuple[int, ...], width: int) -> Recent:
 
 
 def remember(recent: Recent, value, above, below, patience: int, like):
-    """Takes one more value, which lay above what is normal, or below, or neither.
+    """Remember one more value, which lay above what is normal, below, or neither.
 
     Returns the new `Recent`; which groups have been on one side for `patience` steps;
     and the median and spread of what is remembered, or `like` if no group needs them.
@@ -76,21 +76,22 @@ def remember(recent: Recent, value, above, below, patience: int, like):
 
 
 def in_order(recent: Recent) -> jax.Array:
-    """The remembered values of a full ring, oldest first."""
+    """Return the remembered values of a full ring, oldest first."""
     width = recent.recent_values.shape[-1]
     place = (recent.finite_seen[:, None] + jnp.arange(width)[None, :]) % width
     return jnp.take_along_axis(recent.recent_values, place, axis=-1)
 
 
 def warming(recent: Recent) -> jax.Array:
-    """Which groups have not yet filled their ring."""
+    """Return which groups have not yet filled their ring."""
     return recent.finite_seen < recent.recent_values.shape[-1]
 
 
 def follow(center, level, reach) -> jax.Array:
-    """Half of the way to a level, or all of it once that is within twice the reach.
+    """Move half of the way to a level, or all of it where that is near.
 
-    By degrees, so that what a limit held back is not let go all at once.
+    The limit follows by degrees, so that it does not let go all at once of what it held
+    back. Near is within twice the reach.
     """
     near = jnp.abs(level - center) <= 2 * reach
     return jnp.where(near, level, center + (level - center) / 2)
@@ -131,25 +132,28 @@ def _ranks(values) -> jax.Array:
 
 
 def median(values, seen) -> jax.Array:
-    """Median over the last axis of the first `seen` entries of each group."""
+    """Return the median of the first `seen` entries of each group."""
     return quantiles(values, seen, 0.5)[0]
 
 
 def median_and_spread(values, seen) -> tuple[jax.Array, jax.Array]:
-    """Median and normalised median absolute deviation: half the entries may lie."""
+    """Return median and normalised median absolute deviation.
+
+    Up to half of the entries may be outliers.
+    """
     center = median(values, seen)
     return center, MAD_TO_STD * median(jnp.abs(values - center[..., None]), seen)
 
 
 def floored(spread, center, relative, in_log) -> jax.Array:
-    """A spread is never zero: at least `relative` of the level it is a spread of."""
+    """Return the spread, or `relative` of the level if that is larger."""
     level = 1.0 if in_log else jnp.abs(center)
     least = jnp.maximum(relative * level, 1e-12)
     return jnp.maximum(spread, least).astype(spread.dtype)
 
 
 def to_scale(signal, in_log) -> jax.Array:
-    """The scale on which a signal is close to normal: norms are close to lognormal."""
+    """Return a signal on the scale where it is close to normal."""
     bounded = jnp.clip(signal, -BOUND, BOUND)
     return jnp.log(jnp.maximum(bounded, 1e-30)) if in_log else bounded
 
@@ -159,13 +163,13 @@ def from_scale(value, in_log) -> jax.Array:
 
 
 def early_limit(seen, center, spread, deviations) -> jax.Array:
-    """A wide limit on norms while few values, on the log scale, have been seen."""
+    """Return a wide limit on norms, for few values seen on the log scale."""
     wide = jnp.exp(center + deviations * jnp.maximum(spread, EARLY_SPREAD))
     return jnp.where(seen > 0, wide, jnp.inf)
 
 
 def write(buffer, slot, value) -> jax.Array:
-    """Writes one value a group at `slot`; a slot beyond the width writes nothing."""
+    """Write one value a group at `slot`; a slot beyond the width writes nothing."""
     place = lax.broadcasted_iota(np.int32, buffer.shape, buffer.ndim - 1)
     return jnp.where(place == slot[..., None], value[..., None], buffer)
 

@@ -31,7 +31,7 @@ def window_zscore(
     of: Signal = "grad_norm",
     per: Granularity = "global",
 ) -> Threshold:
-    """Calls a signal normal up to `sigma` robust deviations above a window's median.
+    """Call a signal normal up to `sigma` robust deviations above a window's median.
 
     With y = log x for norms, y = x for other signals, over the last `window` finite
     steps before this one:

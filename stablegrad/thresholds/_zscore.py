@@ -32,7 +32,7 @@ def zscore(
     of: Signal = "grad_norm",
     per: Granularity = "global",
 ) -> Threshold:
-    """Calls a signal normal up to `z` robust standard deviations above its level.
+    """Call a signal normal up to `z` robust standard deviations above its level.
 
     With y_t = log x_t, s* = max(s_{t-1}, floor), r_t = clip(y_t - m_{t-1}, +-2.5 s*):
 

@@ -70,6 +70,7 @@ def test_a_gradient_of_1e17_is_clipped_to_size_and_does_not_hide_the_next(name):
     chex.assert_tree_all_finite(state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1e10, 1e17, 1e23])
 def test_the_update_rms_has_no_largest_ratio(size):
     flat = 1e-6 * healthy(120)
@@ -151,6 +152,7 @@ def test_a_clip_works_inside_a_guard_and_both_are_read_at_once():
     np.testing.assert_allclose(optax.tree.norm(updates), 0.5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_percentile_face_shrinks_one_step_in_two_hundred():
     flat = healthy(5000, sigma=0.5)
     out, _ = run(sg.clip_by_percentile(), flat)
@@ -255,6 +257,7 @@ def test_the_published_update_rms_needs_the_optimizer():
         sg.clip_update_rms(published=True)
 
 
+@pytest.mark.slow
 def test_a_spike_does_not_enter_the_moments_by_default():
     flat = healthy(60)
     flat[40] *= 1e3

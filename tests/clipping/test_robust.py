@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 from helpers.clipping import PARAMS, run
+from helpers.marking import core
 
 import stablegrad as sg
 
@@ -15,19 +16,22 @@ def ones(steps):
     return np.full((steps, 11), 11**-0.5, np.float32)
 
 
+INJECTED = [
+    (sg.clip_by_norm, {"max_norm": 0.5}),
+    (sg.clip_by_zscore, {"z": 2.0}),
+    (sg.clip_by_percentile, {"q": 90.0}),
+    (sg.clip_by_ema, {"ratio": 2.0}),
+    (sg.clip_by_param_norm, {"ratio": 0.1}),
+    (sg.clip_by_second_moment, {"threshold": 25.0}),
+    (sg.clip_update_rms, {"max_rms": 2.0}),
+    (sg.clip_by_max, {"ratio": 2.0}),
+    (sg.limit_direction, {"min_cosine": -0.5}),
+]
+
+
 @pytest.mark.parametrize(
     "make, settings",
-    [
-        (sg.clip_by_norm, {"max_norm": 0.5}),
-        (sg.clip_by_zscore, {"z": 2.0}),
-        (sg.clip_by_percentile, {"q": 90.0}),
-        (sg.clip_by_ema, {"ratio": 2.0}),
-        (sg.clip_by_param_norm, {"ratio": 0.1}),
-        (sg.clip_by_second_moment, {"threshold": 25.0}),
-        (sg.clip_update_rms, {"max_rms": 2.0}),
-        (sg.clip_by_max, {"ratio": 2.0}),
-        (sg.limit_direction, {"min_cosine": -0.5}),
-    ],
+    core(INJECTED, INJECTED[1], INJECTED[-1]),
     ids=lambda x: getattr(x, "__name__", ""),
 )
 def test_settings_may_be_injected(make, settings):
@@ -45,7 +49,9 @@ def test_settings_may_be_injected(make, settings):
     chex.assert_trees_all_equal_shapes_and_dtypes(state, after)
 
 
-@pytest.mark.parametrize("name", ["clip_by_second_moment", "clip_by_max"])
+@pytest.mark.parametrize(
+    "name", core(["clip_by_second_moment", "clip_by_max"], "clip_by_max")
+)
 def test_a_large_float64_is_clamped_to_size_and_one_beyond_1e18_dropped(name, x64):
     tx, params = getattr(sg, name)(), {"w": jnp.ones(3, jnp.float64)}
     state, step = tx.init(params), jax.jit(tx.update)
@@ -78,6 +84,7 @@ def test_wide_settings_and_parameters_do_not_widen_the_state(make, x64):
     chex.assert_trees_all_equal_shapes_and_dtypes(state, after)
 
 
+@pytest.mark.slow
 def test_a_second_spike_after_a_reset_is_still_seen():
     flat = ones(60)
     flat[30:32] *= 1e17
@@ -90,7 +97,8 @@ def test_a_second_spike_after_a_reset_is_still_seen():
             assert (np.abs(out[-5:]) > 0.01).all()  # Adam is not frozen.
 
 
-@pytest.mark.parametrize("size", [9e17, 1e20])  # Below the overflow, and above it.
+# Below the overflow, and above it.
+@pytest.mark.parametrize("size", core([9e17, 1e20], 1e20))
 def test_a_huge_first_step_leaves_adam_finite(size):
     flat = ones(40)
     flat[0] *= size

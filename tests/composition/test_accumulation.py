@@ -34,7 +34,7 @@ def several(tx, **settings):
 
 def test_a_nan_micro_batch_does_not_kill_the_accumulator():
     assert dies(several(ADAM))
-    run = train(sg.stabilize(several(ADAM)))
+    run = train(guarded(several(ADAM)))
     assert_survived(run)
     for step in (NAN_STEP, SPIKE_STEP):
         assert_untouched(run, step)
@@ -43,6 +43,7 @@ def test_a_nan_micro_batch_does_not_kill_the_accumulator():
     assert inner.mini_step == (STEPS - 2) % K
 
 
+@pytest.mark.slow
 def test_the_good_micro_batches_of_a_group_are_all_used():
     # One more micro-batch completes the group, as if the bad one had never been.
     run = train(guarded(several(ADAM)))
@@ -50,6 +51,7 @@ def test_the_good_micro_batches_of_a_group_are_all_used():
     np.testing.assert_array_equal(np.flatnonzero(moved(run)) + 1, good[K - 1 :: K])
 
 
+@pytest.mark.slow
 def test_a_guard_inside_cannot_save_an_accumulator_that_holds_a_nan():
     run = train(open_to_extra(several(guarded(ADAM))), ONE_NAN)
     assert not moved(run)[NAN_STEP:].any()
@@ -59,6 +61,7 @@ def test_a_guard_inside_cannot_save_an_accumulator_that_holds_a_nan():
     assert sg.metrics(run.state)["skipped_steps"] == left  # Every update from then on.
 
 
+@pytest.mark.slow
 def test_skip_not_finite_keeps_the_nan_out_of_an_accumulator_outside():
     tx = several(guarded(ADAM), should_skip_update_fn=optax.skip_not_finite)
     run = train(open_to_extra(tx), ONE_NAN)
@@ -73,6 +76,7 @@ def test_skip_not_finite_keeps_the_nan_out_of_an_accumulator_outside():
     assert run.state.gradient_step == (STEPS - 1) // K
 
 
+@pytest.mark.slow
 def test_a_finite_outlier_costs_a_guard_inside_the_whole_group():
     tx = several(guarded(ADAM), should_skip_update_fn=optax.skip_not_finite)
     run = train(open_to_extra(tx))
@@ -81,6 +85,7 @@ def test_a_finite_outlier_costs_a_guard_inside_the_whole_group():
     assert moved(run).sum() == (STEPS - 1) // K - 1  # Three good micro-batches lost.
 
 
+@pytest.mark.slow
 def test_a_clip_before_the_accumulator_judges_every_micro_batch():
     clip = sg.clip_by_zscore(2.5)
     tx = optax.chain(clip, open_to_extra(several(guarded(ADAM))))

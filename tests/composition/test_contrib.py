@@ -79,11 +79,12 @@ def test_schedule_free_is_evaluated_through_the_state_of_its_guard():
     for step in (NAN_STEP, SPIKE_STEP):
         assert_untouched(run, step)
     evaluated = optax.contrib.schedule_free_eval_params(
-        run.state.guarded_inner, run.params
+        sg.unwrap(run.state), run.params
     )
     assert run._replace(params=evaluated).last < 0.05
 
 
+@pytest.mark.slow
 def test_schedule_free_trains_with_a_guard_on_its_base_optimizer():
     run = train(schedule_free(guarded(RMS)))
     assert_survived(run)
@@ -93,6 +94,7 @@ def test_schedule_free_trains_with_a_guard_on_its_base_optimizer():
     assert run._replace(params=evaluated).last < 0.05
 
 
+@pytest.mark.slow
 def test_a_lowered_rate_reaches_the_steps_of_schedule_free_only_from_inside():
     params, moves = start(), {}
     for name, tx in {
@@ -108,6 +110,7 @@ def test_a_lowered_rate_reaches_the_steps_of_schedule_free_only_from_inside():
     np.testing.assert_allclose(moves["inside"], 0.75 * moves["bare"], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_muon_trains_through_the_faults_in_its_own_and_its_adam_leaves():
     muon = optax.contrib.muon(0.02)
     assert dies(muon)
@@ -129,6 +132,7 @@ def test_a_guard_around_transparent_sam_rejects_either_of_its_two_passes():
     assert phases[NAN_STEP] == phases[NAN_STEP - 1] != phases[NAN_STEP + 1]
 
 
+@pytest.mark.slow
 def test_a_lowered_rate_keeps_transparent_sam_from_coming_back_from_its_edge():
     # The second update should undo all of the first, 0.05 long, and is halved.
     params = start()
@@ -146,6 +150,7 @@ def after_one_step(params):
     return optax.tree.add_scale(params, -0.1, grad_fn(edge))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["around", "inside"])
 def test_opaque_sam_is_guarded_around_and_inside(place):
     if place == "around":
@@ -160,6 +165,7 @@ def test_opaque_sam_is_guarded_around_and_inside(place):
         chex.assert_trees_all_equal(params, held)
 
 
+@pytest.mark.slow
 def test_opaque_sam_dies_without_a_guard():
     assert dies(opaque_sam(SGD), extra=second_pass)
 

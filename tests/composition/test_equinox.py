@@ -15,6 +15,7 @@ TRANSFORMATIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
 def test_an_update_takes_the_whole_model(name):
     model = eqx.nn.MLP(2, 1, 4, 1, key=jax.random.key(0))

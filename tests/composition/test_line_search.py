@@ -21,6 +21,7 @@ from helpers.composing import (
     start,
     train,
 )
+from helpers.marking import core
 
 import stablegrad as sg
 
@@ -28,7 +29,7 @@ SEARCHES = {
     "backtracking": optax.scale_by_backtracking_linesearch(15),
     "zoom": optax.scale_by_zoom_linesearch(15),
 }
-every_search = pytest.mark.parametrize("name", SEARCHES)
+every_search = pytest.mark.parametrize("name", core(SEARCHES, "backtracking"))
 
 
 def asked_again(batch, loss, grads):
@@ -47,6 +48,7 @@ def test_a_guard_around_a_line_search_trains_through_the_faults(name):
         assert_untouched(run, step)
 
 
+@pytest.mark.slow
 @every_search
 def test_a_line_search_behind_a_guard_stands_still_after_one_nan(name):
     # A search that finds no finite loss sets its step length to zero, and starts the
@@ -58,6 +60,7 @@ def test_a_line_search_behind_a_guard_stands_still_after_one_nan(name):
     assert run.state[1].learning_rate == 0
 
 
+@pytest.mark.slow
 def test_lbfgs_shares_its_value_fn_with_a_trust_region():
     lbfgs = optax.lbfgs(memory_size=3)
     assert dies(lbfgs, extra=asked_again)
@@ -69,6 +72,7 @@ def test_lbfgs_shares_its_value_fn_with_a_trust_region():
     assert sg.metrics(run.state)["trust_probes"] > 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guards", ["stabilize", "back_off"])
 def test_the_gradient_that_lbfgs_kept_is_that_of_the_parameters(guards):
     # A guard that shortens a step leads elsewhere than the search has looked.
@@ -104,6 +108,7 @@ def test_the_gradient_that_lbfgs_kept_is_that_of_the_parameters(guards):
     assert rosenbrock(params) < 1e-6 if guards == "stabilize" else scales.min() < 1
 
 
+@pytest.mark.slow
 def test_a_nan_that_only_the_search_meets_moves_nothing():
     # Loss and gradient come from the last search, so the first to see the batch of a
     # step is its own search.

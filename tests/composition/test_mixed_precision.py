@@ -11,6 +11,8 @@ from recipes import mixed_precision as recipe
 
 import stablegrad as sg
 
+pytestmark = pytest.mark.slow
+
 STEPS, NAN_STEP, START = 160, 70, 2.0**22
 HALF = 0.02  # Float16 rounds to 5e-4, some dozen times a pass.
 X = jax.random.normal(jax.random.key(0), (STEPS, 32, 4)).at[NAN_STEP].set(jnp.nan)

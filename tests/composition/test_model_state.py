@@ -53,6 +53,7 @@ def trained(keep):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", ["a copy", "an alias", "nothing"])
 def test_batch_statistics_stay_finite_only_if_the_step_keeps_a_copy(keep):
     model = trained(keep)

@@ -47,7 +47,7 @@ def test_injected_hyperparameters_wait_while_a_step_is_rejected():
     assert_survived(run)
     for step in (NAN_STEP, SPIKE_STEP):
         assert_untouched(run, step)
-    rates = run.history[1].guarded_inner.hyperparams["learning_rate"]
+    rates = sg.unwrap(run.history[1]).hyperparams["learning_rate"]
     assert rates[NAN_STEP] == rates[NAN_STEP - 1] > rates[NAN_STEP + 1]
 
 
@@ -61,6 +61,7 @@ def test_a_rate_in_a_guarded_state_can_be_set_between_steps():
     np.testing.assert_allclose(kernel(updates), -0.5 * kernel(params), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_guard_and_its_optimizer_can_be_built_by_inject_hyperparams():
     @optax.inject_hyperparams
     def make(learning_rate, skip_z):
@@ -73,6 +74,7 @@ def test_a_guard_and_its_optimizer_can_be_built_by_inject_hyperparams():
     assert rates[NAN_STEP] > rates[NAN_STEP + 1]  # Its count is outside the guard.
 
 
+@pytest.mark.slow
 def test_a_guard_around_masks_judges_frozen_leaves_too():
     inner = optax.chain(
         optax.masked(ADAM, TRAINED), optax.masked(optax.set_to_zero(), FROZEN)
@@ -84,6 +86,7 @@ def test_a_guard_around_masks_judges_frozen_leaves_too():
     chex.assert_trees_all_equal(run.params["last"]["bias"], start()["last"]["bias"])
 
 
+@pytest.mark.slow
 def test_a_guard_inside_a_mask_judges_only_its_own_leaves():
     tx = optax.chain(
         optax.masked(guarded(ADAM), TRAINED),
@@ -100,6 +103,7 @@ def test_a_guard_inside_a_mask_judges_only_its_own_leaves():
     assert sg.events(run.state)[0].step == SPIKE_STEP
 
 
+@pytest.mark.slow
 def test_what_a_mask_leaves_out_is_not_guarded_by_a_guard_inside_it():
     tx = optax.chain(
         optax.masked(guarded(optax.scale_by_adam()), TRAINED), optax.scale(-0.05)
@@ -116,6 +120,7 @@ def test_a_guard_around_a_partition_holds_all_groups():
         assert_untouched(run, step)
 
 
+@pytest.mark.slow
 def test_a_guard_in_each_group_of_a_partition_holds_its_own():
     groups = {"first": guarded(ADAM), "last": guarded(optax.sgd(0.05))}
     run = train(optax.partition(groups, LABELS), spoil=in_first_kernel)
@@ -128,6 +133,7 @@ def test_a_guard_in_each_group_of_a_partition_holds_its_own():
     assert run.last < 0.1
 
 
+@pytest.mark.slow
 def test_a_guard_deep_in_a_chain_of_chains_trains_and_is_found():
     adamw = optax.chain(optax.chain(optax.scale_by_adam()), optax.scale(-0.05))
     inner = optax.chain(optax.add_decayed_weights(1e-4), adamw)
@@ -145,6 +151,7 @@ def test_a_guard_deep_in_a_chain_of_chains_trains_and_is_found():
     assert [event.step for event in sg.events(run.state)] == [NAN_STEP, SPIKE_STEP]
 
 
+@pytest.mark.slow
 def test_lookahead_trains_with_a_guard_on_its_fast_optimizer():
     lookahead = lambda tx: optax.lookahead(tx, sync_period=5, slow_step_size=0.5)
     settings = {

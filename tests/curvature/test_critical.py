@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from helpers.marking import core
 
 import stablegrad as sg
 
@@ -73,7 +74,9 @@ def test_the_rate_that_the_optimizer_was_built_with_does_not_matter(plain):
         assert getattr(built, field) == pytest.approx(getattr(plain, field), rel=1e-5)
 
 
-@pytest.mark.parametrize("curvature", ["vjp", "difference", "forward"])
+@pytest.mark.parametrize(
+    "curvature", core(["vjp", "difference", "forward"], "difference")
+)
 def test_every_way_to_the_curvature_agrees(curvature):
     found = critical(curvature=curvature, steps=0)
     assert found.directional == pytest.approx(2 * 101 / 1001, rel=1e-3)
@@ -81,7 +84,7 @@ def test_every_way_to_the_curvature_agrees(curvature):
     assert found.critical == min(found.directional, found.forward)
 
 
-@pytest.mark.parametrize("scale", [1e14, 1e-14])
+@pytest.mark.parametrize("scale", core([1e14, 1e-14], 1e14))
 def test_a_curvature_beyond_float32_still_gives_the_rate(scale, plain):
     found = critical(batch=DIAGONAL * scale)
     assert found.directional == pytest.approx(plain.directional / scale, rel=EXACT)
@@ -90,6 +93,7 @@ def test_a_curvature_beyond_float32_still_gives_the_rate(scale, plain):
     assert found.curvature == pytest.approx(1001 * scale**3, rel=EXACT)
 
 
+@pytest.mark.slow
 def test_losses_alone_give_the_curvature_where_the_loss_is_zero(plain):
     found = critical(lambda p, b: quadratic(p, b) - 5.5, curvature="forward", steps=0)
     assert found.loss == 0.0 and found.flags == ()
@@ -118,7 +122,8 @@ def square_without(derivative):
 
 
 LACKING = pytest.mark.parametrize(
-    "derivative, method", [("forward", "vjp"), ("second", "difference")]
+    "derivative, method",
+    core([("forward", "vjp"), ("second", "difference")], ("forward", "vjp")),
 )
 
 
@@ -160,7 +165,7 @@ def test_negative_curvature_is_flagged_and_unlimited():
     assert "No critical learning rate was found" in str(found)
 
 
-@pytest.mark.parametrize("curvature", ["auto", "forward"])
+@pytest.mark.parametrize("curvature", core(["auto", "forward"], "auto"))
 def test_a_straight_loss_has_no_curvature_and_no_limit(curvature):
     table = jnp.array([[-1e9, -9.0, 9.0, 1e9]] * 2)
     found = critical(anything, jnp.array(3.0), table, steps=2, curvature=curvature)
@@ -177,6 +182,7 @@ def test_a_loss_that_becomes_nan_counts_as_a_rise():
     assert found.probe == pytest.approx(1.0, rel=PROBED)
 
 
+@pytest.mark.slow
 def test_a_saturating_loss_gives_the_first_of_several_crossings():
     # From 3 it falls to 0, rises to 5 at -3, and is 1 from -9 on.
     table = jnp.array([[-1e9, -9.0, -3.0, 0.0, 9.0], [1.0, 1.0, 5.0, 0.0, 9.0]])
@@ -184,6 +190,7 @@ def test_a_saturating_loss_gives_the_first_of_several_crossings():
     assert found.forward == pytest.approx(3 + 9 / 5, rel=SEARCHED)
 
 
+@pytest.mark.slow
 def test_a_two_layer_linear_net_spikes_at_two_over_its_curvature():
     width = 256
     draw = np.random.default_rng(0).normal(size=(2, width)).astype(np.float32)
@@ -324,6 +331,7 @@ def test_flax_nnx_and_linen_models_give_the_closed_form():
     )
 
 
+@pytest.mark.slow
 def test_nnx_batch_statistics_and_dropout_streams_stay_as_they_were():
     rngs = nnx.Rngs(0)
     model = nnx.Sequential(nnx.BatchNorm(3, rngs=rngs), nnx.Dropout(0.5, rngs=rngs))

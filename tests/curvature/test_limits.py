@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from stablegrad.curvature._limits import stable_limit
+from stablegrad.curvature._sharpness import stable_limit
 
 CURVATURE, STEPS = 10.0, 2000
 # Optimizer: settings of `stable_limit`, and the published limit times the curvature.

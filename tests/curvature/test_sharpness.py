@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from helpers.marking import core
 
 import stablegrad as sg
 from stablegrad.curvature import _loss
@@ -34,6 +35,7 @@ def test_both_ends_of_an_indefinite_spectrum_with_their_signs():
     assert with_momentum.stable_rate == pytest.approx(3.8 / 3, rel=EXACT)
 
 
+@pytest.mark.slow
 def test_a_large_residual_asks_for_half_as_many_iterations_more():
     batch = jnp.linspace(-1.0, 1.0, 100)
     found = sg.sharpness(quadratic, jnp.ones(100), batch, iterations=4)
@@ -48,6 +50,7 @@ def network(params, batch):
     return jnp.mean((hidden @ params["out"] - targets) ** 2)
 
 
+@pytest.mark.slow
 def test_lanczos_finds_the_largest_eigenvalue_of_a_network():
     draw = np.random.default_rng(0)
     shapes = {"in": (10, 38), "bias": (38,), "out": (38, 2)}
@@ -66,7 +69,7 @@ def test_lanczos_finds_the_largest_eigenvalue_of_a_network():
     assert abs(found.largest - values[-1]) <= found.residual + 1e-5 * values[-1]
 
 
-@pytest.mark.parametrize("depth", [2, 4])
+@pytest.mark.parametrize("depth", core([2, 4], 4))
 def test_a_deep_scalar_linear_net_has_the_known_spectrum(depth):
     found = sg.sharpness(
         lambda w, y: 0.5 * (jnp.prod(w) - y) ** 2, jnp.ones(depth), jnp.float32(1.0)
@@ -75,6 +78,7 @@ def test_a_deep_scalar_linear_net_has_the_known_spectrum(depth):
     assert found.stable_rate == pytest.approx(2 / depth, rel=EXACT)
 
 
+@pytest.mark.slow
 def test_linear_regression_has_the_eigenvalue_of_its_inputs():
     inputs = np.random.default_rng(0).normal(size=(40, 5))
     found = sg.sharpness(
@@ -94,7 +98,9 @@ def preconditioned(gradients, curvature, b1=0.9, b2=0.999, eps=1e-8):
     return np.max(curvature / floored), np.max(curvature / p)
 
 
-@pytest.mark.parametrize("steps_before, b1, b2", [(0, 0.9, 0.999), (3, 0.8, 0.95)])
+@pytest.mark.parametrize(
+    "steps_before, b1, b2", core([(0, 0.9, 0.999), (3, 0.8, 0.95)], (0, 0.9, 0.999))
+)
 def test_adams_view_matches_a_float64_oracle_at_any_step(steps_before, b1, b2):
     size = 200
     curvature = np.linspace(1.0, 2.0, size)
@@ -187,6 +193,7 @@ def test_an_optimizer_without_a_second_moment_for_every_parameter_is_named(tx, g
         sg.sharpness(lambda p, b: jnp.sum(p["kernel"]), params, 0.0, tx=tx)
 
 
+@pytest.mark.slow
 def test_an_nnx_optimizer_in_use_gives_its_own_view():
     model = nnx.Linear(3, 1, use_bias=False, rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, optax.adam(0.0), wrt=nnx.Param)

@@ -1,11 +1,14 @@
 """Tests for the commit: non-finite elements are kept out one by one."""
 
+import itertools
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.marking import core
 from helpers.training import of_norm, scan
 
 import stablegrad as sg
@@ -13,6 +16,10 @@ import stablegrad as sg
 STEPS, BAD_STEP = 4, 1
 ROWS = {"small": 2, "large": 8256}  # Of 8 columns: 2**16 elements lie between.
 PLACE = (1, 2)  # The element that breaks.
+every_way = pytest.mark.parametrize(
+    "size, apply",
+    core(itertools.product(ROWS, (False, True)), ("small", False), ("large", True)),
+)
 on_cpu = pytest.mark.skipif(
     jax.default_backend() != "cpu", reason="Elsewhere every step is masked."
 )
@@ -56,8 +63,7 @@ def assert_one_event(state, kind, reason=""):
     assert (event.kind, event.reason, event.leaf) == (kind, reason, "w")
 
 
-@pytest.mark.parametrize("apply", [False, True], ids=["update", "apply"])
-@pytest.mark.parametrize("size", ROWS)
+@every_way
 def test_an_element_of_the_update_is_kept_out_and_the_others_move(size, apply):
     tx = sg.guard(dividing("update"))
     _, state, (trail, seen, _) = scan(tx, gradients(size), params_of(size), apply=apply)
@@ -117,14 +123,14 @@ def test_a_large_step_that_is_not_inspected_keeps_the_parameters_finite():
     assert not seen["kept_out_elements"].any()  # Only inspected steps are counted.
 
 
+@pytest.mark.slow
 def test_elements_kept_out_of_update_and_state_at_one_place_count_once():
     both = optax.chain(dividing("memory"), dividing("update"))
     _, _, (_, seen, _) = scan(sg.guard(both), gradients("small"), params_of("small"))
     np.testing.assert_array_equal(seen["kept_out_elements"], [0, 1, 0, 0])
 
 
-@pytest.mark.parametrize("apply", [False, True], ids=["update", "apply"])
-@pytest.mark.parametrize("size", ROWS)
+@every_way
 def test_a_step_without_a_finite_element_counts_as_rejected_and_halts(size, apply):
     broken = optax.stateless(lambda g, p: jax.tree.map(lambda x: x / x * -0.1, g))
     params = params_of(size)
@@ -139,6 +145,7 @@ def test_a_step_without_a_finite_element_counts_as_rejected_and_halts(size, appl
     assert [event.kind for event in sg.events(state)] == ["skip", "halt"]
 
 
+@pytest.mark.slow
 def test_a_halt_on_steps_without_a_finite_element_is_raised():
     broken = optax.stateless(lambda g, p: jax.tree.map(lambda x: x - x / 0.0, g))
     tx = sg.guard(broken, sg.halt(after=2))
@@ -165,9 +172,8 @@ NORMS = [1, 1, 0.9e18, 0.9e18, 1e-3, 0.9e18, 0, 1e-18, 1e-25, 1, 9e11, 9e11, 0.9
 SPIKY = [i % 3 == 0 for i in range(len(NORMS))]
 
 
-@pytest.mark.parametrize("apply", [False, True], ids=["update", "apply"])
-@pytest.mark.parametrize("size", ROWS)
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@every_way
+@pytest.mark.parametrize("name", core(OPTIMIZERS, "adam"))
 def test_finite_gradients_never_break_parameters_or_inner_state(name, size, apply):
     tx, params = sg.guard(OPTIMIZERS[name]), params_of(size)
     flat = optax.tree.scale(1 / optax.tree.norm(params), params)

@@ -29,6 +29,7 @@ def guarded(*responses):
     return sg.guard(optax.sgd(0.0), *responses, sg.halt(after=9))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per", ["global", "leaf"])
 def test_limits_in_one_state_are_those_of_each_threshold_alone(per):
     norms = np.stack([signal(0, 1.0), signal(1, 30.0)], axis=1)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.marking import core
 from helpers.training import of_norm, scan
 
 import stablegrad as sg
@@ -36,7 +37,7 @@ def emitting(updates_at, state_at):
     return optax.GradientTransformation(init, update)
 
 
-@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+@pytest.mark.parametrize("bad", core([jnp.nan, jnp.inf], jnp.nan))
 def test_an_update_that_is_not_finite_is_rejected_without_being_asked(bad):
     # Rule 8. The gradient is fine; the optimizer is not.
     tx = sg.guard(emitting([1.0, bad, 1.0], [0.0, 0.0, 0.0]))
@@ -47,7 +48,7 @@ def test_an_update_that_is_not_finite_is_rejected_without_being_asked(bad):
     np.testing.assert_array_equal(params["w"][1], params["w"][0])
 
 
-@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+@pytest.mark.parametrize("bad", core([jnp.nan, jnp.inf], jnp.nan))
 def test_what_breaks_in_the_state_is_kept_out_and_the_step_is_taken(bad):
     tx = sg.guard(emitting([1.0, 1.0, 1.0], [0.5, bad, 0.0]))
     _, state, (params, seen, inner) = scan(tx, of_norm(np.ones(3)), PARAMS)
@@ -63,10 +64,10 @@ def test_what_breaks_in_the_state_is_kept_out_and_the_step_is_taken(bad):
     "dtype, start, rate, method",
     [
         ("float16", 6e4, 1e5, "update"),
-        ("float16", 6e4, 1e5, "apply"),
-        ("bfloat16", 3e38, 1e38, "update"),
-        ("bfloat16", 3e38, 1e38, "apply"),
         ("float32", 3e38, 3e38, "apply"),
+        pytest.param("float16", 6e4, 1e5, "apply", marks=pytest.mark.slow),
+        pytest.param("bfloat16", 3e38, 1e38, "update", marks=pytest.mark.slow),
+        pytest.param("bfloat16", 3e38, 1e38, "apply", marks=pytest.mark.slow),
     ],
 )
 def test_elements_that_would_overflow_parameters_are_kept(dtype, start, rate, method):
@@ -87,6 +88,7 @@ def test_elements_that_would_overflow_parameters_are_kept(dtype, start, rate, me
     assert not sg.metrics(state)["skipped"]
 
 
+@pytest.mark.slow
 def test_training_goes_on_between_the_updates_of_multi_steps():
     # The guard sees updates of exactly zero on seven steps of eight.
     inner = optax.MultiSteps(optax.sgd(0.1), 8).gradient_transformation()
@@ -104,6 +106,7 @@ def test_training_goes_on_between_the_updates_of_multi_steps():
     assert sg.metrics(state)["skipped_steps"] == 0
 
 
+@pytest.mark.slow
 def test_a_state_that_holds_infinity_on_purpose_is_left_alone():
     inner = optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau())
     tx = sg.guard(inner, sg.skip())
@@ -125,7 +128,11 @@ def test_float16_adam_on_zero_gradients_never_emits_a_nan():
     assert sg.metrics(state)["skip_reason"] == sg.Reason.NONFINITE_UPDATE
 
 
-@pytest.mark.parametrize("responses", [(), (sg.skip(),)], ids=["bare", "skip"])
+@pytest.mark.parametrize(
+    "responses",
+    [(), pytest.param((sg.skip(),), marks=pytest.mark.slow)],
+    ids=["bare", "skip"],
+)
 def test_a_finite_gradient_of_1e20_does_not_freeze_adam(responses):
     # Unguarded, its square makes the second moment inf, for ever.
     norms = [1.0, 1e20, 1.0, 1.0]
@@ -188,17 +195,19 @@ def test_each_member_of_an_ensemble_is_guarded_on_its_own():
     tx = sg.guard(optax.adam(0.1), sg.skip())
     params = {"w": jnp.ones((3, 2))}
     grads = {"w": jnp.ones((3, 2)).at[1].set(jnp.nan)}
-    state = jax.vmap(tx.init)(params)
+    state = jax.jit(jax.vmap(tx.init))(params)
     updates, state = jax.jit(jax.vmap(tx.update))(grads, state, params)
     np.testing.assert_array_equal(sg.metrics(state)["skipped"], [False, True, False])
     np.testing.assert_array_equal(updates["w"][1], 0.0)
     np.testing.assert_allclose(updates["w"][0], -0.1, rtol=1e-5)
-    np.testing.assert_array_equal(sg.is_healthy(state, params), [True] * 3)
+    healthy = jax.jit(sg.is_healthy)(state, params)
+    np.testing.assert_array_equal(healthy, [True] * 3)
     (event,) = sg.events(state)
     assert (event.member, event.step, event.reason) == (1, 0, "nonfinite_gradient")
     assert str(event).startswith("member 1, step 0: skip (nonfinite gradient), leaf w")
 
 
+@pytest.mark.slow
 def test_hyperparameters_may_be_injected():
     @optax.inject_hyperparams
     def make(limit, max_consecutive, factor, after):
@@ -219,7 +228,7 @@ def test_hyperparameters_may_be_injected():
     assert sg.metrics(state)["clip_fixed_grad_norm_limit"] == 0.5
 
 
-@pytest.mark.parametrize("method", ["update", "apply"])
+@pytest.mark.parametrize("method", core(["update", "apply"], "apply"))
 def test_one_trace_serves_a_whole_run(method):
     # Rule 11: healthy, clipped, skipped and halted steps are one program.
     tx = sg.stabilize(optax.adamw(0.1))
@@ -241,8 +250,8 @@ def test_one_trace_serves_a_whole_run(method):
     assert (now["halted_steps"] > 0) and not now["skipped"]
 
 
-def test_the_state_can_be_donated():
-    # Every number needs a buffer of its own for this.
+def test_the_compiled_step_never_calls_the_host_and_its_state_can_be_donated():
+    # Rule 12; and every number needs a buffer of its own.
     tx = sg.stabilize(optax.adamw(0.1))
     step = jax.jit(
         lambda params, state: sg.apply(tx, params, state, params, value=1.0),
@@ -250,31 +259,24 @@ def test_the_state_can_be_donated():
     )
     params = {"w": jnp.array([1.0, 2.0])}
     state = tx.init(params)
-    for _ in range(2):
-        params, state = step(params, state)
-    assert sg.metrics(state)["guarded_steps"] == 2
-
-
-def test_the_compiled_step_never_calls_the_host():
-    # Rule 12.
-    tx = sg.stabilize(optax.adamw(0.1))
-    state = tx.init(PARAMS)
-    lowered = jax.jit(tx.update).lower(PARAMS, state, PARAMS, value=1.0)
-    program = lowered.compile().as_text()
+    program = step.lower(params, state).compile()
     for word in ("callback", "infeed", "outfeed", "send(", "recv("):
-        assert word not in program
+        assert word not in program.as_text()
+    for _ in range(2):
+        params, state = program(params, state)
+    assert sg.metrics(state)["guarded_steps"] == 2
 
 
 def test_a_held_step_teaches_nothing_about_an_update_that_was_never_made():
     tx = sg.guard(
         optax.identity(), sg.clip(sg.zscore(2.5, of="update_norm")), sg.skip()
     )
-    clean = [1.0, 2.0, 1.5, 1.2, 30.0]
+    clean = [1.0, 2.0, 1.5, 1.2, 30.0, 1.0, 1.0, 1.0]  # Of the same length.
     held = [1.0, 2.0, jnp.nan, 1.5, jnp.inf, 1.2, jnp.nan, 30.0]
     limit = "clip_zscore_update_norm_limit"
     expected, found = (
         np.asarray(scan(tx, of_norm(norms), PARAMS)[2][1][limit])
         for norms in ([1.0, *[1.5, 2.0] * 20, *clean], [1.0, *[1.5, 2.0] * 20, *held])
     )
-    assert np.isfinite(expected[-1])
-    np.testing.assert_array_equal(found[-1], expected[-1])
+    assert np.isfinite(expected[-4])
+    np.testing.assert_array_equal(found[-1], expected[-4])

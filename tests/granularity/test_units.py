@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from flax.traverse_util import flatten_dict
+from helpers.marking import core
 
 from stablegrad._trees import leaf_names
 from stablegrad.granularity._units import unit_axes
@@ -87,7 +88,16 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize(
+    "layer",
+    core(
+        LAYERS,
+        "dense",
+        "dense general, two and two",
+        "convolution 2-d",
+        "grouped convolution",
+    ),
+)
 def test_a_unit_of_a_linen_layer_is_what_feeds_one_output(layer):
     module, shape = LAYERS[layer]
     x = jnp.ones(shape)
@@ -129,7 +139,7 @@ NNX_LAYERS = {
 }
 
 
-@pytest.mark.parametrize("layer", NNX_LAYERS)
+@pytest.mark.parametrize("layer", core(NNX_LAYERS, "linear", "linear general, in"))
 def test_a_unit_of_an_nnx_layer_is_what_feeds_one_output(layer):
     build, shape = NNX_LAYERS[layer]
     module = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
@@ -148,8 +158,10 @@ def assert_nnx_units(module, x, axes):
     assert_units_are_what_feeds_each_output(run, plain["kernel"], axes)
 
 
-@pytest.mark.parametrize("use_bias", [True, False])
-@pytest.mark.parametrize("heads, features, width", [(2, 4, 5), (4, 4, 4)])
+@pytest.mark.parametrize("use_bias", core([True, False], True))
+@pytest.mark.parametrize(
+    "heads, features, width", core([(2, 4, 5), (4, 4, 4)], (4, 4, 4))
+)
 def test_a_unit_of_linen_attention_feeds_one_feature_of_one_head(
     heads, features, width, use_bias
 ):
@@ -172,7 +184,7 @@ def test_a_unit_of_linen_attention_feeds_one_feature_of_one_head(
         assert_units_are_what_feeds_each_output(run, kernel, axes[f"{name}.kernel"])
 
 
-@pytest.mark.parametrize("use_bias", [True, False])
+@pytest.mark.parametrize("use_bias", core([True, False], True))
 def test_a_unit_of_nnx_attention_feeds_one_feature_of_one_head(use_bias):
     attention = nnx.eval_shape(
         lambda: nnx.MultiHeadAttention(

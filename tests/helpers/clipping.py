@@ -56,7 +56,7 @@ def packed(state):
 def run(tx, flat, params=PARAMS):
     """What comes out for every row of `flat`, and the last state."""
     program = functools.partial(_scan(tx), params)
-    state, updates = scan_in_chunks(program, tx.init(params), tree(flat))
+    state, updates = scan_in_chunks(program, jax.jit(tx.init)(params), tree(flat))
     return flatten(updates), state
 
 

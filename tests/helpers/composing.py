@@ -9,6 +9,7 @@ import numpy as np
 import optax
 
 import stablegrad as sg
+from helpers.training import stack
 
 STEPS = 120
 NAN_STEP, SPIKE_STEP = 31, 63  # The spike after 25 steps of warm-up.
@@ -25,7 +26,7 @@ class Run(NamedTuple):
 
     params: Any
     state: Any
-    losses: jax.Array
+    losses: np.ndarray
     history: tuple[Any, Any]  # Parameters and state after each step.
 
     @property
@@ -79,7 +80,7 @@ def on_targets(grad_fn, params, batch, fault):
 
 
 def train(tx, faults=FAULTS, *, params=None, spoil=on_targets, extra=None, fast=None):
-    """Runs `tx` under `sg.apply` over one batch a step, compiled into one scan.
+    """Runs `tx` under `sg.apply` over one batch a step.
 
     `spoil` takes value and gradient of a batch with its fault; `extra(batch, loss,
     grads)` gives the arguments of a step, by default `value=`; `fast` picks from the
@@ -88,23 +89,20 @@ def train(tx, faults=FAULTS, *, params=None, spoil=on_targets, extra=None, fast=
     pick = fast or (lambda params: params)
     grad_fn = jax.value_and_grad(loss_fn)
 
-    def step(carry, xs):
-        params, state = carry
-        *batch, fault = xs
-        loss, grads = spoil(grad_fn, pick(params), batch, fault)
-        spoilt = (batch[0], batch[1] * fault)
-        more = {"value": loss} if extra is None else extra(spoilt, loss, grads)
-        params, state = sg.apply(tx, grads, state, params, **more)
-        return (params, state), (loss, (params, state))
-
     @jax.jit
-    def run(params):
-        steps = len(faults)
-        xs = (X[:steps], Y[:steps], jnp.asarray(faults))
-        return jax.lax.scan(step, (params, tx.init(params)), xs)
+    def step(params, state, x, y, fault):
+        loss, grads = spoil(grad_fn, pick(params), (x, y), fault)
+        spoilt = (x, y * fault)
+        more = {"value": loss} if extra is None else extra(spoilt, loss, grads)
+        return *sg.apply(tx, grads, state, params, **more), loss
 
-    (params, state), (losses, history) = run(start() if params is None else params)
-    return Run(params, state, losses, jax.device_get(history))
+    params = start() if params is None else params
+    state, rows = jax.jit(tx.init)(params), []
+    for x, y, fault in zip(np.asarray(X), np.asarray(Y), faults, strict=False):
+        params, state, loss = step(params, state, x, y, fault)
+        rows.append(jax.device_get((loss, (params, state))))
+    losses, history = stack(rows)
+    return Run(params, state, losses, history)
 
 
 def without_loss(batch, loss, grads):

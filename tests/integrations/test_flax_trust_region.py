@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from flax import linen, nnx
 from flax.training.train_state import TrainState
 
@@ -58,6 +59,7 @@ def test_an_nnx_optimizer_is_held_with_batch_statistics_and_dropout():
     assert np.isfinite(loss) and sg.metrics(optimizer)["trust_probes"] < 41
 
 
+@pytest.mark.slow
 def test_a_linen_train_state_is_held_by_the_recipe_of_the_error():
     model = linen.Sequential([linen.Dense(8), linen.relu, linen.Dense(1)])
     params = model.init(jax.random.key(0), X)["params"]

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from helpers.marking import core
 from helpers.training import of_norm, scan
 from hypothesis import given, settings, strategies as st
 
@@ -107,7 +108,7 @@ OPTIONS = st.fixed_dictionaries(
 )
 
 
-@pytest.mark.parametrize("advance", ["always", "calm"])
+@pytest.mark.parametrize("advance", core(["always", "calm"], "calm"))
 @every_door
 def test_matches_the_float64_oracle_and_stays_within_its_bounds(door, advance):
     run = compiled(door, advance)
@@ -160,7 +161,12 @@ SCHEDULES = {
 
 
 @pytest.mark.parametrize(
-    "door, name", [("schedule", "cosine"), *[("chain", name) for name in SCHEDULES]]
+    "door, name",
+    core(
+        [("schedule", "cosine"), *[("chain", name) for name in SCHEDULES]],
+        ("schedule", "cosine"),
+        ("chain", "piecewise"),
+    ),
 )
 def test_any_base_schedule_is_followed_while_nothing_explodes(door, name):
     schedule = SCHEDULES[name]
@@ -171,6 +177,7 @@ def test_any_base_schedule_is_followed_while_nothing_explodes(door, name):
     np.testing.assert_allclose(seen, theirs, rtol=RTOL)
 
 
+@pytest.mark.slow
 def test_one_machine_is_behind_all_three_doors():
     values = np.where(np.random.default_rng(3).random(STEPS) < 0.4, 9.0, 1.0)
     options = {"factor": 0.4, "confirm_steps": 2, "hold_steps": 2, "regrow_steps": 5}
@@ -350,6 +357,7 @@ def test_rejects_arguments_out_of_range(build, name, value):
         build(0.1, sg.fixed(1.0, of="value"), **{name: value})
 
 
+@pytest.mark.slow
 def test_bfloat16_parameters_train_with_adam_if_hyperparameters_are_float32():
     rate = sg.explosion_aware_schedule(1e-3, sg.fixed(LIMIT, of="value"))
     params = {"w": jnp.ones(3, jnp.bfloat16)}

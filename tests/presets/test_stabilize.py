@@ -28,6 +28,7 @@ def test_every_default_is_explained():
         assert f"        {name}: " in sg.stabilize.__doc__
 
 
+@pytest.mark.slow
 def test_it_is_the_guard_that_its_docstring_spells_out():
     spelled_out = sg.guard(
         optax.adam(0.1),
@@ -97,6 +98,7 @@ def test_without_a_value_the_loss_thresholds_stay_silent():
     chex.assert_tree_all_finite((params, state))
 
 
+@pytest.mark.slow
 def test_a_learning_rate_that_jumps_is_the_users_own_choice():
     schedule = optax.piecewise_constant_schedule(1e-3, {60: 1000.0})
     norms, values = np.ones(80), healthy(80)[1]
@@ -108,6 +110,7 @@ def test_a_learning_rate_that_jumps_is_the_users_own_choice():
     assert not any("update_norm" in name for name in sg.metrics(state))
 
 
+@pytest.mark.slow
 def test_leaf_by_leaf_one_that_explodes_costs_the_others_nothing():
     params = {"a": jnp.ones(2), "b": jnp.ones(2)}
     norms, values = healthy(120)
@@ -124,6 +127,7 @@ def test_leaf_by_leaf_one_that_explodes_costs_the_others_nothing():
         assert whole[4:].mean() > 0.9
 
 
+@pytest.mark.slow
 def test_settings_may_be_swept_under_vmap():
     norms, values = healthy(300)
     norms[150] = 60.0

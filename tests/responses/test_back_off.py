@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.marking import core
 from helpers.training import of_norm, scan
 
 import stablegrad as sg
@@ -45,8 +46,10 @@ def run(norms, values, *skips, **options):
     return seen, params, state
 
 
-@pytest.mark.parametrize("confirm", [1, 2, 3])
-@pytest.mark.parametrize("hold, regrow, floor", [(0, 7, 1e-4), (5, 20, 0.3)])
+@pytest.mark.parametrize("confirm", core([1, 2, 3], 2))
+@pytest.mark.parametrize(
+    "hold, regrow, floor", core([(0, 7, 1e-4), (5, 20, 0.3)], (5, 20, 0.3))
+)
 def test_matches_the_float64_oracle(confirm, hold, regrow, floor):
     rng = np.random.default_rng(0)
     values = np.where(rng.random(300) < 0.15, 9.0, 1.0)
@@ -85,6 +88,7 @@ def test_regrowth_undoes_one_cut_in_regrow_steps_and_stops_at_one():
     assert scale.max() == 1
 
 
+@pytest.mark.slow
 def test_a_run_of_rejected_steps_cuts_once():
     values = np.array([1.0, 9.0, 9.0, 9.0, 9.0, 1.0])
     seen, _, state = run(np.ones(6), values, sg.skip(sg.fixed(5.0, of="value")))
@@ -177,11 +181,13 @@ def test_a_loss_that_is_not_finite_is_an_explosion_only_if_asked_for():
     np.testing.assert_allclose(seen["lr_scale"], [1.0, 0.5, 0.5, 0.5], rtol=RTOL)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_does_not_end_a_run_of_explosions():
     seen, _, _ = run(np.ones(5), [1.0, 9.0, np.nan, 9.0, 1.0], confirm_steps=2)
     np.testing.assert_allclose(seen["lr_scale"], [1, 1, 1, 0.5, 0.5], rtol=RTOL)
 
 
+@pytest.mark.slow
 def test_settings_may_be_swept_under_vmap():
     def last_scale(factor, regrow_steps):
         rule = sg.back_off(
@@ -246,6 +252,7 @@ def test_rejects_a_back_off_from_nothing():
         sg.back_off()
 
 
+@pytest.mark.slow
 def test_several_back_offs_multiply():
     rules = [sg.back_off(sg.fixed(5.0, of="value"), factor=0.5) for _ in range(2)]
     tx = sg.guard(optax.sgd(1.0), *rules)
@@ -281,6 +288,7 @@ def test_a_limit_is_in_force_by_default_whenever_the_rate_is_lowered():
     np.testing.assert_allclose(seen["clip_scale"], [1, 0.5, 0.5], rtol=RTOL)
 
 
+@pytest.mark.slow
 def test_exceeding_the_limit_is_no_explosion_and_its_nan_no_reason_to_wait():
     signal = lambda updates, params, extra: jnp.float32(np.nan)
     seen = limited([9.0] * 3, [1.0] * 3, limit=sg.fixed(2.0))
@@ -289,6 +297,7 @@ def test_exceeding_the_limit_is_no_explosion_and_its_nan_no_reason_to_wait():
     np.testing.assert_allclose(seen["lr_scale"], [1, 0.5, 0.5, 1], rtol=RTOL)
 
 
+@pytest.mark.slow
 def test_a_limit_learns_what_is_normal_from_every_step():
     norms, values = np.ones(60), np.ones(60)
     values[50:] = 9.0
@@ -298,6 +307,7 @@ def test_a_limit_learns_what_is_normal_from_every_step():
     assert seen["back_off_zscore_grad_norm_limit"][40] < 1.5
 
 
+@pytest.mark.slow
 def test_a_limit_may_be_on_the_update_leaf_by_leaf():
     seen = limited(
         [1.0] * 2,
@@ -309,6 +319,7 @@ def test_a_limit_may_be_on_the_update_leaf_by_leaf():
     np.testing.assert_allclose(seen["update_norm"], [10, 0.5 * 2], rtol=RTOL)
 
 
+@pytest.mark.slow
 def test_an_exploding_update_clips_the_update_at_once_and_the_next_gradient():
     explosion = sg.fixed(5.0, of="update_norm")
     options = {"explosion": explosion, "hold_steps": 9}

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from helpers.mapping import AXIS, DEVICES, mapped
+from helpers.marking import core
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.devices(DEVICES)
 
 SHARES = np.arange(4.0 * DEVICES, dtype=np.float32).reshape(DEVICES, 4)
 MEAN_NORM = np.linalg.norm(SHARES.mean(0))
-MAPPINGS = ("tracked", "untracked", "pmap")
+MAPPINGS = core(["tracked", "untracked", "pmap"], "tracked", "pmap")
 
 
 def averaging(tx):
@@ -174,7 +175,12 @@ def train_replicas(tx):
 
 
 def test_replicas_stay_equal_with_averaged_gradients():
-    tx = sg.stabilize(optax.sgd(0.02), axis_name=AXIS, averaged_gradients=True)
+    tx = sg.guard(
+        optax.sgd(0.02),
+        sg.skip(sg.nonfinite(of="value")),
+        axis_name=AXIS,
+        averaged_gradients=True,
+    )
     params, state = train_replicas(tx)
     np.testing.assert_array_equal(params, params[:1].repeat(REPLICAS, axis=0))
     skipped = sg.metrics(state)["skipped_steps"]
@@ -182,6 +188,7 @@ def test_replicas_stay_equal_with_averaged_gradients():
     assert np.abs(params[0] - TARGET).max() < 0.5
 
 
+@pytest.mark.slow
 def test_replicas_part_without_axis_name_and_it_is_said_what_is_missing():
     if not pmap_is_a_mesh():
         pytest.skip("this JAX does not tell that a trace is under `pmap`")

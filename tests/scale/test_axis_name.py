@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from helpers.mapping import AXIS, DEVICES, mapped
+from helpers.marking import core
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec as P
 
@@ -73,7 +74,7 @@ def test_an_overflow_in_one_shard_rejects_the_step_on_all(bad, norm, reason):
     np.testing.assert_array_equal(seen["grad_norm"], np.full(DEVICES, norm))
 
 
-@pytest.mark.parametrize("of", ["value", "function"])
+@pytest.mark.parametrize("of", core(["value", "function"], "value"))
 @pytest.mark.parametrize(
     "own, skipped", [(40.0, False), (48.0, True), (np.nan, True)], ids=str
 )
@@ -89,7 +90,13 @@ def test_a_signal_of_each_shard_counts_with_its_mean(of, own, skipped):
 
 @pytest.mark.parametrize(
     "specs",
-    [[P("data", "model"), P("model"), P()], [P("model")], [P(), P("data")], [P()]],
+    [
+        [P("data", "model"), P("model"), P()],
+        *(
+            pytest.param(specs, marks=pytest.mark.slow)
+            for specs in ([P("model")], [P(), P("data")], [P()])
+        ),
+    ],
 )
 def test_a_leaf_may_vary_over_both_axes_or_one_or_none(specs):
     axes = {"data": 2, "model": 4}

@@ -25,7 +25,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import stablegrad as sg
 
-pytestmark = pytest.mark.devices(4)
+pytestmark = [pytest.mark.slow, pytest.mark.devices(4)]
 
 # For each member, the faults of the scenario that it gets; the rest is healthy.
 FAULTS = [{}, {NAN}, {SPIKE, HUGE}, {LOUD, NAN, SPIKE}]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from _scale.collectives import collectives, payload
 from helpers.mapping import AXIS, DEVICES, mapped, mesh
+from helpers.marking import core
 from helpers.scenario import (
     BYTES_PER_LEAF,
     OPTIMIZERS,
@@ -80,7 +81,10 @@ def assert_agreed(state):
 
 @pytest.mark.parametrize(
     "optimizer, mode, size, tracked",
-    [*[(*case, True) for case in CASES], *[(*case, False) for case in CASES[1:3]]],
+    core(
+        [*[(*case, True) for case in CASES], *[(*case, False) for case in CASES[1:3]]],
+        (*CASES[0], True),
+    ),
 )
 def test_shards_under_shard_map_step_as_one_device_does(optimizer, mode, size, tracked):
     tx = OPTIMIZERS[optimizer](axis_name=AXIS)
@@ -111,6 +115,7 @@ def test_shards_under_shard_map_step_as_one_device_does(optimizer, mode, size, t
     assert_agreed(run.state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer, mode, size", [CASES[0], CASES[3]])
 def test_shards_under_pmap_step_as_one_device_does(optimizer, mode, size):
     tx = OPTIMIZERS[optimizer](axis_name=AXIS)

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from helpers.marking import core
 from helpers.meshing import (
     DEVICES,
     LAYOUTS,
@@ -51,7 +52,9 @@ def assert_as_on_one_device(history, reference):
             np.testing.assert_array_equal(history[name], expected, err_msg=name)
 
 
-@pytest.mark.parametrize("kind, sets_mesh, layout, through, optimizer, size", CASES)
+@pytest.mark.parametrize(
+    "kind, sets_mesh, layout, through, optimizer, size", core(CASES, CASES[0], CASES[6])
+)
 def test_three_steps_compile_once_keep_the_sharding_and_are_those_of_one_device(
     kind, sets_mesh, layout, through, optimizer, size
 ):
@@ -68,6 +71,7 @@ def test_three_steps_compile_once_keep_the_sharding_and_are_those_of_one_device(
         np.testing.assert_allclose(trial.params[name], expected, rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "dtype, kind, sets_mesh, layout, through",
     [

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from _scale.collectives import collectives, payload
+from helpers.marking import core
 from helpers.scenario import (
     BYTES_PER_LEAF,
     MODES,
@@ -55,9 +56,12 @@ def biggest(size: str) -> int:
     return max(leaf.size for leaf in parameters(size).values())
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("layout, size", [("fsdp", "small"), ("tensor", "large")])
+@pytest.mark.parametrize("mode", core(MODES, "apply"))
+@pytest.mark.parametrize("optimizer", core(OPTIMIZERS, "stabilize"))
+@pytest.mark.parametrize(
+    "layout, size",
+    core([("fsdp", "small"), ("tensor", "large")], ("fsdp", "small")),
+)
 def test_the_run_is_that_of_one_device_without_any_gather(
     layout, size, optimizer, mode
 ):
@@ -72,6 +76,7 @@ def test_the_run_is_that_of_one_device_without_any_gather(
     assert_sharded_as(places, run.state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", ["small", "large"])
 def test_on_accelerators_numbers_are_summed_and_nothing_is_gathered(size, monkeypatch):
     elsewhere = lambda: jnp.zeros((), bool)  # Not on a CPU.
@@ -108,7 +113,7 @@ PLAIN = {"w": jnp.arange(32.0).reshape(8, 4) / 10, "b": jnp.ones(4)}
     "tx",
     [
         sg.clip_by_norm(1.0),
-        sg.clip_by_param_norm(),
+        pytest.param(sg.clip_by_param_norm(), marks=pytest.mark.slow),
         sg.guard(optax.sgd(1.0), sg.clip(sg.fixed(1.0)), sg.skip()),
     ],
     ids=["clip_by_norm", "clip_by_param_norm", "guard"],
@@ -125,7 +130,9 @@ def test_axes_may_be_auto_or_explicit(tx, kind):
         assert updates["w"].sharding.spec[0] == "d"
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize(
+    "kind", core([AxisType.Auto, AxisType.Explicit], AxisType.Explicit), ids=str
+)
 def test_the_trust_region_probes_on_a_mesh(kind):
     params = jax.device_put(PLAIN, explicit_or_auto(kind))
     tx = sg.guard(optax.sgd(50.0), sg.trust_region())

@@ -133,7 +133,7 @@ def test_the_nnx_layer_limits_what_lies_before_it_only():
     # Two examples of at most 0.01 each, and inputs of ones.
     assert 0 < jnp.linalg.norm(grads["layers"][0]["bias"][...]) <= 0.02 * 1.00001
     np.testing.assert_allclose(grads["layers"][2]["bias"][...], 2e4, rtol=1e-6)
-    optimizer = nnx.Optimizer(model, sg.stabilize(optax.sgd(0.1)), wrt=nnx.Param)
+    optimizer = nnx.Optimizer(model, sg.guard(optax.sgd(0.1)), wrt=nnx.Param)
     optimizer.update(model, grads)
     chex.assert_tree_all_finite(nnx.state(model, nnx.Param))
 

@@ -45,6 +45,7 @@ def test_weights_of_zero_move_as_if_their_units_had_norm_eps():
     np.testing.assert_allclose(norms, 0.05, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_ratio_may_be_traced():
     def size(ratio):
         tx = sg.guard(optax.sgd(1.0), sg.clip(sg.param_ratio(ratio, per="global")))

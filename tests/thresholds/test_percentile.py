@@ -3,6 +3,7 @@
 import chex
 import numpy as np
 import pytest
+from helpers.marking import core
 from helpers.thresholding import limits, lognormal
 
 import stablegrad as sg
@@ -37,7 +38,7 @@ def oracle(signals, q, window, warmup, patience, norm=True):
     return np.array(seen_limits)
 
 
-@pytest.mark.parametrize("q", [10.0, 50.0, 99.5])
+@pytest.mark.parametrize("q", core([10.0, 50.0, 99.5], 99.5))
 @pytest.mark.parametrize("window, warmup, patience", [(60, 25, 50), (9, 4, 6)])
 def test_limits_match_the_float64_oracle(q, window, warmup, patience):
     norms = lognormal(400)
@@ -54,7 +55,7 @@ def test_limits_of_a_loss_match_the_float64_oracle():
     np.testing.assert_allclose(limits(threshold, losses)[0], expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("sigma", [0.05, 0.2, 0.5])
+@pytest.mark.parametrize("sigma", core([0.05, 0.2, 0.5], 0.2))
 def test_flags_about_the_stated_share_of_healthy_steps(sigma):
     _, exceeded, _ = limits(HIGH, lognormal(5000, sigma))
     assert 0.002 < exceeded.mean() < 0.01

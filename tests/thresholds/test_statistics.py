@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.marking import core
 
 from stablegrad.thresholds import _statistics as stats
 
@@ -36,7 +37,7 @@ def entries(kind, width):
     return values.astype(np.float32), seen.astype(np.int32)
 
 
-@pytest.mark.parametrize("kind", ["normal", "ties", "constant", "heavy"])
+@pytest.mark.parametrize("kind", core(["normal", "ties", "constant", "heavy"], "heavy"))
 @pytest.mark.parametrize("width", [3, 25, stats.RANKED, stats.RANKED + 1, 200])
 def test_quantiles_are_those_of_numpy(width, kind):
     values, seen = entries(kind, width)
@@ -80,6 +81,8 @@ def test_the_spread_is_the_normalised_median_absolute_deviation(width):
 @pytest.mark.parametrize("width", [5, 70])
 def test_the_largest_values_of_a_scale_do_not_overflow_a_quantile(width):
     values = jnp.tile(jnp.array([stats.BOUND, -stats.BOUND]), (1, width))[:, :width]
-    found = stats.quantiles(values, jnp.array([width]), 0.0, 0.5, 1.0)
+    found = jax.jit(lambda v, n: stats.quantiles(v, n, 0.0, 0.5, 1.0))(
+        values, np.array([width])
+    )
     expected = np.quantile(np.asarray(values), (0.0, 0.5, 1.0))
     np.testing.assert_allclose(np.ravel(found), expected, rtol=1e-6)

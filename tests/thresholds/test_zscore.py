@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.marking import core
 from helpers.thresholding import judged, limits, lognormal
 
 import stablegrad as sg
@@ -72,7 +73,7 @@ def oracle(signals, *settings, norm):
     return np.array(seen_limits)
 
 
-@pytest.mark.parametrize("warmup, patience", [(25, 50), (4, 7), (3, 3)])
+@pytest.mark.parametrize("warmup, patience", core([(25, 50), (4, 7), (3, 3)], (25, 50)))
 def test_norm_limits_match_the_float64_oracle(warmup, patience):
     norms = lognormal(400)
     norms[60] = 1e6  # One outlier,
@@ -91,7 +92,7 @@ LOSSES = {
 }
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", core(LOSSES, "around zero", "positive"))
 def test_loss_limits_match_the_float64_oracle(name):
     losses = LOSSES[name].copy()
     losses[100] = 40.0
@@ -206,6 +207,7 @@ def test_norms_of_exactly_zero_teach_nothing(threshold, every):
     assert not np.delete(sparse_flags, at).any()
 
 
+@pytest.mark.slow
 def test_float64_settings_do_not_widen_the_state(x64):
     settings = {"decay": np.float64(0.9), "spread_floor": np.float64(0.05)}
     for threshold in (
@@ -226,6 +228,7 @@ def test_groups_learn_independently():
     assert exceeded[150, 0] and not exceeded[150, 1]
 
 
+@pytest.mark.slow
 def test_the_level_and_decay_may_be_traced():
     norms = lognormal(60)
     table = jnp.asarray(norms, jnp.float32)[:, None]
@@ -246,6 +249,7 @@ def test_signals_at_both_ends_of_float32_do_not_overflow_the_statistics():
     chex.assert_tree_all_finite(state)
 
 
+@pytest.mark.slow
 def test_the_larger_of_both_limits_holds_for_a_positive_loss():
     # At this seed the linear limit ends 1.3 times above the logarithmic one.
     rng = np.random.default_rng(29)

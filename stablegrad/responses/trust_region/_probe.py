@@ -1,13 +1,12 @@
-"""A probe: what the loss does along a step d, beside what the gradient promised.
+"""A probe: the loss along a step d, compared with what the gradient promises.
 
-With s = g . d, the promise, and a in (0, 1] the part of the step that is looked at:
+With s = g . d, the promise, and a in (0, 1] the part of the step that is probed:
 
     excess(a) = L(theta + a d) - L(theta) - a s;    r(a) = excess(a) / (a |s|)
 
-To second order excess(a) = a^2 d^T H d / 2, so r grows in proportion to a: it is 0 as
-promised, 1/2 at the minimum of the line, 1 where nothing is gained. 1 / r is the
-critical multiple of the step, in units of which learning rates are stated before
-training (`critical_learning_rate`).
+To second order excess(a) = a^2 d^T H d / 2, so r is proportional to a: 0 as promised,
+1/2 at the minimum of the line, 1 where nothing is gained. 1 / r is the critical
+multiple of the step.
 """
 
 from collections.abc import Callable
@@ -23,11 +22,11 @@ from ..._norms import LARGEST
 from ..._scales import scale_leaves, uniform
 from ...thresholds._signals import scalar_signal
 
-TRIES = 8  # Looks at one step at most, each nearer than the last.
-NEARER = (0.01, 0.5)  # What one look may shorten the step by.
-BLIND = 0.1  # The same where the loss, or the promise, says nothing of how far.
-SAME, ALIKE = 0.05, 3  # Difference of r that is none; looks in a row, each half as far.
-ROUNDING = 16  # Units in the last place of a loss, within which no change is seen.
+TRIES = 8  # Maximum number of looks at one step, each nearer than the last.
+NEARER = (0.01, 0.5)  # Smallest and largest factor on the part of the next look.
+BLIND = 0.1  # The factor if r is not finite.
+SAME, ALIKE = 0.05, 3  # Equal r: difference, and looks in a row, for a mismatch.
+ROUNDING = 16  # Smallest change of a loss that is seen, in units in the last place.
 
 KINDS = ("forward", "hvp")
 
@@ -35,19 +34,18 @@ KINDS = ("forward", "hvp")
 class Attempt(NamedTuple):
     """The step that is about to be taken, for a response that looks ahead."""
 
-    gradient: Any  # As it came, of which `slope` is taken.
-    step: Callable[[], Any]  # What would be added to the parameters, once looked at.
+    gradient: Any  # The incoming gradient.
+    step: Callable[[], Any]  # Returns the change of the parameters.
     params: Any
     length: jax.Array  # float32, (): L2 norm of `step`.
     loss: jax.Array  # float32, (): at `params`.
     loss_fn: Callable[[Any], jax.Array]  # params -> loss, on the same batch.
-    # Of the loss's own dtype: its unit in the last place, relative.
-    resolution: float = 2.0**-23
-    axes: MappedAxes = LOCAL  # Over which gradient and step are sharded.
+    resolution: float = 2.0**-23  # The relative unit in the last place of the loss.
+    axes: MappedAxes = LOCAL  # The axes over which gradient and step are sharded.
 
 
 class Look(NamedTuple):
-    """What was found along a step; rank-0 arrays."""
+    """The findings along a step; rank-0 arrays."""
 
     part: jax.Array  # float32 in (0, 1]: a, the part of the step that was accepted.
     excess: jax.Array  # float32: excess(a).
@@ -60,14 +58,14 @@ class Look(NamedTuple):
 
 
 def ratio(excess, slope) -> jax.Array:
-    """r, or inf where the step does not descend or the loss is not finite."""
+    """Return r, or inf where the step does not descend or the loss is not finite."""
     descends = (slope < 0) & jnp.isfinite(excess)
     r = excess / jnp.where(descends, jnp.maximum(-slope, 1e-37), 1.0)
     return jnp.where(descends, jnp.clip(r, -LARGEST, LARGEST), jnp.inf)
 
 
 def slope_along(attempt: Attempt, scale) -> jax.Array:
-    """s = g . d for d = scale * step, in float32; complex leaves count as pairs."""
+    """Return g . d for d = scale * step, in float32; complex leaves count as pairs."""
     gradients = _trees.inexact_leaves(attempt.gradient)
     pairs = zip(gradients, _taken(attempt, scale), strict=True)
     products = [jnp.zeros((), jnp.float32)]
@@ -79,7 +77,7 @@ def slope_along(attempt: Attempt, scale) -> jax.Array:
 
 
 def _taken(attempt: Attempt, scale):
-    """What `scale` times the step changes: less, where parameters are rounded."""
+    """Return the change by `scale` times the step, after the rounding of parameters."""
 
     def change(param, step):
         step = scale.astype(step.dtype) * step
@@ -93,12 +91,12 @@ def _taken(attempt: Attempt, scale):
 
 
 def look(attempt: Attempt, kind: str, scale, rise, accept, aim) -> Look:
-    """Looks along `scale` times the step, and nearer until it may be taken.
+    """Look along `scale` times the step, and nearer until it may be taken.
 
     A part may be taken if the loss stays finite and rises by `rise` at most and, where
     the step descends, if r is `accept` at most. A part that may not is shortened to
-    where r would be `aim`. Where r stays the same, c times the loss's own gradient
-    gives 1 - 1/c, which no shorter step mends: a mismatch.
+    where r would be `aim`. A gradient that is c times the loss's own gives r = 1 - 1/c
+    at any length: a mismatch.
     """
     step = attempt.step()
     attempt = attempt._replace(step=lambda: step)
@@ -124,16 +122,11 @@ def look(attempt: Attempt, kind: str, scale, rise, accept, aim) -> Look:
         alike = jnp.where(same & (r <= 1) & (looks > 0), alike + 1, 0)
         return part, excess, may_take(part, excess), looks + 1, alike
 
+    one, zero = jnp.ones((), jnp.float32), jnp.zeros((), jnp.float32)
+    no, none = jnp.zeros((), bool), jnp.zeros((), jnp.int32)
+    goes_on = lambda state: ~state[2] & (state[3] < TRIES)
     part, excess, accepted, looks, alike = jax.lax.while_loop(
-        lambda state: ~state[2] & (state[3] < TRIES),
-        nearer,
-        (
-            jnp.ones((), jnp.float32),
-            jnp.zeros((), jnp.float32),
-            jnp.zeros((), bool),
-            jnp.zeros((), jnp.int32),
-            jnp.zeros((), jnp.int32),
-        ),
+        goes_on, nearer, (one, zero, no, none, none)
     )
     blind = part * jnp.abs(slope) <= seen
     known = jnp.isfinite(excess) & jnp.isfinite(promised) & ~blind
@@ -141,44 +134,37 @@ def look(attempt: Attempt, kind: str, scale, rise, accept, aim) -> Look:
     return Look(part, excess, part * slope, known, blind, accepted, mismatch, looks)
 
 
-def _moved(attempt: Attempt, scale):
-    step = scale_leaves(attempt.step(), uniform(scale), attempt.gradient)
-    return optax.apply_updates(attempt.params, step)
-
-
 def _forward(attempt: Attempt, scale, slope):
-    """The excess by one forward pass a look."""
+    """Return a function for the excess that takes one forward pass a look."""
 
     def excess_at(part):
-        there = scalar_signal(
-            "value_fn", attempt.loss_fn(_moved(attempt, part * scale))
-        )
-        return there[0] - attempt.loss - part * slope
+        step = scale_leaves(attempt.step(), uniform(part * scale), attempt.gradient)
+        moved = optax.apply_updates(attempt.params, step)
+        (there,) = scalar_signal("value_fn", attempt.loss_fn(moved))
+        return there - attempt.loss - part * slope
 
     return excess_at
 
 
 def _hvp(attempt: Attempt, scale, slope):
-    """The excess to second order: one `jvp` of a `jvp`, whatever the number of looks.
+    """Return a function for the excess to second order, from one `jvp` of a `jvp`.
 
     It sees curvature at the parameters alone: not a wall further on.
     """
-    del slope
+    zero, one = jnp.zeros((), jnp.float32), jnp.ones((), jnp.float32)
 
     def along(part):
-        moved = jax.tree.map(
-            lambda p, d: p + part.astype(p.dtype) * d.astype(p.dtype),
-            *_inexact(attempt),
+        added = lambda p, d: p + part.astype(p.dtype) * d.astype(p.dtype)
+        leaves = iter(map(added, *_inexact(attempt)))
+        moved = _trees.map_inexact(
+            lambda _: next(leaves), attempt.gradient, attempt.params
         )
-        return scalar_signal("value_fn", attempt.loss_fn(_whole(attempt, moved)))[0]
+        return scalar_signal("value_fn", attempt.loss_fn(moved))[0]
 
-    def slope_at(part):
-        return jax.jvp(along, (part,), (jnp.ones((), jnp.float32),))[1]
-
-    zero, one = jnp.zeros((), jnp.float32), jnp.ones((), jnp.float32)
+    slope_at = lambda part: jax.jvp(along, (part,), (one,))[1]
     try:
         curvature = jax.jvp(slope_at, (zero,), (one,))[1]
-    except (TypeError, NotImplementedError) as error:  # Which, depends on the order.
+    except (TypeError, NotImplementedError) as error:  # Depends on the order.
         if "custom_" not in str(error):
             raise
         raise ValueError(
@@ -191,11 +177,6 @@ def _hvp(attempt: Attempt, scale, slope):
 def _inexact(attempt: Attempt):
     params = _trees.inexact_leaves(attempt.params, attempt.gradient)
     return params, _trees.inexact_leaves(attempt.step(), attempt.gradient)
-
-
-def _whole(attempt: Attempt, moved: list):
-    leaves = iter(moved)
-    return _trees.map_inexact(lambda _: next(leaves), attempt.gradient, attempt.params)
 
 
 _EXCESS = {"forward": _forward, "hvp": _hvp}

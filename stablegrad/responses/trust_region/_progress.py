@@ -1,7 +1,7 @@
 """Progress: whether the loss falls or rises by more than its noise explains.
 
-Two running means of the loss, of which the later one forgets sooner, over windows that
-grow with the run: what improves ever more slowly is still seen to improve.
+Two running means of the loss forget over windows that grow with the run, so that slow
+improvement late in a run is still seen.
 
     window = clip(t / 8, 50, 400);  far over `window` steps, near over window / 5
     error = 1.25 * spread * sqrt(5 / (2 * window)),  spread = mean of |loss - far|
@@ -31,17 +31,17 @@ class Progress(NamedTuple):
 
 
 def init_progress() -> Progress:
-    """Nothing seen."""
+    """Return the progress before the first step."""
     return Progress(*[jnp.zeros((), jnp.float32) for _ in Progress._fields])
 
 
 def window(steps) -> jax.Array:
-    """Steps that `far` remembers, after so many."""
+    """Return the number of steps that `far` remembers."""
     return jnp.clip(SHARE * steps.astype(jnp.float32), SHORTEST, LONGEST)
 
 
 def after_loss(progress: Progress, loss, steps) -> Progress:
-    """After a step's loss, if that is finite; the first is taken as it is."""
+    """Return the progress after a step's loss, which is ignored unless finite."""
     first, length = steps == 0, window(steps)
 
     def mean(old, new, length):
@@ -58,7 +58,7 @@ def after_loss(progress: Progress, loss, steps) -> Progress:
 
 
 def gain(progress: Progress, steps) -> jax.Array:
-    """What the loss fell by lately, in its own standard errors: above 1 it improves."""
+    """Return the recent fall of the loss in standard errors; above 1 it improves."""
     error = DEVIATION * progress.spread * jnp.sqrt(NEARER / (2 * window(steps)))
     fell = progress.far - progress.near
     return fell / jnp.maximum(error, 1e-37)

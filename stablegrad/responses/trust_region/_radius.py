@@ -1,14 +1,13 @@
-"""The radius: how long a step may be, from what the probes found.
+"""The radius: the longest step, adjusted by the probes.
 
     r > high: shorter, at once     low <= r <= high: as it is     r < low: longer
 
-Where the schedule's own steps stay calm, nothing binds, and the longer that lasts the
-more is left to the schedule. Where the radius does bind, it is careful at the start,
-when curvature changes fastest, and grows careful again the longer it binds without
-progress: what holds a long run back is noise, which probes on one batch do not see.
+`care` multiplies `high` and `low`. It rises while the radius does not bind. Where the
+radius binds, it falls with the number of binding probes without progress, because
+noise, which probes on one batch do not see, limits a long run.
 
-A step may gain nothing and be right: at the edge of stability, and where momentum
-carries it. So once the start is over, nothing is cut while the loss improves.
+A healthy step may gain nothing, at the edge of stability or with momentum. So after the
+first probes nothing is cut while the loss improves.
 """
 
 from typing import NamedTuple
@@ -17,77 +16,70 @@ import jax
 import jax.numpy as jnp
 
 from ..._norms import LARGEST
-from ..._trees import count_if, increment
+from ..._trees import count_if
 from ._probe import Look, ratio
 from ._progress import LONGEST, Progress, after_loss, gain, init_progress, window
 
-DENSE = 5  # Probes at the start, one a step.
-DECAY = 0.85  # Of the averages over probes.
-AIM = 0.7  # Of `high`: where a cut leads to.
-SHORTEST_CUT = 0.5  # What one cut may shorten the radius by, but for an alarm.
-FASTER = 2.0  # Growth while r is below a tenth of `low`: the radius is far too short.
-SLOWER, NEAR_A_CUT = 1.1, 0.5  # Growth from this part of the last cut's length on.
-EARLY = 30  # Probes of the start, over which the care stays what it is.
-CARE, LEAST_CARE = 0.7, 0.3  # The factor on `high` where a radius binds, and its floor.
+DENSE = 5  # The first probes, one a step.
+DECAY = 0.85  # Weight of the past in averages over probes.
+AIM = 0.7  # A cut aims at this share of `high`.
+SHORTEST_CUT = 0.5  # Smallest factor of one cut without an alarm.
+FASTER = 2.0  # Growth while r is below a tenth of `low`.
+SLOWER, NEAR_A_CUT = 1.1, 0.5  # Growth beyond this share of the last cut's length.
+EARLY = 30  # The first probes, during which the care is constant.
+CARE, LEAST_CARE = 0.7, 0.3  # Factor on `high` while a radius binds; its minimum.
 CARE_OVER = 50  # Later binding probes that halve the care.
-RELIEF = 3.0  # Probes taken back by one that improves over the longest window.
-MOST_BOUND = 1e4  # Where the count ends.
+RELIEF = 3.0  # Binding probes that one probe with progress takes back at most.
+MOST_BOUND = 1e4  # Largest count of binding probes.
 LOOSE_OVER, LOOSE = 50, 1.6  # Free probes that raise `high`, and by how much.
-RELEASE = 4.0  # Times the optimizer's own length: from where a radius is no bound.
+RELEASE = 4.0  # A radius of so many optimizer's steps does not bind.
+SHOWN = ("ratio", "scale", "probes", "cuts", "mismatch")  # Numbers for `metrics`.
 NEVER = LARGEST  # A radius that does not bind; the state stays finite.
 
 
 class TrustRegionState(NamedTuple):
-    """State of `trust_region`; every array has rank 0."""
-
     trust_radius: jax.Array  # float32, > 0: the longest step; `NEVER` if free.
     trust_ratio: jax.Array  # float32: r, averaged over probes.
     trust_scale: jax.Array  # float32 in [0, 1]: on the last step.
     trust_probes: jax.Array  # int32: probes made, each a forward pass at least.
     trust_cuts: jax.Array  # int32: times the radius was cut.
     trust_mismatch: jax.Array  # bool: gradients are not those of `value`.
-    own_length: jax.Array  # float32: of the last step that the optimizer wanted.
-    cut_length: jax.Array  # float32: of the step at the last cut; `NEVER` if none.
-    mean_excess: jax.Array  # float32: of the probes, for steps as long as the last.
-    mean_slope: jax.Array  # float32: the same.
+    own_length: jax.Array  # float32: length of the optimizer's last step.
+    cut_length: jax.Array  # float32: step length at the last cut; `NEVER` if none.
+    mean_excess: jax.Array  # float32: over probes, for steps as long as the last.
+    mean_slope: jax.Array  # float32: over probes, for steps as long as the last.
     progress: Progress
-    steps_tried: jax.Array  # int32: of some length.
-    probes_known: jax.Array  # int32: probes that told something.
-    probes_bound: jax.Array  # float32: of them, while the radius was set; see `care`.
-    probes_free: jax.Array  # int32: in a row, while it was not.
+    steps_tried: jax.Array  # int32: steps with a length.
+    probes_known: jax.Array  # int32: probes with a finite result that descend.
+    probes_bound: jax.Array  # float32: binding probes; see `_bound`.
+    probes_free: jax.Array  # int32: probes in a row while the radius did not bind.
 
 
 def init_radius() -> TrustRegionState:
-    """No limit yet, nothing known."""
+    """Return the state before the first step, without a limit."""
     zero, none = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
-    never = jnp.full((), NEVER, jnp.float32)
-    return TrustRegionState(
-        trust_radius=never,
-        trust_ratio=zero,
-        trust_scale=jnp.ones((), jnp.float32),
-        trust_probes=none,
-        trust_cuts=none,
-        trust_mismatch=jnp.zeros((), bool),
-        own_length=zero,
-        cut_length=never,
-        mean_excess=zero,
-        mean_slope=zero,
-        progress=init_progress(),
-        steps_tried=none,
-        probes_known=none,
-        probes_bound=zero,
-        probes_free=none,
-    )
+    never, one = jnp.full((), NEVER, jnp.float32), jnp.ones((), jnp.float32)
+    shown = (never, zero, one, none, none, jnp.zeros((), bool))
+    lengths = (zero, never, zero, zero)
+    return TrustRegionState(*shown, *lengths, init_progress(), none, none, zero, none)
+
+
+def readings(state: TrustRegionState) -> dict[str, jax.Array]:
+    """Return the numbers of a trust region by name, for `metrics`."""
+    binds = state.trust_radius < RELEASE * state.own_length
+    radius = jnp.where(binds, state.trust_radius, jnp.inf)
+    shown = {f"trust_{name}": getattr(state, f"trust_{name}") for name in SHOWN}
+    return {"trust_radius": radius, **shown}
 
 
 def is_due(state: TrustRegionState, every) -> jax.Array:
-    """Whether this step is probed."""
+    """Return whether this step is probed."""
     due = (state.probes_known < DENSE) | (state.steps_tried % every == 0)
     return due & ~state.trust_mismatch
 
 
 def care(state: TrustRegionState, is_bound) -> jax.Array:
-    """The factor on `high` and `low`."""
+    """Return the factor on `high` and `low`."""
     late = jnp.maximum(state.probes_bound - EARLY, 0.0)
     binding = jnp.maximum(CARE / (1 + late / CARE_OVER), LEAST_CARE)
     free = jnp.minimum(state.probes_free.astype(jnp.float32) / LOOSE_OVER, 1.0)
@@ -95,7 +87,7 @@ def care(state: TrustRegionState, is_bound) -> jax.Array:
 
 
 def longest_rise(state: TrustRegionState, loss) -> jax.Array:
-    """The rise of the loss that is an alarm: it doubles, or leaves its usual range."""
+    """Return the rise that is an alarm: the loss doubles, or leaves its usual range."""
     usual = jnp.maximum(jnp.abs(state.progress.far), 4 * state.progress.spread)
     return jnp.maximum(jnp.abs(loss), jnp.where(state.steps_tried > 0, usual, 0.0))
 
@@ -103,12 +95,10 @@ def longest_rise(state: TrustRegionState, loss) -> jax.Array:
 def after_step(
     state: TrustRegionState, loss, own_length, scale, is_sound
 ) -> TrustRegionState:
-    """The state that has seen a step; one of no length counts for the loss alone."""
+    """Return the state after a step; one of no length counts for the loss alone."""
     return state._replace(
         progress=after_loss(state.progress, loss, state.steps_tried),
-        steps_tried=jnp.where(
-            is_sound, increment(state.steps_tried), state.steps_tried
-        ),
+        steps_tried=count_if(is_sound, state.steps_tried),
         own_length=jnp.where(is_sound, own_length, state.own_length),
         trust_scale=scale,
     )
@@ -117,9 +107,9 @@ def after_step(
 def after_probe(
     state: TrustRegionState, found: Look, length, own_length, high, low, grow
 ) -> tuple[TrustRegionState, jax.Array]:
-    """The state after a probe of a step of `length`, and whether it was an alarm.
+    """Return the state after a probe of a step of `length`, and whether it is an alarm.
 
-    `own_length` is what the optimizer asked for, before the radius.
+    `own_length` is the length that the optimizer asked for, before the radius.
     """
     alarm = ((found.looks > 1) | ~found.accepted) & ~found.mismatch
     harmful = alarm & found.accepted
@@ -140,7 +130,7 @@ def after_probe(
     factor = jnp.clip(AIM * high / jnp.maximum(r, 1e-9), SHORTEST_CUT, 1.0)
     cut_length = jnp.where(cut & bound, length, state.cut_length)
     descends = found.known & (found.slope < 0)
-    # What is too short to be seen is too short to do harm.
+    # A step whose change cannot be seen is short enough to grow.
     grows = ((descends & (r < low)) | found.blind) & ~alarm & ~worsens
     # While the loss improves, a little more may be tried.
     tries = descends & (r < high) & ~alarm & improves & bound
@@ -153,7 +143,7 @@ def after_probe(
     longer = state.trust_radius * growth
     radius = jnp.where(state.trust_radius < NEVER / growth, longer, NEVER)
     radius = jnp.where(cut, length * factor, radius)
-    # Where no part may be taken, the length is not to blame, and the radius stays.
+    # If no part may be taken, the length is not the cause, and the radius stays.
     radius = jnp.where(harmful, length * found.part, radius)
     radius = jnp.where(found.mismatch, NEVER, jnp.maximum(radius, 1e-30))
     shorter = jnp.where(cut, factor, 1.0)
@@ -177,7 +167,7 @@ def after_probe(
 
 
 def _averages(state: TrustRegionState, found: Look, alarm):
-    """Excess and slope, kept for steps as long as this one."""
+    """Return the mean excess and slope, for steps as long as this one."""
     part = jnp.where(alarm, found.part, 1.0)
     weight = jnp.where(state.probes_known == 0, 0.0, DECAY)
     # The excess goes with the square of the length.
@@ -189,7 +179,7 @@ def _averages(state: TrustRegionState, found: Look, alarm):
 
 
 def _bound(state: TrustRegionState, improves):
-    """Binding probes, of which progress takes some back once the start is over."""
+    """Return the count of binding probes; progress takes some back after the start."""
     relief = RELIEF * window(state.steps_tried) / LONGEST
     least = jnp.minimum(state.probes_bound, float(EARLY))
     relieved = jnp.maximum(state.probes_bound + 1 - relief, least)

@@ -1,4 +1,4 @@
-"""Trust region: hold the length of every step to what the loss bears."""
+"""Trust region: hold the length of every step to a radius that probes set."""
 
 from typing import Literal
 
@@ -8,7 +8,7 @@ from jax import lax
 from jax.core import Tracer
 
 from ..._checks import require, require_steps
-from .._base import Foresight, Response, proceed
+from .._base import Foresight, Response
 from ._probe import KINDS, Attempt, look
 from ._radius import (
     AIM,
@@ -20,8 +20,8 @@ from ._radius import (
     init_radius,
     is_due,
     longest_rise,
+    readings,
 )
-from ._readings import readings
 
 
 def trust_region(
@@ -32,65 +32,51 @@ def trust_region(
     grow: float | jax.Array = 1.3,
     probe: Literal["forward", "hvp"] = "forward",
 ) -> Response:
-    """Holds the length of every step to what the loss bears, by looking before leaping.
+    """Hold the length of every step to a radius, set by probes of the loss along it.
 
     For the step d that the optimizer wants, with s = g . d the change of the loss that
     the gradient promises, a probe on the same batch measures
 
         r = 1 + (L(theta + d) - L(theta)) / |s|
 
-    0: as promised; 1/2: at the minimum of the line; 1: nothing gained. Its numerator
-    and denominator are averaged over probes, and hold every step, probed or not, to a
-    radius R:
+    0: as promised; 1/2: at the minimum of the line; 1: nothing gained. With numerator
+    and denominator averaged over probes and c a factor in [0.3, 1.6], every step, also
+    between probes, is held to a radius R:
 
         |step_t| = min(|d_t|, R)
         r > c * high:  R = |step_t| * clip(0.7 * c * high / r, 0.5, 1)
         r < c * low:   R = R * grow, and 1.1 from half the length of the last cut on
 
-    The first probes come one a step, later ones every `every`-th step. A step that
-    would double the loss, or make it nan or inf, is shortened before it is taken, and
-    R with it; so is the first, if its own r is above 0.7 * high. The schedule's rate is
-    never exceeded. Where no part of a step may be taken, it is held back, and R stays.
-    A probe whose promise drowns in the rounding of the loss lengthens R.
-
-    At the edge of stability, or with heavy momentum, healthy steps gain nothing on
-    average. So after 30 probes R is not cut while the loss improves: while its mean of
-    late is below its mean of before by more than a standard error. While it worsens by
-    as much, R does not grow. The windows are an eighth of the run, 50 to 400 steps, and
-    a fifth of that.
-
-    The care c is 0.7 where R binds, and falls to 0.3 the longer it binds without
-    progress: noise, which probes on the batch of the gradient do not see, is what
-    limits a long run. While R does not bind, c rises from 0.7 to 1.6 over 50 probes.
-
-    Where it binds on rates far above what a run bears in the end, it is slower than the
-    best rate of a schedule. Gradients must be those of `value`, neither scaled nor
-    summed: where they are more than 1.5 times too large the first probes tell, and the
-    trust region rests with `trust_mismatch` set; less than that slows training.
+    c is 0.7 where R binds and falls the longer it binds without progress; it rises
+    while R does not bind. The first five steps are probed, then every `every`-th. A
+    step that would double the loss, or make it nan or inf, is shortened before it is
+    taken; the schedule's rate is never exceeded. After 30 probes, R is not cut while
+    the loss improves by more than a standard error, and does not grow while it worsens.
 
     Pass the loss and a function of the parameters that repeats it, on the same batch
-    and with the same random numbers:
+    and with the same random numbers, averaged over devices if the gradients are:
 
         tx.update(grads, state, params, value=loss,
                   value_fn=lambda params: loss_fn(params, batch))
 
-    Where gradients are averaged over devices by hand, `value_fn` must average too.
+    Gradients must be those of `value`, neither scaled nor summed. The first probes
+    detect gradients more than 1.5 times too large: `trust_mismatch` is then set, and
+    the trust region rests.
 
     Args:
         every: Steps between probes, >= 1: each costs one forward pass.
         high: The r above which steps are too long, in (0, 1].
         low: The r below which they may grow, in (0, high].
         grow: Growth of R at a probe, > 1; at least 2 while r is below a tenth of low.
-        probe: "forward", one forward pass, sees what the whole step does. "hvp", one
-            `jvp` of a `jvp`, about two, sees the curvature at the parameters alone: it
-            is free of rounding where a step changes the loss by less than 1e-6 of it.
+        probe: "forward", one forward pass along the whole step; or "hvp", one `jvp` of
+            a `jvp`, about two passes: the curvature at the parameters alone, but free
+            of rounding where a step changes the loss by less than 1e-6 of it.
 
     Returns:
         A response for `guard`. `metrics` have `trust_radius` (in the units of the
         parameters, inf while it does not bind), `trust_ratio` (r), `trust_scale` (on
-        the last step), `trust_probes`, `trust_cuts` and `trust_mismatch`. A nan or inf
-        along the step shortens it; a gradient or loss that is not finite teaches
-        nothing, and a probe that does not descend never lengthens a step.
+        the last step), `trust_probes`, `trust_cuts` and `trust_mismatch`. A gradient or
+        loss that is not finite teaches nothing.
 
     Raises:
         ValueError: If a concrete argument is out of range; when a step is traced, if
@@ -104,21 +90,20 @@ def trust_region(
         >>> params = jnp.array([3.0, 4.0])
         >>> loss, grads = jax.value_and_grad(loss_fn)(params)
         >>> state = tx.init(params)
-        >>> params, state = sg.apply(
-        ...     tx, grads, state, params, value=loss, value_fn=loss_fn
-        ... )
+        >>> extra = {"value": loss, "value_fn": loss_fn}
+        >>> params, state = sg.apply(tx, grads, state, params, **extra)
         >>> bool(loss_fn(params) < loss)
         True
 
     Reference:
-        Trust regions: Conn, Gould and Toint (2000). 1 / r is the critical learning rate
-        of Kalra et al. (2026), https://arxiv.org/abs/2601.16979.
+        Conn, Gould and Toint, Trust-region methods (2000). 1 / r is the critical
+        learning rate of Kalra et al. (2026), https://arxiv.org/abs/2601.16979.
     """
     return _trust_region(every, high, low, grow, probe, required=True)
 
 
 def optional_trust_region() -> Response:
-    """The default trust region, which rests while no `value_fn=` is passed."""
+    """Return the default trust region, which rests while no `value_fn=` is passed."""
     return _trust_region(4, 0.5, 0.3, 1.3, "forward", required=False)
 
 
@@ -168,8 +153,6 @@ def _trust_region(every, high, low, grow, probe, required) -> Response:
         "trust_region",
         (),
         init_radius,
-        propose=lambda state, judgements: proceed(),
-        settle=lambda state, judgements, reason: state,
         look_ahead=look_ahead,
         needs_value_fn=required,
         readings=readings,

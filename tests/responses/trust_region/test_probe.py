@@ -5,11 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.marking import core
 
 from stablegrad.responses.trust_region import _probe
 
 CURVATURE = np.array([1.0, 10.0])
-BOTH = pytest.mark.parametrize("kind", ["forward", "hvp"])
+KINDS = ["forward", "hvp"]
+BOTH = pytest.mark.parametrize("kind", core(KINDS, "forward"))
 ANY = np.float32(np.inf)
 
 
@@ -35,7 +37,7 @@ def r_of(found):
     return _probe.ratio(found.excess, found.slope)
 
 
-@BOTH
+@pytest.mark.parametrize("kind", KINDS)
 def test_excess_slope_and_ratio_are_the_closed_forms_of_a_quadratic(kind):
     rng = np.random.default_rng(0)
     params = rng.normal(size=(50, 2))
@@ -63,7 +65,10 @@ def test_excess_slope_and_ratio_are_the_closed_forms_of_a_quadratic(kind):
 @BOTH
 @pytest.mark.parametrize(
     "tx, critical",
-    [(optax.sgd(1.0), 2 * 101 / 1001), (optax.scale_by_sign(), 2.0)],
+    [
+        (optax.sgd(1.0), 2 * 101 / 1001),
+        pytest.param(optax.scale_by_sign(), 2.0, marks=pytest.mark.slow),
+    ],
     ids=["sgd", "adam's first step"],
 )
 def test_one_over_r_is_the_critical_multiple_of_the_step(kind, tx, critical):

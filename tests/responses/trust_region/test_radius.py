@@ -1,9 +1,12 @@
 """Tests for the radius: its state machine against a float64 restatement, and bounds."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.marking import core
 
 import stablegrad as sg
 from stablegrad.responses.trust_region import _radius
@@ -185,7 +188,8 @@ def walk(response, table, state=None):
 
 
 @pytest.mark.parametrize(
-    "every, high, low, grow", [(4, 0.5, 0.3, 1.3), (3, 0.8, 0.5, 2.5)]
+    "every, high, low, grow",
+    core([(4, 0.5, 0.3, 1.3), (3, 0.8, 0.5, 2.5)], (4, 0.5, 0.3, 1.3)),
 )
 def test_the_state_machine_is_the_one_of_the_docstrings(every, high, low, grow):
     table = rounded(cases(seed=every))
@@ -254,6 +258,7 @@ def random_looks(count, seed):
     )
 
 
+@functools.cache
 def probed(count=20_000, seed=0):
     """Many states, each after one probe of any kind of a step that the radius holds."""
     state, found = random_states(count, seed), random_looks(count, seed + 1)
@@ -301,7 +306,8 @@ def test_the_care_tightens_while_it_binds_and_loosens_while_it_does_not():
         start._replace(probes_bound=jnp.float32(n)), True
     )
     after_free = lambda n: _radius.care(start._replace(probes_free=n), False)
-    binding, free = jax.vmap(after_bound)(counts), jax.vmap(after_free)(counts)
+    both = lambda n: (after_bound(n), after_free(n))
+    binding, free = jax.jit(jax.vmap(both))(counts)
     np.testing.assert_allclose(binding[:31], 0.7, rtol=1e-6)
     np.testing.assert_allclose(binding[jnp.array([80, 499])], [0.35, 0.3], rtol=1e-6)
     assert (np.diff(binding) <= 0).all() and (np.diff(free) >= 0).all()

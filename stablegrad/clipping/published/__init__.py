@@ -1,1 +1,0 @@
-"""Clips as published: one paper a file, with the recurrence that its authors wrote."""
