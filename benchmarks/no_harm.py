@@ -4,7 +4,7 @@
     hardware:  any; written for two CPU cores
     time:      ten to fifteen minutes on two CPU cores with eight seeds; --quick three;
                --full, with the peers, about an hour
-    expected:  `stabilize` harms no run
+    expected:  `stabilize` harms no run but those that `no_harm.md` explains
 
 Every run learns well without a guard, and each for reasons that a guard may mistake for
 an accident: labels that lie, losses that rise with a new task, kinds of batches that
