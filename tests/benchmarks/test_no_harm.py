@@ -89,6 +89,7 @@ def test_counters_are_read_as_steps_and_stages():
     assert records.by_stage(long) == [1.0] * EVALUATIONS
 
 
+@pytest.mark.slow
 def test_a_policy_is_worth_what_its_walk_is(monkeypatch):
     monkeypatch.setattr(grid, "SLIP", 0.0)
     right_then_down = np.where(np.arange(25) % 5 < 4, 2, 0)
