@@ -1,0 +1,1 @@
+"""The parts of `no_harm.py`: healthy runs, methods, and what became of them."""

@@ -1,0 +1,53 @@
+"""The columns: bare, the preset, and its peers at their authors' settings."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import optax
+
+import stablegrad as sg
+
+from .task import Wrap
+
+BARE, OURS, LOOKING = "bare", "stabilize", "stabilize, value_fn"
+
+
+class Method(NamedTuple):
+    """One column."""
+
+    name: str
+    wrap: Callable[[int], Wrap]  # Steps of the run -> what to put round an optimizer.
+    looks: bool = False  # Whether `value_fn=` is passed.
+
+
+def before(clip: optax.GradientTransformation) -> Callable[[int], Wrap]:
+    """A member of a chain, before the optimizer."""
+    return lambda steps: lambda inner: optax.chain(clip, inner)
+
+
+def autoclip(steps: int) -> Wrap:
+    """Its window is the whole history, as published."""
+    clip = sg.clip_by_percentile(window=2 * steps, published=True)
+    return lambda inner: optax.chain(clip, inner)
+
+
+def olmo(steps: int) -> Wrap:
+    """The trainer's skip rule as published, inside our guard."""
+    return lambda inner: sg.skip_bad_steps(inner, "olmo", published=True)
+
+
+def methods() -> list[Method]:
+    """All columns, bare first."""
+    return [
+        Method(BARE, lambda steps: lambda inner: inner),
+        Method(OURS, lambda steps: sg.stabilize),
+        Method(LOOKING, lambda steps: sg.stabilize, looks=True),
+        Method("clip at 1", before(sg.clip_by_norm(1.0))),
+        Method("ZClip", before(sg.clip_by_zscore(published=True))),
+        Method("AutoClip", autoclip),
+        Method("AdaGC", before(sg.clip_by_ema(published=True))),
+        Method("OLMo's skip", olmo),
+    ]
+
+
+PEERS = tuple(m.name for m in methods() if m.name not in (BARE, OURS, LOOKING))
