@@ -795,7 +795,7 @@ def test_metrics_and_events_tell_what_was_found():
 
 
 def stabilized(**more):
-    """Losses and metrics of forty steps at a rate far too high."""
+    """Losses and metrics of sixty steps at a rate far too high."""
     tx = sg.stabilize(optax.sgd(20.0))
 
     def step(params, state):
