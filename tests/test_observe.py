@@ -79,6 +79,7 @@ def test_metrics_are_numpy_scalars_on_the_host_and_the_same_under_a_trace():
         assert traced[name].dtype == number.dtype
 
 
+@pytest.mark.slow
 def test_the_norm_of_an_update_is_told_where_a_threshold_watches_it():
     tx = sg.guard(optax.sgd(0.1), sg.clip(sg.fixed(0.1, of="update_norm")))
     _, state = tx.update(PARAMS, tx.init(PARAMS), PARAMS)
@@ -148,6 +149,7 @@ def test_finds_the_guard_inside_other_transformations(name):
     np.testing.assert_allclose(sg.metrics(state)["grad_norm"], 6**0.5, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_several_guards_are_told_apart_outer_first():
     inner = sg.guard(optax.sgd(0.1), sg.clip(sg.fixed(1.0)))
     tx = sg.guard(inner, sg.clip(sg.fixed(2.0)))
@@ -230,6 +232,7 @@ def test_health_is_finite_parameters_and_no_halt():
     assert not healthy(state)  # a halted run is not.
 
 
+@pytest.mark.slow
 def test_consecutive_skips_start_again_once_a_step_is_taken():
     tx = sg.guard(optax.sgd(0.1), sg.skip())
     norms = [np.nan, np.nan, 1.0, np.nan]

@@ -105,6 +105,7 @@ def test_a_huge_first_step_leaves_adam_finite(size):
     chex.assert_tree_all_finite(state)
 
 
+@pytest.mark.slow
 def test_directions_that_cancel_have_no_limit():
     flat = ones(200)
     flat[1::2] *= -1 / 3
@@ -112,6 +113,7 @@ def test_directions_that_cancel_have_no_limit():
     np.testing.assert_array_equal(out, flat)
 
 
+@pytest.mark.slow
 def test_the_largest_gradients_are_turned_without_overflow():
     flat = ones(60)
     flat[50] *= -9e17

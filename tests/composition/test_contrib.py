@@ -72,6 +72,7 @@ def two_steps(tx):
     return run
 
 
+@pytest.mark.slow
 def test_schedule_free_is_evaluated_through_the_state_of_its_guard():
     assert dies(schedule_free(RMS))
     run = train(guarded(schedule_free(RMS)))

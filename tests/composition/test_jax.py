@@ -35,6 +35,7 @@ def one_step(tx, params, state, x, y):
     return sg.apply(tx, grads, state, params, value=loss)
 
 
+@pytest.mark.slow
 def test_a_scan_over_steps_does_what_a_loop_does():
     tx = guarded(ADAM)
     looped = train(tx)

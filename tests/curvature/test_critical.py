@@ -165,7 +165,8 @@ def test_negative_curvature_is_flagged_and_unlimited():
     assert "No critical learning rate was found" in str(found)
 
 
-@pytest.mark.parametrize("curvature", core(["auto", "forward"], "auto"))
+@pytest.mark.slow
+@pytest.mark.parametrize("curvature", ["auto", "forward"])
 def test_a_straight_loss_has_no_curvature_and_no_limit(curvature):
     table = jnp.array([[-1e9, -9.0, 9.0, 1e9]] * 2)
     found = critical(anything, jnp.array(3.0), table, steps=2, curvature=curvature)
@@ -259,6 +260,7 @@ def test_one_batch_in_place_of_a_list_of_more_is_an_error(batch, more, got):
         critical(batch=batch, more_batches=more)
 
 
+@pytest.mark.slow
 def test_batches_that_disagree_are_flagged_as_noise():
     batches = [(jnp.array([3.0, 4.0]), jnp.array(y)) for y in (1.0, -1.0)]
     found = critical(residual, (0.0, 0.0), batches[0], more_batches=iter(batches[1:]))
@@ -273,6 +275,7 @@ def residual(params, batch):
     return 0.5 * (jnp.dot(inputs, params) - target) ** 2
 
 
+@pytest.mark.slow
 def test_any_pytree_and_bfloat16_work_and_stay_as_they_were(plain):
     params = {
         "half": jnp.ones(2, jnp.bfloat16),

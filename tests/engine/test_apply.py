@@ -36,7 +36,8 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("name", core(OPTIMIZERS, "guarded momentum"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_gives_what_update_and_apply_updates_give(name):
     tx = OPTIMIZERS[name]
     params = {"a": jnp.ones((3, 2)), "b": jnp.ones(4)}

@@ -16,10 +16,7 @@ import stablegrad as sg
 STEPS, BAD_STEP = 4, 1
 ROWS = {"small": 2, "large": 8256}  # Of 8 columns: 2**16 elements lie between.
 PLACE = (1, 2)  # The element that breaks.
-every_way = pytest.mark.parametrize(
-    "size, apply",
-    core(itertools.product(ROWS, (False, True)), ("small", False), ("large", True)),
-)
+WAYS = list(itertools.product(ROWS, (False, True)))  # Sizes, and whether by `apply`.
 on_cpu = pytest.mark.skipif(
     jax.default_backend() != "cpu", reason="Elsewhere every step is masked."
 )
@@ -63,7 +60,7 @@ def assert_one_event(state, kind, reason=""):
     assert (event.kind, event.reason, event.leaf) == (kind, reason, "w")
 
 
-@every_way
+@pytest.mark.parametrize("size, apply", core(WAYS, ("small", False), ("large", True)))
 def test_an_element_of_the_update_is_kept_out_and_the_others_move(size, apply):
     tx = sg.guard(dividing("update"))
     _, state, (trail, seen, _) = scan(tx, gradients(size), params_of(size), apply=apply)
@@ -131,7 +128,7 @@ def test_elements_kept_out_of_update_and_state_at_one_place_count_once():
     np.testing.assert_array_equal(seen["kept_out_elements"], [0, 1, 0, 0])
 
 
-@every_way
+@pytest.mark.parametrize("size, apply", core(WAYS, ("small", False)))
 def test_a_step_without_a_finite_element_counts_as_rejected_and_halts(size, apply):
     broken = optax.stateless(lambda g, p: jax.tree.map(lambda x: x / x * -0.1, g))
     params = params_of(size)
@@ -173,7 +170,7 @@ NORMS = [1, 1, 0.9e18, 0.9e18, 1e-3, 0.9e18, 0, 1e-18, 1e-25, 1, 9e11, 9e11, 0.9
 SPIKY = [i % 3 == 0 for i in range(len(NORMS))]
 
 
-@every_way
+@pytest.mark.parametrize("size, apply", core(WAYS, ("large", True)))
 @pytest.mark.parametrize("name", core(OPTIMIZERS, "adam"))
 def test_finite_gradients_never_break_parameters_or_inner_state(name, size, apply):
     tx, params = sg.guard(OPTIMIZERS[name]), params_of(size)

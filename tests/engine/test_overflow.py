@@ -73,7 +73,8 @@ def stepper(tx):
     return run
 
 
-@pytest.mark.parametrize("name", core(OPTIMIZERS, "adam"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_healthy_steps_of_every_size_are_taken(name):
     tx, params = sg.guard(OPTIMIZERS[name], sg.skip()), params_of()
     sizes = 10.0 ** (jnp.arange(12) % 5 - 2)

@@ -102,7 +102,8 @@ class Constant:
         return self.loss
 
 
-@pytest.mark.parametrize("method", core(["update", "apply"], "apply"))
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["update", "apply"])
 def test_a_new_value_fn_is_used_and_the_old_one_is_not_kept(method):
     tx = sg.guard(scaled_by_value_fn())
     state = tx.init(PARAMS)

@@ -188,6 +188,7 @@ def test_back_off_sees_one_bad_group_among_many(per):
     assert seen["lr_scale"][59] == 1 and seen["lr_scale"][60] == 0.5
 
 
+@pytest.mark.slow
 def test_update_norms_are_judged_by_group_too():
     rule = sg.clip(sg.fixed(0.5, of="update_norm", per=body_only))
     tx = sg.guard(optax.sgd(1.0), rule)

@@ -8,6 +8,7 @@ import optax
 import pytest
 from flax import linen, nnx
 from flax.training.train_state import TrainState
+from helpers.marking import core
 
 import stablegrad as sg
 
@@ -30,7 +31,7 @@ NESTINGS = {
 }
 
 
-@pytest.mark.parametrize("name", NESTINGS)
+@pytest.mark.parametrize("name", core(NESTINGS, "alone", "chain"))
 def test_finds_the_plateau_inside_other_transformations(name):
     before = NESTINGS[name](plateau()).init(PARAMS)
     observe = jax.jit(lambda state, value: sg.observe_metric(state, value=value))

@@ -197,6 +197,7 @@ def test_without_patience_every_bad_evaluation_cuts_and_no_good_one(convention):
     assert cuts(values, factor=0.5, patience=0, convention=convention) == [3, 4]
 
 
+@pytest.mark.slow
 def test_the_first_evaluation_is_never_bad():
     assert cuts([1e30], patience=0) == cuts([-1e30], patience=0, mode="max") == []
 
@@ -305,6 +306,7 @@ def test_bfloat16_parameters_do_not_round_the_scale_or_the_best():
     }
 
 
+@pytest.mark.slow
 def test_a_scan_is_the_same_as_a_loop_of_steps():
     tx = sg.reduce_on_plateau(0.5, patience=1, cooldown=1, window=2)
     values = np.random.default_rng(0).normal(size=20).astype(np.float32)
@@ -316,6 +318,7 @@ def test_a_scan_is_the_same_as_a_loop_of_steps():
     chex.assert_trees_all_equal(state, scanned)
 
 
+@pytest.mark.slow
 def test_hyperparameters_may_be_injected_and_changed_in_the_state():
     injected = optax.inject_hyperparams(
         sg.reduce_on_plateau,

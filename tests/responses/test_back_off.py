@@ -167,6 +167,7 @@ def test_the_first_step_of_all_is_never_the_learning_rates_fault():
     np.testing.assert_array_equal(seen["lr_scale"], [1.0, 1.0])
 
 
+@pytest.mark.slow
 def test_a_single_bad_batch_costs_nothing_with_two_to_confirm():
     values = np.ones(40)
     values[[5, 15, 25]] = 9.0
@@ -180,6 +181,7 @@ def test_a_rise_that_fades_is_not_confirmed():
     np.testing.assert_allclose(seen["lr_scale"], [1] * 8 + [0.5] * 2, rtol=RTOL)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_is_an_explosion_only_if_asked_for():
     values = [1.0, np.nan, np.nan, 1.0]
     seen, _, _ = run(np.ones(4), values)

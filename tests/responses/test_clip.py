@@ -41,6 +41,7 @@ def test_agrees_with_optax_where_both_are_defined():
     chex.assert_trees_all_close(ours, theirs, rtol=RTOL)
 
 
+@pytest.mark.slow
 def test_float16_gradients_of_300_are_clipped_to_the_right_size():
     grads = {"w": jnp.full((16,), 300, jnp.float16)}
     updates, _ = one_step(sg.guard(optax.identity(), sg.clip(sg.fixed(4.0))), grads)

@@ -53,7 +53,7 @@ def assert_as_on_one_device(history, reference):
 
 
 @pytest.mark.parametrize(
-    "kind, sets_mesh, layout, through, optimizer, size", core(CASES, CASES[0], CASES[5])
+    "kind, sets_mesh, layout, through, optimizer, size", core(CASES, CASES[0])
 )
 def test_three_steps_compile_once_keep_the_sharding_and_are_those_of_one_device(
     kind, sets_mesh, layout, through, optimizer, size

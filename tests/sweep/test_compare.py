@@ -185,6 +185,7 @@ def test_convolutions_on_a_cpu_are_stepped_outside_of_a_loop_with_the_same_resul
         np.testing.assert_allclose(other.validation, alone.validation, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_candidates_and_rates_see_the_same_batches_and_weights():
     rows = compare(["sgd", "momentum"], data=noisy, params=scattered, seeds=[4, 7]).rows
     first = np.stack([row.train[..., 0] for row in rows])

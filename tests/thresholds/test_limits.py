@@ -28,7 +28,12 @@ def test_fixed_flags_what_is_above_its_limit_and_not_what_is_at_it():
 )
 @pytest.mark.parametrize(
     "make, setting",
-    [(sg.fixed, 2.0), (sg.nonfinite, None), (sg.zscore, 3.0), (sg.ema_ratio, 2.0)],
+    [
+        (sg.nonfinite, None),
+        (sg.zscore, 3.0),
+        pytest.param(sg.fixed, 2.0, marks=pytest.mark.slow),
+        pytest.param(sg.ema_ratio, 2.0, marks=pytest.mark.slow),
+    ],
 )
 def test_no_threshold_calls_a_nonfinite_signal_normal(make, setting, of, bad):
     threshold = make(of=of) if setting is None else make(setting, of=of)

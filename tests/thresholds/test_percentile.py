@@ -39,7 +39,9 @@ def oracle(signals, q, window, warmup, patience, norm=True):
 
 
 @pytest.mark.parametrize("q", core([10.0, 50.0, 99.5], 99.5))
-@pytest.mark.parametrize("window, warmup, patience", [(60, 25, 50), (9, 4, 6)])
+@pytest.mark.parametrize(
+    "window, warmup, patience", core([(60, 25, 50), (9, 4, 6)], (60, 25, 50))
+)
 def test_limits_match_the_float64_oracle(q, window, warmup, patience):
     norms = lognormal(400)
     norms[60], norms[61], norms[200:300] = 1e6, np.nan, 30 * norms[200:300]
@@ -48,6 +50,7 @@ def test_limits_match_the_float64_oracle(q, window, warmup, patience):
     np.testing.assert_allclose(limits(threshold, norms)[0], expected, rtol=RTOL)
 
 
+@pytest.mark.slow
 def test_limits_of_a_loss_match_the_float64_oracle():
     losses = np.random.default_rng(0).normal(size=300) - 1.0
     threshold = sg.percentile(95.0, window=50, of="value")
@@ -55,7 +58,8 @@ def test_limits_of_a_loss_match_the_float64_oracle():
     np.testing.assert_allclose(limits(threshold, losses)[0], expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("sigma", core([0.05, 0.2, 0.5], 0.2))
+@pytest.mark.slow
+@pytest.mark.parametrize("sigma", [0.05, 0.2, 0.5])
 def test_flags_about_the_stated_share_of_healthy_steps(sigma):
     _, exceeded, _ = limits(HIGH, lognormal(5000, sigma))
     assert 0.002 < exceeded.mean() < 0.01

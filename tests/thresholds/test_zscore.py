@@ -103,6 +103,7 @@ def test_loss_limits_match_the_float64_oracle(name):
     np.testing.assert_allclose(seen, expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_heavy_tail_of_small_losses_is_not_flagged():
     # One misread image in a small batch: 100 times the median, and healthy.
     losses = lognormal(20_000, 1.5, level=0.01)
@@ -118,7 +119,7 @@ def test_a_jump_of_a_loss_is_flagged_wherever_its_zero_is():
         assert exceeded[150] and exceeded.sum() == 1
 
 
-@pytest.mark.parametrize("sigma", [0.05, 0.2, 0.5])
+@pytest.mark.parametrize("sigma", core([0.05, 0.2, 0.5], 0.2))
 def test_flags_about_the_stated_share_of_healthy_steps(sigma):
     _, exceeded, _ = limits(DEFAULT, lognormal(20_000, sigma))
     assert 0.003 < exceeded.mean() < 0.01  # 0.6 % of a normal law is above 2.5.
@@ -170,6 +171,7 @@ def test_an_outlier_in_the_very_first_step_leaves_the_limit_right(wrong):
     assert 1.2 < limit[25] < 3.0
 
 
+@pytest.mark.slow
 def test_a_constant_signal_does_not_flag_its_last_digit():
     norms = 1 + 1e-6 * np.random.default_rng(0).normal(size=300)
     assert not limits(DEFAULT, norms)[1].any()
@@ -188,7 +190,7 @@ def test_a_nonfinite_value_changes_nothing_but_its_own_step(bad, at):
     chex.assert_tree_all_finite(state)
 
 
-@pytest.mark.parametrize("every", [2, 8, 10])
+@pytest.mark.parametrize("every", core([2, 8, 10], 8))
 @pytest.mark.parametrize(
     "threshold",
     [DEFAULT, sg.ema_ratio(2.0), sg.window_zscore(6.0, window=16)],

@@ -345,6 +345,7 @@ def test_an_alarm_is_a_rise_that_doubles_the_loss_or_leaves_its_usual_range():
     assert _radius.longest_rise(later, jnp.float32(9)) == 9
 
 
+@pytest.mark.slow
 def test_a_mismatch_lets_go_of_the_radius_and_ends_all_probes():
     found = jax.tree.map(lambda x: x[0], random_looks(1, 0))
     found = found._replace(

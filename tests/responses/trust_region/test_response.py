@@ -535,6 +535,7 @@ def stepper(tx, loss_fn=quadratic):
     return step
 
 
+@pytest.mark.slow
 def test_apply_jitted_once_donated_is_the_scanned_ensembles_member():
     tx = guarded(optax.sgd(20.0))
     step = stepper(tx)
