@@ -99,8 +99,9 @@ def unseen_value(extra: dict[str, Any]) -> str:
         "this guard can judge the loss, but the step got no `value=`: a loss that "
         "rises or is not finite goes unseen. By name it got "
         f"{instead}. {PASS_VALUE}\n"
-        "`optax.MultiSteps(...).gradient_transformation()` drops it; `optax.MultiSteps` "
-        "itself does not. Pass `value=None` to say that the loss is not to be judged."
+        "`optax.MultiSteps(...).gradient_transformation()` drops it, which "
+        "`optax.MultiSteps` itself does not.\n"
+        "Pass `value=None` to say that the loss is not to be judged."
     )
 
 
