@@ -38,7 +38,7 @@ def back_off(
 
     With x_t: how far a threshold is exceeded, signal - limit, and x' the same at the
     last cut; e_t: some threshold is exceeded for the `confirm_steps`-th time in a row
-    or later, with no x_t below the one before; and c_t: `hold_steps` steps have been
+    or later, with no signal below the one before; and c_t: `hold_steps` steps have been
     taken and calm since the last explosion:
 
         k_t = max(factor * k_{t-1}, min_scale)        if e_t and (c_t or x_t > 2 x')
@@ -61,7 +61,7 @@ def back_off(
     Args:
         *thresholds: What counts as an explosion; at least one.
         factor: One cut. Dimensionless, in (0, 1).
-        confirm_steps: Explosions in a row, none smaller than the one before, that it
+        confirm_steps: Explosions in a row, no signal below the one before, that it
             takes to cut, >= 1. With 2, a single bad batch, which is no fault of the
             learning rate, costs nothing.
         hold_steps: Calm steps after which the next rise cuts again and regrowth starts,
@@ -151,7 +151,7 @@ def explosion(
     Judgements beyond those of `thresholds` are left out.
     """
     none = jnp.zeros((), bool)
-    exploded, unknown, excess = none, none, []
+    exploded, unknown, excess, height = none, none, [], []
     for threshold, judgement in zip(thresholds, judgements, strict=False):
         above, bad = judgement.exceeded, judgement.nonfinite & counts(threshold.of)
         above &= counts(threshold.of)
@@ -162,4 +162,9 @@ def explosion(
         over = jnp.minimum(judgement.signal - judgement.limit, MOST_EXCESS)
         over = jnp.where(bad, MOST_EXCESS, over)
         excess.append(jnp.max(jnp.where(above, over, 0.0), initial=0.0))
-    return Explosion(exploded, unknown, jnp.stack(excess))
+        bounded = jnp.clip(judgement.signal, -MOST_EXCESS, MOST_EXCESS)
+        top = jnp.where(bad, MOST_EXCESS, bounded)
+        height.append(
+            jnp.max(jnp.where(above, top, -MOST_EXCESS), initial=-MOST_EXCESS)
+        )
+    return Explosion(exploded, unknown, jnp.stack(excess), jnp.stack(height))

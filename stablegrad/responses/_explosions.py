@@ -29,6 +29,7 @@ class Explosion(NamedTuple):
     unknown: jax.Array  # bool, (): some signal is not finite.
     # float32 (thresholds,), in [0, MOST_EXCESS]: how far above its limit a signal is.
     excess: jax.Array
+    height: jax.Array  # float32 (thresholds,): the largest signal, bounded likewise.
 
 
 class ExplosionState(NamedTuple):
@@ -40,7 +41,7 @@ class ExplosionState(NamedTuple):
     explosion_run: jax.Array  # int32: explosions in a row so far, none fading.
     may_cut: jax.Array  # bool: a step was taken since the last cut.
     excess_at_cut: jax.Array  # float32 (thresholds,): `excess` at the last cut.
-    last_excess: jax.Array  # float32 (thresholds,): `excess` of the last explosion.
+    last_height: jax.Array  # float32 (thresholds,): `height` of the last explosion.
 
 
 class ExplosionSettings(NamedTuple):
@@ -70,7 +71,7 @@ def init_explosions(thresholds: int) -> ExplosionState:
         explosion_run=jnp.zeros((), jnp.int32),
         may_cut=jnp.zeros((), bool),
         excess_at_cut=jnp.zeros((thresholds,), jnp.float32),
-        last_excess=jnp.zeros((thresholds,), jnp.float32),
+        last_height=jnp.zeros((thresholds,), jnp.float32),
     )
 
 
@@ -93,8 +94,8 @@ def scale_now(settings: ExplosionSettings, state: ExplosionState, seen: Explosio
 
 def _run(state: ExplosionState, seen: Explosion) -> jax.Array:
     """Return the explosions in a row with this one; a fading one starts anew."""
-    rises = jnp.any(seen.excess > state.last_excess)
-    fades = jnp.any(seen.excess < state.last_excess) & ~rises
+    rises = jnp.any(seen.height > state.last_height)
+    fades = jnp.any(seen.height < state.last_height) & ~rises
     return increment(jnp.where(fades, 0, state.explosion_run))
 
 
@@ -118,5 +119,5 @@ def after_step(
         ),
         may_cut=taken | (state.may_cut & ~cuts),
         excess_at_cut=jnp.where(cuts, seen.excess, state.excess_at_cut),
-        last_excess=jnp.where(seen.exploded, seen.excess, state.last_excess),
+        last_height=jnp.where(seen.exploded, seen.height, state.last_height),
     )

@@ -117,7 +117,8 @@ def test_what_a_step_changed_is_kept_if_any_guard_skipped_and_else_is_new():
 def test_each_member_of_an_ensemble_keeps_its_own():
     tx, params = sg.guard(optax.sgd(0.1), sg.skip()), jnp.zeros((3, 1))
     grads = jnp.array([[1.0], [jnp.nan], [1.0]])
-    _, state = jax.vmap(tx.update)(grads, jax.vmap(tx.init)(params), params)
+    state = jax.jit(jax.vmap(tx.init))(params)
+    _, state = jax.jit(jax.vmap(tx.update))(grads, state, params)
     old, new = jnp.zeros((3, 2)), jnp.ones((3, 2))
     kept = sg.keep_if_skipped(state, old, new)
     assert kept.tolist() == [[1, 1], [0, 0], [1, 1]]

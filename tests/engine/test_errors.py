@@ -104,7 +104,7 @@ def test_a_float64_loss_beyond_float32_counts_as_finite(x64):
 def test_missing_parameters_are_an_error_that_shows_every_fix():
     tx = sg.stabilize(optax.adamw(0.1))
     with pytest.raises(ValueError) as caught:
-        jax.jit(tx.update)(PARAMS, tx.init(PARAMS))
+        jax.jit(lambda state: tx.update(PARAMS, state, value=None))(tx.init(PARAMS))
     for fix in (
         "tx.update(grads, state, params)",
         "sg.apply(tx, grads, state, params)",
