@@ -38,6 +38,8 @@ from options import Parser, whole
 
 QUICK_METHODS = ("stabilize", "stabilize per leaf", "none", "ZClip")
 QUICK_STEPS = 1000
+# The columns of the table by class.
+SHOWN = ("stabilize", "stabilize per leaf", "apply_if_finite + clip", "ZClip", "OLMo")
 FOOTNOTE = """\
 Chain members stand before the optimizer. Published skip rules run inside our guard,
 which never lets a nan through, whatever the rule: only `Levanter, blending` masks by
@@ -177,6 +179,9 @@ def main(argv=None) -> int:
     }
     text = "\n\n".join(
         [
+            "## By class of failure",
+            report.by_class([m for m in columns if m.name in SHOWN], wanted, cells),
+            "Rows passed, of those that apply.",
             "## Failure modes",
             report.failures(columns, wanted, cells),
             FOOTNOTE,

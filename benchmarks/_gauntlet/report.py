@@ -8,7 +8,7 @@ from typing import Any
 from .faults import SHIFTS, STATIONARY
 from .methods import GROUPS, Method
 from .rates import LEGEND, Rates
-from .rows import Row
+from .rows import CLASSES, Row, class_of
 
 
 class Cell:
@@ -73,6 +73,20 @@ def failures(methods: list[Method], rows: list[Row], cells: Cells) -> str:
         names = [method.name for method in own]
         parts.append(f"### {title}\n\n{_table(['failure mode', *names], lines)}")
     return "\n\n".join(parts)
+
+
+def by_class(methods: list[Method], rows: list[Row], cells: Cells) -> str:
+    """Return the rows passed by each class of failure, one column a method."""
+    lines = []
+    for name in CLASSES:
+        own = [row.key for row in rows if class_of(row.key) == name]
+        passed = [
+            _total([cells[method.name][key] for key in own]) for method in methods
+        ]
+        lines.append([name, *passed])
+    totals = [_total(cells[method.name].values()) for method in methods]
+    lines.append(["**all**", *totals])
+    return _table(["class of failure", *(method.name for method in methods)], lines)
 
 
 def criteria(rows: list[Row]) -> str:

@@ -17,6 +17,25 @@ INTACT = (
 )
 
 
+# The keys of rows by the class of failure that they stand for; `shift` is all shifts.
+CLASSES = {
+    "not finite": "nan_element inf_element nan_loss nan_micro_batch stuck statistics",
+    "overflow and float16": "overflow_sgd overflow_adam half_large half_zero muon",
+    "outliers": "masking first heavy_tail wander fall sparse",
+    "a lasting change": "shift rise loss_rise",
+    "what is no fault": "constant regular zero_leaf",
+    "one leaf explodes": "one_leaf",
+    "a rate that jumps": "rate_jump",
+    "state": "scan restore",
+}
+
+
+def class_of(key: str) -> str:
+    """Return the class of failure of a row."""
+    first = key.split("_")[0] if key.startswith("shift_") else key
+    return next(name for name, keys in CLASSES.items() if first in keys.split())
+
+
 class Row(NamedTuple):
     """One failure mode."""
 
