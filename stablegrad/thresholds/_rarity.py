@@ -161,7 +161,8 @@ def _rule(settings: tuple):
         weight = jnp.maximum(1 / window, 1 / (jnp.maximum(counted, 0.0) + 1))
         allowed = jnp.maximum(share, ALONE * weight)[:, None]
         weight = jnp.where(counts, weight, 0.0)[:, None]
-        tail = state.tail + weight * ((r[:, None] >= EDGES) - state.tail)
+        reached = jnp.where(r[:, None] >= EDGES, 1.0, 0.0)
+        tail = state.tail + weight * (reached - state.tail)
         rare = jnp.where(tail <= allowed, EDGES, EDGES[:, -1:])
         run = jnp.where(unusual, state.run + 1, 0)
         part = jnp.maximum(1 / jnp.maximum(run, 1).astype(jnp.float32), RUN_WEIGHT)

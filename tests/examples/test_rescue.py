@@ -15,6 +15,7 @@ import rescue
 
 pytestmark = pytest.mark.slow
 
+RUNS = ("plain", "usual", "unprobed", "guarded", "reference")
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
@@ -24,7 +25,7 @@ def test_rescue_survives_all_faults_and_writes_what_it_says(tmp_path, capsys):
     table = {
         line.split()[0]: line.split()
         for line in capsys.readouterr().out.splitlines()
-        if "%" in line and line.split()[0] in ("plain", "usual", "guarded", "reference")
+        if "%" in line and line.split()[0] in RUNS
     }
     table = {name: row for name, row in table.items() if len(row) > 4}
     accuracy = {name: float(row[2]) for name, row in table.items()}
@@ -35,7 +36,7 @@ def test_rescue_survives_all_faults_and_writes_what_it_says(tmp_path, capsys):
     assert (tmp_path / "rescue.png").read_bytes().startswith(b"\x89PNG")
     lines = (tmp_path / "telemetry.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
-    assert len(rows) == 4 * 600
+    assert len(rows) == 5 * 600
     guarded = [row for row in rows if row["run"] == "guarded"]
     plan = faults.Plan.over(600)
     for step in (plan.nan_batch, *plan.nan_burst):

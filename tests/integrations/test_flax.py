@@ -97,9 +97,10 @@ def test_linen_train_state_steps_with_a_value():
 
 
 @pytest.mark.slow
-def test_linen_apply_gradients_works_without_a_value():
+def test_linens_own_apply_gradients_works_and_is_warned_of():
     train_state = linen_training(sg.stabilize(optax.adam(0.1)))
-    after = train_state.apply_gradients(grads=train_state.params)
+    with pytest.warns(UserWarning, match="`TrainState.apply_gradients` does not"):
+        after = train_state.apply_gradients(grads=train_state.params)
     assert sg.metrics(after.opt_state)["guarded_steps"] == 1
 
 
