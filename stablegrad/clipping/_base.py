@@ -15,7 +15,7 @@ import optax
 
 from .. import _checks, _trees
 from .._compiled import compiled
-from .._norms import Measurement, measure
+from .._norms import OVERFLOW, Measurement, measure
 from .._packing import Packing
 from .._scales import scale_leaves
 from ..granularity._group_norms import (
@@ -45,6 +45,7 @@ class Clipped(NamedTuple):
     scale: jax.Array  # float32 () in [0, 1]: the smallest factor.
     memory: tuple = ()  # The fields of the state before `clip_numbers`.
     shrunk: jax.Array | None = None  # bool (); None: whether the scale is below 1.
+    finite: jax.Array | None = None  # bool (); None: what `measured` tells.
     overflows: bool = True  # Whether norms of 1e18 and more count as not finite.
 
 
@@ -80,7 +81,8 @@ def transformation(
         columns = packing(updates)
         readings, statistics = columns.unpack(numbers[name])
         done = step(updates, statistics, kept, params, extra)
-        raw, clipped, finite = done.measured.norm, done.norm, done.measured.finite
+        raw, clipped = done.measured.norm, done.norm
+        finite = done.measured.finite if done.finite is None else done.finite
         if done.overflows:
             clipped = jnp.where(finite, clipped, 0.0)
         else:
@@ -152,14 +154,17 @@ def clip_norms(name: str, clip: NormClip) -> optax.GradientTransformationExtraAr
             param_norms = group_norms(grouping, measure(params, updates), own)
         done = clip.step(statistics, norms, Scope(grouping, param_norms))
         scales = group_scales(grouping, done.factors)
-        keep = None if clip.published else measured.finite
+        # The same number as the factors are made of: one kernel less.
+        finite = norms[0] < OVERFLOW if grouping.whole else measured.finite
+        keep = None if clip.published else finite
         clipped = scale_leaves(updates, scales, updates, keep)
         if grouping.whole:
             norm = scales.by_leaf * measured.norm
         else:
             norm = scaled_groups_norm(grouping, measured, norms, done.factors)
         scale = scales.smallest()
-        return Clipped(clipped, done.statistics, measured, norm, done.limit, scale)
+        numbers = (done.statistics, measured, norm, done.limit, scale)
+        return Clipped(clipped, *numbers, finite=finite)
 
     start = lambda tree: clip.init(group(clip.per, tree).count)
     return transformation(name, ClippingState, start, step)
