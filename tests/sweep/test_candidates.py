@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.marking import core
 
 import stablegrad as sg
 from stablegrad.sweep._candidates import candidate, candidates
@@ -27,30 +28,30 @@ def updates_of(tx, steps=3):
     return found
 
 
-@pytest.mark.parametrize(
-    "text, expected",
-    [
-        ("sgd", lambda rate: optax.sgd(rate)),
-        ("momentum", lambda rate: optax.sgd(rate, momentum=0.9)),
-        ("nesterov", lambda rate: optax.sgd(rate, momentum=0.9, nesterov=True)),
-        ("amsgrad", optax.amsgrad),
-        ("lion", optax.lion),
-        (
-            "adam + cosine",
-            lambda rate: optax.adam(optax.cosine_decay_schedule(rate, STEPS)),
+NAMES = [
+    ("sgd", lambda rate: optax.sgd(rate)),
+    ("momentum", lambda rate: optax.sgd(rate, momentum=0.9)),
+    ("nesterov", lambda rate: optax.sgd(rate, momentum=0.9, nesterov=True)),
+    ("amsgrad", optax.amsgrad),
+    ("lion", optax.lion),
+    (
+        "adam + cosine",
+        lambda rate: optax.adam(optax.cosine_decay_schedule(rate, STEPS)),
+    ),
+    (
+        "sgd + clip_by_norm",
+        lambda rate: optax.chain(sg.clip_by_norm(1.0), optax.sgd(rate)),
+    ),
+    (
+        "sgd + wsd + clip_by_global_norm",
+        lambda rate: optax.chain(
+            optax.clip_by_global_norm(1.0), optax.sgd(POLICIES["wsd"](rate, STEPS))
         ),
-        (
-            "sgd + clip_by_norm",
-            lambda rate: optax.chain(sg.clip_by_norm(1.0), optax.sgd(rate)),
-        ),
-        (
-            "sgd + wsd + clip_by_global_norm",
-            lambda rate: optax.chain(
-                optax.clip_by_global_norm(1.0), optax.sgd(POLICIES["wsd"](rate, STEPS))
-            ),
-        ),
-    ],
-)
+    ),
+]
+
+
+@pytest.mark.parametrize("text, expected", core(NAMES, NAMES[5], NAMES[6]))
 def test_a_name_is_optaxs_own_optimizer_behind_its_clips(text, expected):
     found = updates_of(candidate(text).build(0.1, STEPS))
     chex.assert_trees_all_equal(found, updates_of(expected(0.1)))

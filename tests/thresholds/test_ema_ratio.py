@@ -3,6 +3,7 @@
 import chex
 import numpy as np
 import pytest
+from helpers.marking import core
 from helpers.thresholding import limits, lognormal
 
 import stablegrad as sg
@@ -40,7 +41,7 @@ def oracle(signals, ratio, decay, warmup, patience, norm=True):
     return np.array(seen_limits)
 
 
-@pytest.mark.parametrize("ratio", [1.05, 2.0, 5.0])
+@pytest.mark.parametrize("ratio", core([1.05, 2.0, 5.0], 2.0))
 @pytest.mark.parametrize("warmup, patience", [(25, 50), (2, 3)])
 def test_limits_match_the_float64_oracle(ratio, warmup, patience):
     norms = lognormal(300)

@@ -28,9 +28,9 @@ def along(params, step, loss_fn=quadratic, gradient=None):
 
 
 def look(attempt, kind="forward", scale=1.0, rise=ANY, accept=ANY, aim=0.245):
-    return _probe.look(
-        attempt, kind, jnp.float32(scale), jnp.float32(rise), accept, aim
-    )
+    """What is found; in one program, which is quicker than one an operation."""
+    scale, rise = jnp.float32(scale), jnp.float32(rise)
+    return jax.jit(lambda: _probe.look(attempt, kind, scale, rise, accept, aim))()
 
 
 def r_of(found):
