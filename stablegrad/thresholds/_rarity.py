@@ -22,13 +22,11 @@ MOST_OCTAVES = 3.0  # A norm moves its level as if it were no further away.
 MOST_SPREADS = 8.0  # The same for other signals, in spreads.
 PATIENCE = 4  # Unusual values in a row after which more of their size are usual.
 LASTING = 12  # Unusual values in a row after which the level moves to them.
-RUN_WEIGHT = 1 / 8  # Least weight of a value in the mean of its run.
 # Until so many values of a norm have been seen, the limit is so many octaves wider.
 EARLY = ((1, np.inf), (2, 6.0), (10, 3.0), (100, 1.0))
-FIRST_COUNTED = 10  # Values that other signals take before their spread means much.
+FIRST_COUNTED = 10  # Values of other signals that set level and spread, no more.
 ALONE = 1.5  # A single value, which weighs 1, is no more than that many.
 ARMED_AFTER = 50  # Values before a signal that is no norm is held against a limit.
-UNBOUNDED_STEPS = 30  # Values that move level and spread in full before that.
 LEAST_SPREAD = 1e-3  # Relative to the level: a spread is never zero.
 
 
@@ -165,10 +163,10 @@ def _rule(settings: tuple):
         tail = state.tail + weight * (reached - state.tail)
         rare = jnp.where(tail <= allowed, EDGES, EDGES[:, -1:])
         run = jnp.where(unusual, state.run + 1, 0)
-        part = jnp.maximum(1 / jnp.maximum(run, 1).astype(jnp.float32), RUN_WEIGHT)
-        run_mean = state.run_mean + part * (value - state.run_mean)
+        longer = jnp.maximum(run, 1).astype(jnp.float32)
+        run_mean = state.run_mean + (value - state.run_mean) / longer
         most = jnp.where(is_log, MOST_OCTAVES, MOST_SPREADS * spread)
-        free = before < jnp.where(is_log, 2, UNBOUNDED_STEPS)
+        free = before < jnp.where(is_log, 2, FIRST_COUNTED)
         most = jnp.where(free, jnp.inf, most)
         near = jnp.clip(distance, -most, most)
         w = jnp.maximum(LEVEL_WEIGHT, 1 / (before + 1))

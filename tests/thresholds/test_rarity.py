@@ -40,7 +40,7 @@ def oracle(signals, share, window, margin, norm):
         if counted >= 0 and (run == 0 or not unusual):
             tail += weight * ((r >= EDGES) - tail)
         w = max(0.03, 1 / (seen + 1))
-        bound = (np.inf if seen < 2 else 3) if norm else np.inf if seen < 30 else 8 * s
+        bound = (np.inf if seen < 2 else 3) if norm else np.inf if seen < 10 else 8 * s
         near = np.clip(y - level, -bound, bound)
         if not norm:
             spread = 0.0 if seen == 0 else spread + w * (abs(near) - spread)
@@ -49,8 +49,7 @@ def oracle(signals, share, window, margin, norm):
         else:
             level, run = level + w * near, run + 1 if unusual else 0
         if unusual:
-            part = max(1 / 8, 1 / max(run, 1))
-            run_mean += part * (y - run_mean)
+            run_mean += (y - run_mean) / max(run, 1)
         else:
             run_mean = 0.0
         reach = EDGES[np.argmax(tail <= max(share, 1.5 * weight))]
