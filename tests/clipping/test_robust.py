@@ -169,3 +169,29 @@ def test_metrics_number_clips_of_one_name_however_many_and_however_deep():
 def test_rejects_arguments_that_do_not_fit(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    "name",
+    core(
+        [
+            "clip_by_norm",
+            "clip_by_zscore",
+            "clip_by_percentile",
+            "clip_by_ema",
+            "clip_by_param_norm",
+            "clip_by_second_moment",
+            "clip_by_max",
+            "limit_direction",
+        ],
+        "clip_by_norm",
+    ),
+)
+def test_a_norm_of_1e18_is_dropped_though_its_square_is_finite(name):
+    tx = sg.clip_by_norm(1.0) if name == "clip_by_norm" else getattr(sg, name)()
+    params, step = {"w": jnp.ones(3)}, jax.jit(tx.update)
+    state = tx.init(params)
+    for size, dropped in ((0.9e18, 0), (1.1e18, 1)):
+        updates, state = step({"w": params["w"] * size / 3**0.5}, state, params)
+        assert sg.metrics(state)[f"{name}_dropped_steps"] == dropped
+    np.testing.assert_array_equal(updates["w"], 0.0)

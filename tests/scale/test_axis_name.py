@@ -42,6 +42,16 @@ def test_a_leaf_that_every_device_has_counts_once_where_that_can_be_told(
     np.testing.assert_allclose(seen["clipped_grad_norm"], 1, rtol=1e-6)
 
 
+@pytest.mark.parametrize("averaged, shards", [(False, DEVICES), (True, 1)])
+def test_skip_bad_steps_sees_all_shards(averaged, shards):
+    tx = sg.skip_bad_steps(optax.sgd(1.0), axis_name=AXIS, averaged_gradients=averaged)
+    where = {"w": P() if averaged else P(AXIS)}
+    grads = {"w": jnp.full(1 if averaged else DEVICES, 3.0)}
+    seen = one_step(tx, grads, where, value=jnp.arange(DEVICES, dtype=jnp.float32))
+    np.testing.assert_allclose(seen["grad_norm"], 3.0 * shards**0.5, rtol=1e-6)
+    np.testing.assert_allclose(seen["loss_value"], (DEVICES - 1) / 2, rtol=1e-6)
+
+
 @pytest.mark.parametrize("level", [1e-18, 1e17])
 def test_norms_of_shards_are_exact_over_the_range_of_float32_squares(level):
     tx = sg.guard(optax.sgd(1.0), axis_name=AXIS)
