@@ -82,7 +82,9 @@ def main(argv=None) -> int:
     parser.add_argument(
         "--tasks", type=names_among([task.name for task in tasks]), metavar="A,B"
     )
-    parser.add_argument("--seeds", type=whole(1), default=8, help="how many")
+    parser.add_argument(
+        "--seeds", type=whole(2), default=8, help="how many; one tells nothing"
+    )
     parser.add_argument("--first-seed", type=whole(0), default=0)
     parser.add_argument(
         "--steps", type=whole(1), help="in place of each task's own, to try it out"
@@ -95,6 +97,8 @@ def main(argv=None) -> int:
     )
     parser.add_argument("--out", type=Path, default=Path("runs/no_harm"), help="folder")
     options = parser.parse_args(argv)
+    if options.read and not options.read.is_file():
+        parser.error(f"argument --read: there is no file {options.read}")
 
     wanted = {BARE, OURS}
     wanted |= set(PEERS) if options.full else set()

@@ -179,7 +179,8 @@ def keep_if_skipped(state: Any, old: Any, new: Any) -> Any:
         A pytree like `new`, bit for bit one or the other; usable inside jit.
 
     Raises:
-        ValueError: If there is no guard in the state, or the trees differ.
+        ValueError: If there is no guard in the state, or if the trees differ in
+            structure, shapes or dtypes.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -192,6 +193,11 @@ def keep_if_skipped(state: Any, old: Any, new: Any) -> Any:
         Array([0., 0.], dtype=float32)
     """
     found = _reading.guards(state)
+    if (before := _trees.described(old)) != (after := _trees.described(new)):
+        raise ValueError(
+            "`old` and `new` must be the same pytree from before and after the step, "
+            f"with equal shapes and dtypes; got\n  old: {before}\n  new: {after}"
+        )
     skipped = jnp.asarray(_reading.last_step(found[0]).skipped)
     for other in found[1:]:
         skipped |= _reading.last_step(other).skipped

@@ -58,6 +58,12 @@ def leaf_names(tree) -> tuple[str, ...]:
     return tuple(path_name(path) for path, _ in paths_and_leaves(tree))
 
 
+def described(tree) -> str:
+    """Return the structure of a tree with the shape and dtype of each leaf."""
+    name = lambda x: f"{jnp.result_type(x)}{list(np.shape(x))}"
+    return str(jax.tree.map(name, tree))
+
+
 def select(pred, on_true, on_false):
     """Leafwise `where` with a rank-0 `pred`; keeps the dtypes of `on_false`.
 

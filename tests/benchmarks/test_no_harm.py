@@ -139,7 +139,7 @@ def no_harm():
     "arguments, message",
     [
         (["--tasks", "digits,hope"], "argument --tasks: must be among digits, "),
-        (["--seeds", "0"], "must be an integer >= 1, got '0'"),
+        (["--seeds", "1"], "must be an integer >= 2, got '1'"),
     ],
 )
 def test_a_bad_option_is_one_line_and_status_2(no_harm, arguments, message, capsys):

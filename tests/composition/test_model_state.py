@@ -110,6 +110,9 @@ def test_what_a_step_changed_is_kept_if_any_guard_skipped_and_else_is_new():
     for grad, kept in ((1.0, 2), (5.0, 1), (90.0, 1)):
         _, state = tx.update(jnp.full(1, grad), tx.init(params), params)
         assert sg.keep_if_skipped(state, old, new)["count"] == kept
+    for other in ({"n": new["count"]}, {"count": jnp.zeros(2, jnp.int32)}):
+        with pytest.raises(ValueError, match="(?s)same pytree.*old: .*count.*new: "):
+            sg.keep_if_skipped(state, old, other)
     with pytest.raises(ValueError, match="no guard in this optimizer state"):
         sg.keep_if_skipped(optax.sgd(0.1).init(params), old, new)
 
