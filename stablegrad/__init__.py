@@ -48,6 +48,7 @@ from .responses._clip import clip as clip
 from .responses._halt import halt as halt
 from .responses._reasons import Reason as Reason
 from .responses._skip import skip as skip
+from .responses.roll_back._response import roll_back as roll_back
 from .responses.trust_region._response import trust_region as trust_region
 from .structure._limit_gradient import limit_gradient as limit_gradient
 from .thresholds._ema_ratio import ema_ratio as ema_ratio

@@ -88,6 +88,12 @@ def measure_parts(leaves, sum_axes) -> tuple[Measurement, list[jax.Array]]:
     return Measurement(LOCAL.totals(totals, leaves)), parts
 
 
+def all_finite(leaf) -> jax.Array:
+    """Return whether every element is finite, whatever its size."""
+    # 0 * inf is nan. XLA adds this up without an array of flags, also on a CPU.
+    return jnp.isfinite(jnp.sum(leaf * jnp.zeros((), leaf.dtype)))
+
+
 def _sum_of_squares(leaf, over: tuple[int, ...] | None = None) -> jax.Array:
     """Sum of |x|^2 in float32, over all of a leaf or over some axes, kept at size 1."""
     if jnp.iscomplexobj(leaf):

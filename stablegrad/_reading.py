@@ -25,7 +25,7 @@ class Event(NamedTuple):
 
     step: int  # The first step, counted from 0; the numbers below are its own.
     until: int  # The last of the steps in a row with the same kind and reason.
-    kind: str  # "skip", "back_off", "shorten", "keep_out" or "halt".
+    kind: str  # "skip", "back_off", "roll_back", "shorten", "keep_out", "halt".
     reason: str  # The name of a `Reason`, in lower case; "" unless skipped.
     leaf: str  # The first bad leaf; if all are finite, the one with the largest norm.
     grad_norm: float

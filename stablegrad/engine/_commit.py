@@ -26,6 +26,7 @@ from ..responses._reasons import Reason, first_reason
 from ._decide import StepContext
 from ._write import (
     Writer,
+    broken_parameters,
     newly_broken,
     owners_of,
     write_params,
@@ -47,6 +48,7 @@ class Committed(NamedTuple):
     result: Any  # Updates or parameters, whichever the caller asked for.
     inner_state: Any
     # int32 (leaves + 1,): elements kept out, and at last those of no parameter's leaf.
+    # Of a step that was held back, above 0 where parameters are not finite.
     kept_out: jax.Array
     reason: jax.Array  # int32: why the step was held back, 0 if it was taken.
 
@@ -117,7 +119,6 @@ def commit(
         done = write(accepted, ~trusts, updates, inner_state, params)
         # A constant on either platform, which removes the counts from a CPU's program.
         found = jnp.where(trusts, kept_out, done.kept_out)
-        found = jnp.where(reason == 0, found, 0)  # Nothing of a rejected step.
         return done._replace(kept_out=found, reason=reason)
 
     def hold(updates, inner_state, params) -> Committed:
@@ -129,7 +130,8 @@ def commit(
                 updates,
                 structs,
             )
-        held = Committed(result, inner_state, jnp.zeros_like(kept_out), reason)
+        broken = broken_parameters(params, step.like)
+        held = Committed(result, inner_state, broken, reason)
         if not manual_axes():
             return held
         structs = jax.eval_shape(take, *operands)

@@ -32,7 +32,7 @@ class LastStep(NamedTuple):
     first_bad_leaf: jax.Array  # int32: first leaf with a nan or inf, -1 if none.
     largest_leaf: jax.Array  # int32: leaf with the largest gradient norm, -1 if none.
     kept_out_elements: jax.Array  # int32: elements of update and state not finite.
-    halted: jax.Array  # bool: too many non-finite steps with none taken.
+    halted: jax.Array  # bool: whether a response finds the run stuck.
 
 
 class Totals(NamedTuple):
@@ -56,6 +56,7 @@ class EventKind(IntEnum):
     HALT = 3
     SHORTEN = 4
     KEEP_OUT = 5
+    ROLL_BACK = 6
 
 
 class EventLog(NamedTuple):
@@ -170,6 +171,7 @@ class Outcome(NamedTuple):
     extras: dict[str, jax.Array]
     backed_off: jax.Array  # bool: `back_off` cut the learning rate.
     shortened: jax.Array  # bool: a probe found the step harmful.
+    rolled_back: jax.Array  # bool: a snapshot was restored.
 
 
 def after_step(record: Record, outcome: Outcome) -> Record:
@@ -196,6 +198,7 @@ def after_step(record: Record, outcome: Outcome) -> Record:
         (shortened, EventKind.SHORTEN),
         (outcome.backed_off, EventKind.BACK_OFF),
         (skipped, EventKind.SKIP),
+        (outcome.rolled_back, EventKind.ROLL_BACK),
         (last.halted, EventKind.HALT),
     ):
         kind = jnp.where(flag, jnp.int32(own), kind)

@@ -12,17 +12,19 @@ import optax
 
 from .. import _checks, _trees
 from .._mapped_axes import MappedAxes, warn_of_replicas
-from .._norms import Measurement, first_true, measure
-from .._packing import Packed, Packing, encode
-from .._scales import scaled_norm
+from .._norms import Measurement, measure
+from .._packing import Packed, Packing
 from ..responses._base import Response, Verdict
-from ..responses._reasons import Reason, first_reason, gradient_reason
+from ..responses._reasons import first_reason, gradient_reason
+from ..responses.roll_back._snapshots import Written
 from . import _decide, _record
 from ._commit import checked_now, commit
 from ._decide import StepContext
 from ._families import Statistics
+from ._last_step import last_step
 from ._line_search import forget_value
 from ._look_ahead import Decision, decide_on_update, update_scales
+from ._roll_back import RollBack, trouble_of
 
 
 class GuardState(NamedTuple):
@@ -32,6 +34,7 @@ class GuardState(NamedTuple):
     numbers: Packed  # Record, responses, statistics: float32 and int32 (columns,).
     columns: dict[str, None]  # Names of the record's further columns; no arrays.
     names: jax.Array  # uint8: names of the leaves given to `init`.
+    snapshots: tuple = ()  # Of `roll_back`, newest first.
 
 
 class GuardedStep:
@@ -50,6 +53,7 @@ class GuardedStep:
         self._axes = axes
         self._warned = False
         self._statistics = Statistics(responses)
+        self._roll_back = RollBack(responses)
         self._limit_names = _decide.limit_names(responses)
 
     def init(self, params) -> Any:
@@ -63,7 +67,9 @@ class GuardedStep:
             _record.column_names(self._extras(None, numbers[1])),
             _trees.encode_names(_trees.leaf_names(params)),
         )
-        return _trees.placed_like(state, params)
+        state = _trees.placed_like(state, params)
+        kept = self._roll_back.init(params, state.guarded_inner, numbers[2])
+        return state._replace(snapshots=kept)
 
     def check_leaves(self, state: GuardState, like) -> None:
         """Raise ValueError unless a state was made for a tree like this one."""
@@ -150,38 +156,55 @@ class GuardedStep:
             ),
             writes_params,
         )
-        kept_out = self._axes.total(done.kept_out)
-        verdict = verdict._replace(reason=_with_stuck(done.reason, kept_out, step))
+        trouble = trouble_of(step, done.reason, self._axes.total(done.kept_out))
+        shortened = update_scales(decision).smallest() < 1
+        changed = (shortened | (trouble.kept_out > 0)) & (trouble.reason == 0)
+        cut = verdict.lr_scale < _record.last_step_of(record).back_off_scale
+        rolled = self._roll_back.after_commit(
+            Written(
+                done.result,
+                forget_value(done.inner_state, changed),
+                self._statistics.learn(statistics, decision.judgements),
+            ),
+            state.snapshots,
+            None if writes_params else params,
+            trouble,
+            cut,
+            decision.ahead.state,
+            decision.judgements,
+            self._axes,
+        )
+        trouble = trouble._replace(reason=rolled.reason)
         settled = tuple(
-            response.settle(own, judged, verdict.reason)
+            response.settle(own, judged, rolled.reason)
             for response, own, judged in zip(
-                self._responses,
-                decision.ahead.state,
-                decision.judgements,
-                strict=True,
+                self._responses, rolled.states, decision.judgements, strict=True
             )
         )
-        outcome = self._outcome(
-            step,
-            record,
-            gradient,
-            decision._replace(verdict=verdict),
-            settled,
-            kept_out,
+        verdict = verdict._replace(reason=rolled.reason)
+        last = last_step(
+            step, gradient, decision._replace(verdict=verdict), trouble
         )
-        shortened = update_scales(decision).smallest() < 1
-        changed = shortened | (jnp.sum(kept_out) > 0)
-        return done.result, GuardState(
-            forget_value(done.inner_state, changed & (verdict.reason == 0)),
+        halted = [r.halts(s) for r, s in zip(self._responses, settled, strict=True)]
+        outcome = _record.Outcome(
+            last._replace(halted=functools.reduce(jnp.logical_or, halted, last.halted)),
+            self._extras(decision, settled),
+            backed_off=cut,
+            shortened=decision.ahead.alarm,
+            rolled_back=rolled.rolled_back,
+        )
+        return rolled.written.result, GuardState(
+            rolled.written.guarded_inner,
             packing.pack(
                 (
                     _record.after_step(record, outcome),
                     settled,
-                    self._statistics.learn(statistics, decision.judgements),
+                    rolled.written.statistics,
                 )
             ),
             state.columns,
             state.names,
+            rolled.snapshots,
         )
 
     def _warn_of_missing_value(self, extra: dict[str, Any]) -> None:
@@ -199,53 +222,6 @@ class GuardedStep:
         verdict = _decide.verdict_on(self._responses, states, judgements)
         bad = gradient_reason(gradient.norm)
         return verdict._replace(reason=first_reason((bad, verdict.reason)))
-
-    def _outcome(
-        self, step, record, gradient, decision: Decision, settled, kept_out
-    ) -> _record.Outcome:
-        """Return how the step went, for the record."""
-        _, verdict, ahead, _ = decision
-        halted = [r.halts(s) for r, s in zip(self._responses, settled, strict=True)]
-        clipped_norm, clip_scale = gradient.norm, jnp.ones((), jnp.float32)
-        if verdict.gradient_scales is not None:
-            clip_scale = verdict.gradient_scales.smallest()
-            clipped_norm = scaled_norm(
-                gradient, verdict.gradient_scales, step.updates, step.like
-            )
-        if verdict.update_scales is not None:
-            clip_scale = jnp.minimum(clip_scale, verdict.update_scales.smallest())
-        loss = _decide.loss_of(step.extra, self._axes)
-        largest = gradient.largest_leaf
-        kept_leaf = first_true(kept_out[:-1] > 0)
-        last = _record.LastStep(
-            grad_norm=encode(gradient.norm),
-            clipped_grad_norm=encode(clipped_norm),
-            clip_scale=clip_scale,
-            loss_value=encode(loss)
-            if loss is not None
-            else jnp.asarray(_record.NO_LOSS),
-            lr_scale=verdict.lr_scale * ahead.step_scale,
-            back_off_scale=verdict.lr_scale,
-            skipped=verdict.reason > 0,
-            skip_reason=verdict.reason,
-            first_bad_leaf=jnp.where(gradient.finite, kept_leaf, largest),
-            largest_leaf=largest,
-            kept_out_elements=jnp.sum(kept_out),
-            halted=functools.reduce(jnp.logical_or, halted, jnp.zeros((), bool)),
-        )
-        return _record.Outcome(
-            last,
-            self._extras(decision, settled),
-            backed_off=verdict.lr_scale < _record.last_step_of(record).back_off_scale,
-            shortened=ahead.alarm,
-        )
-
-
-def _with_stuck(reason, kept_out, step: StepContext) -> jax.Array:
-    """Return the reason, or that of a step in which no element could be written."""
-    size = sum(leaf.size for leaf in _trees.inexact_leaves(step.like))
-    stuck = (jnp.sum(kept_out[:-1]) >= size) & (size > 0)
-    return jnp.where(stuck & (reason == 0), int(Reason.NONFINITE_UPDATE), reason)
 
 
 def _known_arguments(update) -> Callable[[dict[str, Any]], dict[str, Any]]:

@@ -7,14 +7,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from .. import _trees
+from .._norms import all_finite
 
 
 class Writer:
     """Write new arrays over old ones where a step is accepted and elements are finite.
 
     It adds up what it keeps out, by the leaf of the parameters that an array belongs
-    to. Flags of one leaf are joined before they are counted, so that XLA counts them in
-    the kernel that computes the arrays.
+    to. Of a rejected step, it adds up the parameters that are not finite instead. Flags
+    of one leaf are joined before they are counted, so that XLA counts them in the
+    kernel that computes the arrays.
     """
 
     def __init__(self, accepted: jax.Array, shapes: list[tuple[int, ...]]):
@@ -24,17 +26,25 @@ class Writer:
         self._broken: dict[int, jax.Array] = {}
         self._others: list[jax.Array] = []
 
-    def write(self, new, old, bad=None, owner: int | None = None) -> jax.Array:
-        """Return `new`, or `old` where the step is rejected or `bad` is set."""
+    def write(
+        self, new, old, bad=None, owner: int | None = None, param=None
+    ) -> jax.Array:
+        """Return `new`, or `old` where the step is rejected or `bad` is set.
+
+        `param` is the parameter before the step, if the array is its.
+        """
         new, old = jnp.asarray(new), jnp.asarray(old)
         if new.dtype != old.dtype:
             new = new.astype(old.dtype)
         if bad is None:
             return jnp.where(self._accepted, new, old)
+        counts = bad & self._accepted
+        if param is not None:
+            counts |= ~jnp.isfinite(param) & ~self._accepted
         if owner is not None and bad.shape == self._shapes[owner]:
-            self._flags[owner] = self._flags.get(owner, False) | bad
+            self._flags[owner] = self._flags.get(owner, False) | counts
         else:
-            self._others.append(jnp.sum(bad, dtype=jnp.int32))
+            self._others.append(jnp.sum(counts, dtype=jnp.int32))
         return jnp.where(self._accepted & ~bad, new, old)
 
     def watch(self, broken, owner: int | None) -> None:
@@ -63,7 +73,7 @@ class Writer:
         return jnp.stack([*rows, none]), breaks > 0
 
     def counts(self) -> jax.Array:
-        """Return the elements kept out: int32 (leaves + 1,), others at last."""
+        """Return the elements counted: int32 (leaves + 1,), others at last."""
         none = jnp.zeros((), jnp.int32)
         rows = [
             jnp.sum(self._flags[i], dtype=jnp.int32) if i in self._flags else none
@@ -83,7 +93,7 @@ def write_params(writer: Writer, params, update, counted: list[bool]):
         moved = jnp.asarray(param + change).astype(jnp.asarray(param).dtype)
         if counts:
             bad = ~jnp.isfinite(moved) & jnp.isfinite(param)
-            written.append(writer.write(moved, param, bad, next(owner)))
+            written.append(writer.write(moved, param, bad, next(owner), param))
         else:
             written.append(writer.write(moved, param))
     return structure.unflatten(written)
@@ -102,7 +112,7 @@ def write_updates(writer: Writer, params, update, counted: list[bool]):
             bad = ~jnp.isfinite(change)
             if param is not None and jnp.finfo(jnp.result_type(param)).bits < 32:
                 bad |= ~jnp.isfinite((param + change).astype(jnp.result_type(param)))
-            written.append(writer.write(change, zero, bad, next(owner)))
+            written.append(writer.write(change, zero, bad, next(owner), param))
         else:
             written.append(writer.write(change, zero))
     return structure.unflatten(written)
@@ -118,6 +128,15 @@ def write_state(writer: Writer, new, old, owners: list[int | None], masks):
             bad = newly_broken(after, before) & masks
         written.append(writer.write(after, before, bad, owner))
     return jax.tree.structure(old).unflatten(written)
+
+
+def broken_parameters(params, like) -> jax.Array:
+    """Return 1 for each leaf that is not all finite, else 0: int32 (leaves + 1,)."""
+    leaves = [] if params is None else _trees.inexact_leaves(params, like)
+    none = jnp.zeros((), jnp.int32)
+    rows = [(~all_finite(leaf)).astype(jnp.int32) for leaf in leaves]
+    missing = len(_trees.inexact_leaves(like)) - len(rows)
+    return jnp.stack([*rows, *[none] * missing, none])
 
 
 def newly_broken(after, before) -> jax.Array:

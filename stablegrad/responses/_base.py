@@ -15,6 +15,7 @@ from .._checks import described
 from .._scales import Scales, minimum
 from ..thresholds._base import Judgement, Threshold
 from ._reasons import first_reason
+from .roll_back._machine import RollBackSettings
 from .trust_region._probe import Attempt
 
 
@@ -52,6 +53,8 @@ class Response(NamedTuple):
     needs_value_fn: bool = False  # Whether a step without `value_fn=` is an error.
     # state -> name: rank-0 array, what `metrics` shows of the response.
     readings: Callable[[Any], dict[str, jax.Array]] = lambda state: {}
+    # Of a response that keeps snapshots; the engine takes and restores them.
+    roll_back: RollBackSettings | None = None
 
     def init(self, params) -> Any:
         """Explain that a response is no optax transformation."""

@@ -1,0 +1,1 @@
+"""Roll back: return to a healthy snapshot when trouble lasts."""
