@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import _reading, _trees
+from ._account import account
 from ._reading import Event
 from .clipping._readings import numbers_of_clips
-from .engine._record import last_step_of, totals_of
+from .engine._record import last_step_of
 from .learning_rate._readings import numbers_of_rates
 
 
@@ -75,7 +76,7 @@ def metrics(state: Any) -> dict[str, jax.Array]:
         >>> now["grad_norm"].item(), round(now["clipped_grad_norm"].item(), 6)
         (5.0, 1.0)
     """
-    state = _trees.without_variables(state)
+    state = _reading.without_snapshots(_trees.without_variables(state))
     found = _reading.search(state)
     clips = {**numbers_of_clips(state), **numbers_of_rates(state)}
     if not clips or found:
@@ -218,8 +219,9 @@ def raise_if_halted(state: Any) -> None:
             is stacked over an ensemble.
 
     Raises:
-        TrainingHalted: If `halt` has raised its flag; the message lists the last
-            events.
+        TrainingHalted: If `halt` or `roll_back` has raised the flag. The message is an
+            account: what happened, since when, in which leaf, what was tried, what to
+            try next, and the last events.
         ValueError: If there is no guard in the state.
 
     Example:
@@ -241,12 +243,4 @@ def raise_if_halted(state: Any) -> None:
         if flags.ndim:
             members = np.flatnonzero(flags).tolist()
             raise TrainingHalted(f"training halted for ensemble members {members}.")
-        totals = totals_of(record)
-        step = int(totals.guarded_steps) - 1
-        recent = "\n".join(f"  {event}" for event in events(guard_state)[-5:])
-        raise TrainingHalted(
-            f"training halted at step {step}: "
-            f"{int(totals.consecutive_skips)} steps in a row were rejected, the "
-            "parameters are as they were before. Look at the data and at the leaves "
-            f"named here, or restore an earlier checkpoint.\n{recent}"
-        )
+        raise TrainingHalted(account(guard_state))

@@ -69,6 +69,18 @@ def search(state: Any) -> list[GuardState]:
     return found
 
 
+def without_snapshots(state: Any) -> Any:
+    """Return a state without the copies of itself that `roll_back` keeps."""
+
+    def strip(node):
+        if not _is_guard(node):
+            return node
+        inner = without_snapshots(node.guarded_inner)
+        return node._replace(guarded_inner=inner, snapshots=())
+
+    return jax.tree.map(strip, state, is_leaf=_is_guard)
+
+
 def _is_guard(node: Any) -> bool:
     return isinstance(node, GuardState)
 

@@ -28,6 +28,7 @@ TRANSFORMATIONS = {
         sg.halt(after=5),
     ),
     "stabilize": lambda: sg.stabilize(optax.sgd(0.1)),
+    "roll_back": lambda: sg.guard(optax.sgd(0.1), sg.skip(), sg.roll_back()),
     "skip_bad_steps": lambda: sg.skip_bad_steps(optax.sgd(0.1), window=16),
     "clip_by_norm": lambda: chained(sg.clip_by_norm(1.0)),
     "clip_by_percentile": lambda: chained(sg.clip_by_percentile(window=30)),
@@ -50,7 +51,7 @@ TRANSFORMATIONS = {
         optax.chain(sg.clip_by_norm(9.0), sg.reduce_on_plateau(patience=0))
     ),
 }
-NEED_PARAMS = {"clip_by_param_norm"}
+NEED_PARAMS = {"clip_by_param_norm", "roll_back"}
 # Public names that are not transformations.
 PIECES = {
     "fixed",
@@ -63,7 +64,7 @@ PIECES = {
     "param_ratio",
     "units",
 }
-RESPONSES = {"clip", "skip", "back_off", "trust_region", "halt"}
+RESPONSES = {"clip", "skip", "back_off", "trust_region", "roll_back", "halt"}
 READERS = {"metrics", "events", "is_healthy", "raise_if_halted", "apply"}
 KEEPERS = {"keep_if_skipped", "unwrap"}
 BEFORE_TRAINING = {"critical_learning_rate", "learning_rate_range_test", "sharpness"}

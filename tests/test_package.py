@@ -121,6 +121,7 @@ ROOMS = (
     "presets",
     "learning_rate",
     "_reading",
+    "_account",
     "_observe",
     "curvature",
     "structure",

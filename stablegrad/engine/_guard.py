@@ -69,7 +69,7 @@ def guard(
     Args:
         inner: The optimizer, any optax transformation; extra arguments reach it.
         *responses: What to do about which steps: `clip`, `skip`, `back_off`,
-            `trust_region`, `halt`.
+            `trust_region`, `roll_back`, `halt`.
         axis_name: The mapped axis, or a tuple of axes, of `shard_map` or `pmap` over
             which gradients and parameters are sharded. Norms are those of all shards,
             losses are averaged, and every device decides alike. A leaf that does not
@@ -89,7 +89,8 @@ def guard(
     Raises:
         TypeError: If `inner` is not an optax transformation, or a later argument is not
             a response.
-        ValueError: If a threshold judges units and there is an `axis_name`. When a step
+        ValueError: If a threshold judges units and there is an `axis_name`, or if there
+            are two `roll_back`. When a step
             is traced, if `value=` or `params` is needed and missing, if the state is
             not the guard's, or if the pytree has other leaves than the one given to
             `init`.

@@ -5,8 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .. import _trees
-from .._mapped_axes import MappedAxes
+from .. import _checks, _trees
 from .._norms import first_true
 from .._packing import Packing
 from ..responses._base import Response, any_true
@@ -73,22 +72,24 @@ class RollBack:
         self,
         written: Written,
         snapshots: tuple[Snapshot, ...],
-        params: Any,
+        step: StepContext,
         trouble: Trouble,
         cut: jax.Array,
         states: tuple,
         judgements: list[tuple[Judgement, ...]],
-        axes: MappedAxes,
+        writes_params: bool,
     ) -> Rolled:
         """Take a snapshot, or restore one, if either is due.
 
-        `params` are those before the step if the result is their update, None if it is
-        the new parameters. `cut` tells whether `back_off` cut the learning rate.
+        `cut` tells whether `back_off` cut the learning rate, and `writes_params`
+        whether what is written are the parameters, or their updates.
         """
         reason = trouble.reason
         if self._response is None:
             no = jnp.zeros((), bool)
             return Rolled(written, snapshots, reason, states, no)
+        if step.params is None:
+            raise _checks.missing_params("`roll_back`")
         own = judgements[self._place]
         above = any_true(own, "exceeded") | any_true(own, "nonfinite")
         bad = (reason > 0) | above | (trouble.kept_out > 0)
@@ -97,8 +98,9 @@ class RollBack:
         action, planned = plan(settings, states[self._place], seen)
         packing = Packing(written.statistics)
         packed = written._replace(statistics=packing.pack(written.statistics))
+        params = None if writes_params else step.params
         moved, snapshots, refused = exchange(
-            action, packed, snapshots, params, settings.memory, axes
+            action, packed, snapshots, params, settings.memory, step.axes
         )
         after = after_action(settings, planned, action, refused)
         rolled = (action >= RESTORE) & (refused == 0)

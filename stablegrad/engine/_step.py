@@ -167,12 +167,12 @@ class GuardedStep:
                 self._statistics.learn(statistics, decision.judgements),
             ),
             state.snapshots,
-            None if writes_params else params,
+            step,
             trouble,
             cut,
             decision.ahead.state,
             decision.judgements,
-            self._axes,
+            writes_params,
         )
         trouble = trouble._replace(reason=rolled.reason)
         settled = tuple(

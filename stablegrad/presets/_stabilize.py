@@ -9,6 +9,7 @@ from .._mapped_axes import AxisName
 from ..engine._guard import GuardedTransformation, guard
 from ..granularity._groups import Granularity
 from ..responses._back_off import back_off
+from ..responses._base import Response
 from ..responses._clip import clip
 from ..responses._halt import halt
 from ..responses._skip import skip
@@ -20,7 +21,7 @@ from ..thresholds._rarity import rarity
 
 def stabilize(
     inner: optax.GradientTransformation,
-    *,
+    *responses: Response,
     share: float | jax.Array = 0.01,
     window: int | jax.Array = 256,
     refuse_factor: float | jax.Array = 32.0,
@@ -51,7 +52,8 @@ def stabilize(
                        factor=factor, confirm_steps=3, hold_steps=20,
                        regrow_steps=regrow_steps, min_scale=min_scale),
               trust_region(),
-              halt(after=halt_after))
+              halt(after=halt_after),
+              *responses)
 
     A gradient whose norm is rare is shrunk to what is usual. A step is refused only if
     gradient or loss is not finite, or if the norm is `refuse_factor` times beyond the
@@ -69,6 +71,7 @@ def stabilize(
 
     Args:
         inner: The optimizer, any optax transformation.
+        *responses: Further responses, such as `roll_back()`.
         share: Share of steps that count as rare by gradient norm or loss, in (0, 1).
             Rare gradients are shrunk to the norm that the others stay below.
         window: Steps that a norm or a loss is remembered for, >= 2.
@@ -99,6 +102,7 @@ def stabilize(
         A guarded transformation, for `update` or `stablegrad.apply`.
 
     Raises:
+        TypeError: If one of `responses` is none.
         ValueError: If a concrete argument is out of range.
 
     Example:
@@ -135,6 +139,7 @@ def stabilize(
         ),
         optional_trust_region(),
         halt(after=halt_after),
+        *responses,
         axis_name=axis_name,
         averaged_gradients=averaged_gradients,
         exact_updates=exact_updates,

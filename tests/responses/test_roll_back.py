@@ -1,0 +1,339 @@
+"""Rolling back: what is kept, when it is restored, and what comes back."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from helpers.marking import core
+
+import stablegrad as sg
+from stablegrad.integrations.nnx import update as nnx_update
+
+SETTINGS = {"after": 3, "every": 8, "hold_steps": 2, "cooldown_steps": 6, "limit": 2}
+LOSS = sg.fixed(10.0, of="value")
+PARAMS = {"w": jnp.array([[1.0, -2.0], [3.0, 4.0]]), "b": jnp.array([0.5, -0.25])}
+STEPS = 40
+
+
+def guarded(inner=None, **settings):
+    rule = sg.roll_back(LOSS, **{**SETTINGS, **settings})
+    inner = optax.adam(0.05) if inner is None else inner
+    return sg.guard(inner, sg.skip(), rule, sg.halt(after=30))
+
+
+TX = guarded()
+OLDER = guarded(keep=3)
+
+
+def stepper(tx, apply=True):
+    """A step that donates what it replaces; grads are those of a quadratic."""
+
+    def step(params, state, value, spoil):
+        grads = jax.tree.map(lambda p: p * spoil, params)
+        if apply:
+            return sg.apply(tx, grads, state, params, value=value)
+        updates, state = tx.update(grads, state, params, value=value)
+        return optax.apply_updates(params, updates), state
+
+    return jax.jit(step, donate_argnums=(0, 1))
+
+
+APPLY, UPDATE, DEEP = stepper(TX), stepper(TX, apply=False), stepper(OLDER)
+
+
+def run(step, tx, values=None, spoils=None, poison=None, params=PARAMS):
+    """Runs `STEPS` steps, and returns what each left behind, on the host.
+
+    `poison` maps a step to what is done to parameters and state before it.
+    """
+    values = {} if values is None else values
+    spoils = {} if spoils is None else spoils
+    params = jax.tree.map(jnp.array, params)
+    state, rows = tx.init(params), []
+    for t in range(STEPS):
+        if poison and t in poison:
+            params, state = poison[t](params, state)
+        params, state = step(params, state, values.get(t, 1.0), spoils.get(t, 1.0))
+        kept = params, state.guarded_inner, sg.metrics(state)
+        rows.append(jax.device_get(kept))
+    return rows, state
+
+
+def nan_at(leaf):
+    def poison(params, state):
+        return {**params, leaf: params[leaf].at[..., 0].set(jnp.nan)}, state
+
+    return poison
+
+
+def newest_snapshot(rows, t):
+    """The step whose parameters were the newest snapshot after step `t`."""
+    return t - int(rows[t][2]["snapshot_age"])
+
+
+def test_a_loss_that_stays_high_restores_the_snapshot_bit_for_bit():
+    high = dict.fromkeys(range(20, 23), 100.0)
+    rows, state = run(APPLY, TX, values=high)
+    assert [bool(row[2]["rolled_back"]) for row in rows].index(True) == 22
+    taken = newest_snapshot(rows, 22)
+    assert 0 < taken < 20 - SETTINGS["hold_steps"]
+    chex.assert_trees_all_equal(rows[22][:2], rows[taken][:2])
+    chex.assert_trees_all_equal(  # What follows is what followed then.
+        rows[23][:2], rows[taken + 1][:2]
+    )
+    seen = sg.metrics(state)
+    assert (seen["roll_backs"], seen["skipped_steps"]) == (1, 1)
+    (event,) = sg.events(state)
+    assert (event.step, event.kind, event.reason) == (22, "roll_back", "value")
+
+
+def test_two_high_losses_are_left_alone():
+    rows, state = run(APPLY, TX, values=dict.fromkeys(range(20, 22), 100.0))
+    assert sg.metrics(state)["roll_backs"] == 0 and sg.events(state) == []
+    clean, _ = run(APPLY, TX)
+    chex.assert_trees_all_equal(rows[-1][:2], clean[-1][:2])
+
+
+def test_snapshots_come_from_steps_far_from_any_event_on_either_side():
+    # A nan every tenth step: nothing within two steps of it may be kept.
+    bad = {t for t in range(STEPS) if t % 10 == 5}
+    rows, _ = run(APPLY, TX, spoils=dict.fromkeys(bad, np.nan))
+    for t in range(1, STEPS):
+        taken = newest_snapshot(rows, t)
+        proven = t - taken > SETTINGS["hold_steps"]
+        near = [b for b in bad if abs(b - taken) <= SETTINGS["hold_steps"] and b <= t]
+        assert not (taken >= 0 and near), (t, taken, near)
+        assert rows[t][2]["snapshots"] >= 1 or not proven
+    assert newest_snapshot(rows, STEPS - 1) > 20
+
+
+@pytest.mark.parametrize("leaf", ["w", "b"])
+def test_poisoned_parameters_are_restored_at_once_and_the_leaf_is_named(leaf):
+    rows, state = run(APPLY, TX, poison={25: nan_at(leaf)})
+    taken = newest_snapshot(rows, 25)
+    chex.assert_trees_all_equal(rows[25][:2], rows[taken][:2])
+    (event,) = sg.events(state)
+    assert (event.step, event.reason) == (25, "nonfinite_parameters")
+    assert event.leaf == leaf
+    chex.assert_tree_all_finite(rows[-1][:2])
+
+
+def test_a_poisoned_inner_state_is_restored():
+    def poison(params, state):
+        adam, *rest = state.guarded_inner
+        adam = adam._replace(mu={**adam.mu, "w": adam.mu["w"].at[0, 1].set(jnp.nan)})
+        return params, state._replace(guarded_inner=(adam, *rest))
+
+    rows, state = run(APPLY, TX, poison={25: poison})
+    assert sg.metrics(state)["roll_backs"] == 1
+    chex.assert_tree_all_finite(rows[-1][:2])
+
+
+def test_an_event_soon_after_a_snapshot_gives_it_up():
+    rows, _ = run(APPLY, TX)
+    taken = newest_snapshot(rows, STEPS - 1)
+    rows, _ = run(APPLY, TX, spoils={taken + 2: np.nan})
+    assert newest_snapshot(rows, taken + 1) == taken
+    assert newest_snapshot(rows, taken + 2) == taken - SETTINGS["every"]
+    assert rows[taken + 2][2]["snapshots"] == 1
+    rows, _ = run(APPLY, TX, spoils={taken + 3: np.nan})
+    assert newest_snapshot(rows, taken + 3) == taken
+
+
+def test_trouble_that_comes_back_goes_further_back_and_then_halts():
+    rows, state = run(DEEP, OLDER, values=dict.fromkeys(range(18, STEPS), 100.0))
+    rolled = [t for t, row in enumerate(rows) if row[2]["rolled_back"]]
+    # Three bad steps; then as soon as the cooldown is over; then no more.
+    assert rolled == [20, 27]
+    newest = newest_snapshot(rows, 20)
+    chex.assert_trees_all_equal(rows[20][:2], rows[newest][:2])
+    chex.assert_trees_all_equal(rows[27][:2], rows[newest - 8][:2])
+    assert [bool(row[2]["halted"]) for row in rows].index(True) == 34
+    assert rows[34][2]["roll_back_refusal"] == 2
+    with pytest.raises(sg.TrainingHalted, match="rolled back 2 times"):
+        sg.raise_if_halted(state)
+
+
+def test_a_halt_for_too_many_roll_backs_ends_with_the_trouble():
+    rows, state = run(DEEP, OLDER, values=dict.fromkeys(range(18, 36), 100.0))
+    assert rows[35][2]["halted"] and not rows[36][2]["halted"]
+    sg.raise_if_halted(state)
+    assert newest_snapshot(rows, STEPS - 1) > 35  # And there are new snapshots.
+
+
+def test_through_update_parameters_come_back_within_a_rounding():
+    rows, state = run(UPDATE, TX, values=dict.fromkeys(range(20, 23), 100.0))
+    taken = newest_snapshot(rows, 22)
+    chex.assert_trees_all_close(rows[22][0], rows[taken][0], rtol=3e-7, atol=1e-7)
+    chex.assert_trees_all_equal(rows[22][1], rows[taken][1])  # The state, exactly.
+    assert sg.metrics(state)["roll_backs"] == 1
+
+
+@pytest.mark.parametrize("value", [np.nan, 1e6])
+def test_through_update_what_cannot_come_back_halts_and_names_apply(value):
+    def poison(params, state):
+        return {**params, "w": params["w"].at[0, 0].set(value)}, state
+
+    high = dict.fromkeys(range(25, STEPS), 100.0)
+    rows, state = run(UPDATE, TX, values=high, poison={25: poison})
+    assert sg.metrics(state)["roll_backs"] == 0
+    assert rows[-1][2]["halted"] and rows[-1][2]["roll_back_refusal"] == 3
+    with pytest.raises(sg.TrainingHalted, match=r"use `stablegrad\.apply`"):
+        sg.raise_if_halted(state)
+
+
+def test_without_roll_back_poisoned_parameters_halt_and_the_leaf_is_named():
+    tx = sg.guard(optax.adam(0.05), sg.skip(), sg.halt(after=3))
+    _, state = run(stepper(tx), tx, poison={25: nan_at("w")})
+    (first, second) = sg.events(state)
+    assert (first.step, first.reason, first.leaf) == (25, "nonfinite_parameters", "w")
+    assert (second.step, second.kind) == (27, "halt")
+    with pytest.raises(sg.TrainingHalted, match="parameter w is not finite"):
+        sg.raise_if_halted(state)
+
+
+def test_parameters_that_are_poisoned_from_the_start_are_no_snapshot():
+    params, _ = nan_at("w")(PARAMS, None)
+    rows, state = run(APPLY, TX, params=params)
+    assert sg.metrics(state)["roll_backs"] == 0
+    assert rows[0][2]["halted"] and rows[0][2]["roll_back_refusal"] == 1
+    with pytest.raises(sg.TrainingHalted, match="no healthy snapshot"):
+        sg.raise_if_halted(state)
+
+
+def test_a_step_by_hand_and_a_scan_do_the_same():
+    values = np.ones(STEPS, np.float32)
+    values[20:23] = 100.0
+    by_hand, _ = run(APPLY, TX, values=dict(enumerate(values.tolist())))
+
+    @jax.jit
+    def scanned(params):
+        def step(carry, value):
+            params, state = carry
+            return sg.apply(TX, params, state, params, value=value), None
+
+        return jax.lax.scan(step, (params, TX.init(params)), values)[0]
+
+    params, state = scanned(PARAMS)
+    chex.assert_trees_all_close(params, by_hand[-1][0], rtol=1e-6)
+    assert sg.metrics(state)["roll_backs"] == 1
+
+
+def test_statistics_go_back_to_those_of_the_snapshot():
+    rule = sg.roll_back(LOSS, **SETTINGS)
+    tx = sg.guard(optax.sgd(0.01), sg.clip(sg.rarity()), rule)
+    high = dict.fromkeys(range(20, 23), 100.0)
+    rows, state = run(stepper(tx), tx, values=high, spoils=dict.fromkeys(high, 50.0))
+    limit = [row[2]["clip_rarity_grad_norm_limit"] for row in rows]
+    taken = newest_snapshot(rows, 22)
+    assert limit[23] == limit[taken + 1]
+    assert sg.metrics(state)["roll_backs"] == 1
+
+
+@pytest.mark.parametrize("memory", ["device", "pinned_host"])
+def test_snapshots_lie_where_they_are_wanted_and_are_restored_from_there(memory):
+    tx = guarded(memory=memory)
+    rows, state = run(stepper(tx), tx, poison={25: nan_at("w")})
+    taken = newest_snapshot(rows, 25)
+    chex.assert_trees_all_equal(rows[25][:2], rows[taken][:2])
+    kinds = {x.sharding.memory_kind for x in jax.tree.leaves(state.snapshots)}
+    if jax.__version_info__ >= (0, 8):  # Before, a CPU's programs forget it.
+        assert kinds == {memory}
+
+
+def test_nothing_but_a_snapshot_is_copied():
+    tx = guarded(optax.adamw(1e-3))
+    params = {"w": jnp.ones((512, 512))}
+    state = jax.eval_shape(tx.init, params)
+
+    def step(params, state, grads):
+        return sg.apply(tx, grads, state, params, value=1.0)
+
+    program = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params)
+    program = program.compile()
+    entry = program.as_text().split("\nENTRY", 1)[1]
+    assert "while(" in entry
+    copies = [row for row in entry.splitlines() if " copy(" in row]
+    assert not [row for row in copies if "f32[512,512]" in row]
+    size = params["w"].nbytes
+    assert program.memory_analysis().temp_size_in_bytes < 4.2 * size
+
+
+class Model(nnx.Module):
+    def __init__(self):
+        self.layer = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("compiled", core([True, False], True))
+def test_the_nnx_helper_restores_poisoned_parameters_bit_for_bit(compiled):
+    model = Model()
+    optimizer = nnx.Optimizer(model, guarded(), wrt=nnx.Param)
+
+    def step(model, optimizer):
+        loss_fn = lambda model: jnp.mean((model.layer(jnp.ones((3, 2))) - 1) ** 2)
+        loss, grads = nnx.value_and_grad(loss_fn)(model)
+        nnx_update(optimizer, model, grads, value=loss)
+
+    step = nnx.jit(step) if compiled else step
+    for _ in range(15):
+        step(model, optimizer)
+    assert sg.metrics(optimizer.opt_state)["snapshot_age"] == 4
+    newest = optimizer.opt_state.snapshots[0]
+    expected = jax.device_get(jax.tree.leaves(newest.params))
+    model.layer.kernel[...] = model.layer.kernel[...].at[0, 0].set(jnp.nan)
+    step(model, optimizer)
+    found = jax.device_get(jax.tree.leaves(nnx.state(model, nnx.Param)))
+    chex.assert_trees_all_equal(found, expected)
+    assert sg.metrics(optimizer.opt_state)["roll_backs"] == 1
+    assert optimizer.step[...] == 16
+
+
+def test_an_ensemble_rolls_back_member_by_member():
+    params = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), PARAMS)
+    state = jax.vmap(TX.init)(params)
+    step = jax.jit(jax.vmap(lambda p, s: sg.apply(TX, p, s, p, value=1.0)))
+    for t in range(16):
+        if t == 15:
+            before = params
+            params = {**params, "b": params["b"].at[1, 0].set(jnp.nan)}
+        params, state = step(params, state)
+    assert sg.metrics(state)["roll_backs"].tolist() == [0, 1]
+    chex.assert_tree_all_finite(params)
+    assert not np.array_equal(params["w"][0], before["w"][0])
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"after": 0}, "`after` must be an integer >= 1"),
+        ({"keep": 1}, "`keep` must be an integer >= 2"),
+        ({"every": 20}, "`every` must be > `hold_steps`, which is 20"),
+        ({"limit": 0}, "`limit` must be"),
+        ({"cooldown_steps": -1}, "`cooldown_steps` must be"),
+        ({"memory": "disk"}, "`memory` must be one of"),
+    ],
+)
+def test_a_wrong_setting_is_an_error(settings, said):
+    with pytest.raises(ValueError, match=said):
+        sg.roll_back(**settings)
+
+
+def test_a_guard_takes_one_roll_back():
+    with pytest.raises(ValueError, match="a guard takes one `roll_back`, got 2"):
+        sg.guard(optax.sgd(0.1), sg.roll_back(), sg.roll_back())
+
+
+def test_the_preset_takes_it_along():
+    tx = sg.stabilize(optax.sgd(0.1), sg.roll_back())
+    assert len(jax.eval_shape(tx.init, PARAMS).snapshots) == 2
+
+
+def test_a_plateau_within_is_shown_once():
+    inner = optax.chain(optax.sgd(0.1), sg.reduce_on_plateau(metric=None))
+    state = guarded(inner).init(PARAMS)
+    assert "plateau_2_scale" not in sg.metrics(state)
+    seen = sg.metrics(sg.observe_metric(state, value=1.0))
+    assert seen["plateau_evaluations"] == 1
