@@ -18,8 +18,8 @@ NEXT = {
     Reason.NONFINITE_UPDATE: "look at the optimizer's settings and its state: it makes "
     "updates that are not finite out of a finite gradient",
     Reason.NONFINITE_SIGNAL: "look at the function given as `of=`: it is not finite",
-    Reason.NONFINITE_PARAMETERS: "no batch can help: restore an earlier checkpoint, and "
-    "look for what wrote to the parameters besides the optimizer; with "
+    Reason.NONFINITE_PARAMETERS: "no batch can help: restore an earlier checkpoint, "
+    "and look for what wrote to the parameters besides the optimizer; with "
     "`roll_back()` in the guard and steps taken by `stablegrad.apply` they are "
     "restored at once",
     Reason.GRADIENT_OVERFLOW: "lower the learning rate, or the loss scale, and bound "

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from ._trees import decode_names, leaf_names, names_as_bytes
+from ._trees import decode_names, leaf_names, names_as_bytes, names_in
 
 _MOST = 2**31 - 1  # Steps are counted in int32.
 
@@ -171,6 +171,18 @@ def same_leaves(at_init: jax.Array, now: tuple[str, ...]) -> None:
         if expected == now:
             return
     raise _other_leaves(expected, now)
+
+
+def same_layout(given: dict[str, None], own: dict[str, None]) -> None:
+    """Raise ValueError if a guard's state was made by one with other responses."""
+    if given.keys() == own.keys():
+        return
+    listed = lambda layout: "; ".join(names_in(layout)[1:]) or "an older version's"
+    raise ValueError(
+        "this state was made by a guard with other responses or thresholds, or by "
+        "another version. Call `stablegrad.migrate(tx, params, state)` first.\n"
+        f"  of the state: {listed(given)}\n  of the guard: {listed(own)}"
+    )
 
 
 def matching_params(params, updates):

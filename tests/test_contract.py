@@ -66,7 +66,7 @@ PIECES = {
 }
 RESPONSES = {"clip", "skip", "back_off", "trust_region", "roll_back", "halt"}
 READERS = {"metrics", "events", "is_healthy", "raise_if_halted", "apply"}
-KEEPERS = {"keep_if_skipped", "unwrap"}
+KEEPERS = {"keep_if_skipped", "unwrap", "adopt", "migrate"}
 BEFORE_TRAINING = {"critical_learning_rate", "learning_rate_range_test", "sharpness"}
 IN_NETWORKS = {"limit_gradient"}
 SCHEDULES = {"explosion_aware_schedule", "observe_metric"}

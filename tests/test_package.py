@@ -117,6 +117,7 @@ ROOMS = (
     "thresholds",
     "responses",
     "engine",
+    "recovery",
     "clipping",
     "presets",
     "learning_rate",

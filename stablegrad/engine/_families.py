@@ -40,6 +40,11 @@ class Statistics:
         for own in found.values():
             self._families.append(Family(*zip(*own, strict=True)))
 
+    @property
+    def members(self) -> list[tuple[Threshold, ...]]:
+        """The thresholds of each family, in the order of their rows."""
+        return [family.members for family in self._families]
+
     def init(self, params) -> tuple:
         """Return the statistics of each family before the first step."""
         return tuple(

@@ -31,9 +31,7 @@ def last_step(
         grad_norm=encode(gradient.norm),
         clipped_grad_norm=encode(clipped_norm),
         clip_scale=clip_scale,
-        loss_value=encode(loss)
-        if loss is not None
-        else jnp.asarray(_record.NO_LOSS),
+        loss_value=encode(loss) if loss is not None else jnp.asarray(_record.NO_LOSS),
         lr_scale=verdict.lr_scale * ahead.step_scale,
         back_off_scale=verdict.lr_scale,
         skipped=verdict.reason > 0,

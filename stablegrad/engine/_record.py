@@ -117,11 +117,9 @@ def read_record(
     columns: dict[str, None], packed: Packed
 ) -> tuple[Record, dict[str, Any]]:
     """Unpack the record of a state, and its extras by name."""
-    described = [key.split(" ", 2)[1:] for key in sorted(columns)]
-    extras = {name: jnp.zeros((), dtype) for dtype, name in described}
-    record = Packing(jax.eval_shape(lambda: init_record(extras))).unpack(packed)
-    place = {"float32": 0, "int32": 0}
-    for dtype, name in described:
+    record = Packing(record_structs(columns)).unpack(packed)
+    extras, place = {}, {"float32": 0, "int32": 0}
+    for dtype, name in _described(columns):
         if dtype == "float32":
             extras[name] = decode(record.extra_numbers[..., place["float32"]])
             place["float32"] += 1
@@ -130,6 +128,17 @@ def read_record(
             extras[name] = code != 0 if dtype == "bool" else code
             place["int32"] += 1
     return record, extras
+
+
+def _described(columns: dict[str, None]) -> list[list[str]]:
+    """Return dtype and name of each column."""
+    return [key.split(" ", 2)[1:] for key in sorted(columns)]
+
+
+def record_structs(columns: dict[str, None]) -> Record:
+    """Return the shapes and dtypes of a record with these columns."""
+    extras = {name: jnp.zeros((), dtype) for dtype, name in _described(columns)}
+    return jax.eval_shape(lambda: init_record(extras))
 
 
 def _extra_vectors(extras: dict[str, Any]) -> tuple[jax.Array, jax.Array]:

@@ -1,6 +1,6 @@
 """Rolling back, after the commit: the response plans, the engine moves arrays."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,8 +54,8 @@ class RollBack:
         found = [i for i, response in enumerate(responses) if response.roll_back]
         if len(found) > 1:
             raise ValueError(
-                f"a guard takes one `roll_back`, got {len(found)}: each keeps snapshots "
-                "of its own. Give all thresholds to one of them."
+                f"a guard takes one `roll_back`, got {len(found)}: each keeps "
+                "snapshots of its own. Give all thresholds to one of them."
             )
         self._place = found[0] if found else -1
         self._response = responses[self._place] if found else None

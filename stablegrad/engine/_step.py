@@ -22,6 +22,7 @@ from ._commit import checked_now, commit
 from ._decide import StepContext
 from ._families import Statistics
 from ._last_step import last_step
+from ._layout import describe
 from ._line_search import forget_value
 from ._look_ahead import Decision, decide_on_update, update_scales
 from ._roll_back import RollBack, trouble_of
@@ -34,6 +35,8 @@ class GuardState(NamedTuple):
     numbers: Packed  # Record, responses, statistics: float32 and int32 (columns,).
     columns: dict[str, None]  # Names of the record's further columns; no arrays.
     names: jax.Array  # uint8: names of the leaves given to `init`.
+    # Absent from states of the first version; see `migrate`.
+    layout: dict[str, None] = {}  # noqa: RUF012  What is whose in the numbers.
     snapshots: tuple = ()  # Of `roll_back`, newest first.
 
 
@@ -66,6 +69,8 @@ class GuardedStep:
             Packing(numbers).pack(numbers),
             _record.column_names(self._extras(None, numbers[1])),
             _trees.encode_names(_trees.leaf_names(params)),
+            describe(self._responses, self._statistics, params),
+            (),
         )
         state = _trees.placed_like(state, params)
         kept = self._roll_back.init(params, state.guarded_inner, numbers[2])
@@ -112,6 +117,8 @@ class GuardedStep:
         self._warn_of_missing_value(extra)
         like = updates if params is None else params
         updates = _trees.floating_like(updates, like)
+        own_layout = describe(self._responses, self._statistics, like)
+        _checks.same_layout(state.layout, own_layout)
         step = StepContext(updates, params, like, extra, self._axes)
         packing = Packing(jax.eval_shape(lambda: self._init_numbers(like)))
         record, states, statistics = packing.unpack(state.numbers)
@@ -182,9 +189,7 @@ class GuardedStep:
             )
         )
         verdict = verdict._replace(reason=rolled.reason)
-        last = last_step(
-            step, gradient, decision._replace(verdict=verdict), trouble
-        )
+        last = last_step(step, gradient, decision._replace(verdict=verdict), trouble)
         halted = [r.halts(s) for r, s in zip(self._responses, settled, strict=True)]
         outcome = _record.Outcome(
             last._replace(halted=functools.reduce(jnp.logical_or, halted, last.halted)),
@@ -204,6 +209,7 @@ class GuardedStep:
             ),
             state.columns,
             state.names,
+            state.layout,
             rolled.snapshots,
         )
 

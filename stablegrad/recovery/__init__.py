@@ -1,0 +1,1 @@
+"""States from elsewhere: of runs without a guard, and of other guards."""

@@ -1,0 +1,80 @@
+"""Guarding a run that was never guarded."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from .._checks import require_optimizer, require_steps
+from .._packing import Packed, Packing
+from ..engine._record import Totals, record_structs
+from ..engine._step import GuardState
+from ..engine._unwrap import unwrap
+from ._matching import filled
+from ._rebuild import guards_in, rebuilt, require_finite
+
+
+def adopt(
+    tx: optax.GradientTransformation, params: Any, inner_state: Any, *, step: int = 0
+) -> Any:
+    """Return a guarded optimizer's state that goes on from an unguarded run's.
+
+    The inner optimizer goes on exactly where it was. The guard's own statistics start
+    here: it learns what is usual from the first steps, as at the start of a run.
+    `unwrap` is the reverse.
+
+    Args:
+        tx: The guarded transformation, around the optimizer of the run as it was.
+        params: The parameters now.
+        inner_state: The state of the unguarded optimizer: its own, NNX's
+            `optimizer.opt_state`, or the dicts and lists that Orbax restores without a
+            target. Leaves are matched by name.
+        step: Steps that the run has taken, >= 0. `metrics` and `events` count from
+            there.
+
+    Returns:
+        A state for `tx`. Arrays of the inner optimizer are those given, not copies.
+        With NNX, `params` are `nnx.state(model, nnx.Param)`, and what is returned goes
+        into a new optimizer by `nnx.update(optimizer.opt_state, nnx.state(state))`.
+
+    Raises:
+        TypeError: If `tx` is no optax transformation.
+        ValueError: If `tx` holds no guard, if the state is of another optimizer or of
+            other parameters, or if a parameter is not finite; it names the leaves.
+
+    Example:
+        >>> import jax.numpy as jnp, optax
+        >>> import stablegrad as sg
+        >>> params = {"w": jnp.ones(2)}
+        >>> old = optax.adamw(1e-3).init(params)  # ... and many steps.
+        >>> tx = sg.stabilize(optax.adamw(1e-3))
+        >>> state = sg.adopt(tx, params, old, step=10_000)
+        >>> int(sg.metrics(state)["guarded_steps"])
+        10000
+    """
+    require_optimizer("adopt", tx)
+    require_steps("step", step, least=0)
+    require_finite("adopt", params)
+    fresh = tx.init(params)
+    if not guards_in(fresh):
+        raise ValueError(
+            "`adopt` needs a guarded optimizer, such as `stabilize(...)`, and `tx` has "
+            "no guard in it."
+        )
+    given = filled(unwrap(fresh), unwrap(inner_state), "adopt")
+    begun = lambda guard: _starting_at(guard, jnp.asarray(step))
+    return rebuilt(fresh, given, begun, params)
+
+
+def _starting_at(guard: GuardState, step: jax.Array) -> Packed:
+    """Return a fresh guard's numbers as if it had seen that many steps."""
+    packing = Packing(record_structs(guard.columns))
+    record = packing.unpack(guard.numbers)
+    totals = record.totals.at[Totals._fields.index("guarded_steps")].set(step)
+    begun = packing.pack(record._replace(totals=totals))
+    # The record comes first.
+    return tuple(
+        numbers.at[: own.size].set(own)
+        for numbers, own in zip(guard.numbers, begun, strict=True)
+    )

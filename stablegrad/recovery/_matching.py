@@ -1,0 +1,64 @@
+"""Filling a state with the arrays of another container, matched by their names.
+
+Orbax gives lists and dicts back for tuples, and leaves empty nodes out. Flax NNX has a
+variable around each array. The names of the leaves stay.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .._trees import without_variables
+
+_SHOWN = 5  # Names in an error.
+
+
+def filled(like: Any, given: Any, asker: str) -> Any:
+    """Return a tree like `like`, with the arrays of `given` that have its names.
+
+    Raise ValueError if a name is missing or too many, or a shape or dtype differs.
+    """
+    wanted = named(like)
+    found = named(without_variables(given))
+    if found.keys() != wanted.keys():
+        raise ValueError(
+            f"`{asker}` got a state of another optimizer, or of other parameters: "
+            + _differing(wanted.keys(), found.keys())
+            + ". Build the inner optimizer as it was, and pass the parameters that it "
+            "was made for."
+        )
+    for name, leaf in wanted.items():
+        if _kind(leaf) != _kind(found[name]):
+            raise ValueError(
+                f"`{asker}` needs {name} as {_kind(leaf)}, got {_kind(found[name])}."
+            )
+    leaves = [jnp.asarray(found[name]) for name in wanted]
+    return jax.tree.structure(like).unflatten(leaves)
+
+
+def named(tree: Any) -> dict[str, Any]:
+    """Return the leaves by name, as `0.mu.dense.kernel`, in the order of the tree."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    named = {}
+    for path, leaf in leaves:
+        words = [jax.tree_util.keystr((key,), simple=True) for key in path]
+        # The array of a variable of Flax NNX.
+        words = words[:-1] if words and words[-1] == "value" else words
+        named[".".join(words)] = leaf
+    return named
+
+
+def _kind(leaf) -> str:
+    return f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}"
+
+
+def _differing(wanted, found) -> str:
+    def listed(names) -> str:
+        more = ", ..." if len(names) > _SHOWN else ""
+        return ", ".join(names[:_SHOWN]) + more
+
+    missing = [name for name in wanted if name not in found]
+    extra = [name for name in found if name not in wanted]
+    parts = [("missing", missing), ("unexpected", extra)]
+    return "; ".join(f"{what}: {listed(names)}" for what, names in parts if names)

@@ -1,0 +1,157 @@
+"""From one guard to another: responses added, dropped or put in another order."""
+
+import collections
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from .. import _trees
+from .._checks import require_optimizer
+from .._packing import Packed, Packing
+from ..engine._layout import VERSION, Rows, State, parts_of, structs_of, version_of
+from ..engine._record import Record, record_structs
+from ..engine._step import GuardState
+from ..engine._unwrap import unwrap
+from ._matching import filled
+from ._rebuild import guards_in, rebuilt, require_finite
+
+
+def migrate(tx: optax.GradientTransformation, params: Any, old: Any) -> Any:
+    """Return a state for a guard with other responses, from the state of another.
+
+    Carried over are: the inner optimizer's state; all counts and events; the states of
+    responses that both guards have, such as a cut of the learning rate; and statistics
+    of thresholds that both have, by name, signal and granularity. What is new starts as
+    at the start of a run. Snapshots of `roll_back` start with the parameters as they
+    are.
+
+    Args:
+        tx: The new guarded transformation, around the same optimizer.
+        params: The parameters now.
+        old: The state to go on from: a guard's, or the dicts and lists that Orbax
+            restores of one without a target. Of a version without a layout, the inner
+            optimizer's state alone is carried over, with a warning.
+
+    Returns:
+        A state for `tx`. Arrays of the inner optimizer are those given, not copies.
+
+    Raises:
+        TypeError: If `tx` is no optax transformation.
+        ValueError: If either holds no guard, or they do not hold as many; if the inner
+            optimizer or the parameters are others; if a newer version wrote the state;
+            if a parameter is not finite.
+
+    Example:
+        >>> import jax.numpy as jnp, optax
+        >>> import stablegrad as sg
+        >>> params = {"w": jnp.ones(2)}
+        >>> old = sg.guard(optax.adam(1e-3), sg.clip(sg.rarity())).init(params)
+        >>> tx = sg.stabilize(optax.adam(1e-3), sg.roll_back())
+        >>> state = sg.migrate(tx, params, old)
+    """
+    require_optimizer("migrate", tx)
+    require_finite("migrate", params)
+    fresh = tx.init(params)
+    old = _as_guards(_trees.without_variables(old))
+    sources = iter(guards_in(old))
+    if not guards_in(old):
+        raise ValueError(
+            "`migrate` needs the state of a guard, and there is none in it. For the "
+            "state of a bare optimizer, call `stablegrad.adopt(tx, params, state)`."
+        )
+    if len(guards_in(old)) != len(guards_in(fresh)):
+        raise ValueError(
+            f"`migrate` got a state with {len(guards_in(old))} guards for an optimizer "
+            f"with {len(guards_in(fresh))}."
+        )
+    given = filled(unwrap(fresh), unwrap(old), "migrate")
+    return rebuilt(fresh, given, lambda guard: _carried(next(sources), guard), params)
+
+
+def _as_guards(tree: Any) -> Any:
+    """Return a tree with guards' states for the dicts that Orbax restores of them."""
+    needed = set(GuardState._fields) - set(GuardState._field_defaults)
+    is_dict = lambda node: isinstance(node, dict) and needed <= node.keys()
+
+    def convert(node):
+        if not is_dict(node):
+            return node
+        known = {name: node[name] for name in GuardState._fields if name in node}
+        guard = GuardState(**known)
+        numbers = tuple(map(jnp.asarray, guard.numbers))
+        inner = _as_guards(guard.guarded_inner)
+        return guard._replace(guarded_inner=inner, numbers=numbers)
+
+    return jax.tree.map(convert, tree, is_leaf=is_dict)
+
+
+def _carried(old: GuardState, new: GuardState) -> Packed:
+    """Return the numbers of the new guard, as far as the old one has them."""
+    version = version_of(old.layout)
+    if version > VERSION:
+        raise ValueError(
+            f"`migrate` got a state of version {version}; this stablegrad reads "
+            f"versions up to {VERSION}. Install a newer one."
+        )
+    if version < VERSION:
+        warnings.warn(
+            "the state is of an older version: the inner optimizer's state is carried "
+            "over, and counts, events and statistics start anew.",
+            stacklevel=2,
+        )
+        return new.numbers
+    _, (old_record, old_parts) = _unpacked(old)
+    packing, (record, parts) = _unpacked(new)
+    kept = old_record._replace(
+        extra_numbers=record.extra_numbers, extra_codes=record.extra_codes
+    )
+    found = _known(parts_of(old.layout), old_parts)
+    used: collections.Counter[Any] = collections.Counter()
+
+    def best(key, otherwise):
+        """Return the next of a kind; of fewer, the last; of none, what is new."""
+        same = found.get(key)
+        used[key] += 1
+        return otherwise if same is None else same[min(used[key], len(same)) - 1]
+
+    filled_parts = []
+    for part, arrays in zip(parts_of(new.layout), parts, strict=True):
+        if isinstance(part, State):
+            filled_parts.append(best(part, arrays))
+            continue
+        rows = [best(own, own_rows) for own, own_rows in _split(part, arrays)]
+        joined = [jnp.concatenate(leaves) for leaves in zip(*rows, strict=True)]
+        filled_parts.append(joined)
+    return packing.pack((kept, filled_parts))
+
+
+def _unpacked(guard: GuardState) -> tuple[Packing, tuple[Record, list[list]]]:
+    structs = [structs_of(part) for part in parts_of(guard.layout)]
+    packing = Packing((record_structs(guard.columns), structs))
+    return packing, packing.unpack(guard.numbers)
+
+
+def _known(described, parts) -> dict[State | Rows, list]:
+    """Return the arrays of each part by what it is, several of a kind in order."""
+    found: dict[State | Rows, list] = {}
+    for part, arrays in zip(described, parts, strict=True):
+        if isinstance(part, State):
+            if part.name != "roll_back":  # Its ages are those of its snapshots.
+                found.setdefault(part, []).append(arrays)
+        else:
+            for own, rows in _split(part, arrays):
+                found.setdefault(own, []).append(rows)
+    return found
+
+
+def _split(family: list[Rows], arrays: list) -> list[tuple[Rows, list]]:
+    """Return the rows of each threshold of a family."""
+    start, split = 0, []
+    for own in family:
+        stop = start + own.groups
+        split.append((own, [array[start:stop] for array in arrays]))
+        start = stop
+    return split

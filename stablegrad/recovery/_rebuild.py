@@ -1,0 +1,80 @@
+"""Putting carried arrays into a guard's fresh state, snapshots included."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from .. import _trees
+from .._packing import Packed
+from ..engine._step import GuardState
+
+Refill = Callable[[GuardState], Packed]  # A guard's fresh state -> its numbers.
+
+
+def guards_in(state: Any) -> list[GuardState]:
+    """Return the states of guards, an outer one before an inner one."""
+    found = []
+    for guard in _trees.nodes(state, _is_guard):
+        found += [guard, *guards_in(guard.guarded_inner)]
+    return found
+
+
+def _is_guard(node: Any) -> bool:
+    return isinstance(node, GuardState)
+
+
+def rebuilt(fresh: Any, unguarded: Any, refill: Refill, params: Any) -> Any:
+    """Return a fresh state with the arrays of the same state without guards.
+
+    Args:
+        fresh: A state from `init`, with guards anywhere.
+        unguarded: What `unwrap` would return of it, with other arrays.
+        refill: Gives each guard its numbers, an outer one before an inner one.
+        params: Where they are, the state goes.
+    """
+    leaves = iter(jax.tree.leaves(unguarded))
+    return _trees.placed_like(_put(fresh, leaves, refill), params)
+
+
+def _put(fresh: Any, leaves: Iterator, refill: Refill) -> Any:
+    def put(node):
+        if not _is_guard(node):
+            return next(leaves)
+        numbers = refill(node)
+        inner = _put(node.guarded_inner, leaves, refill)
+        kept = tuple(_snapshot(old, inner, numbers) for old in node.snapshots)
+        return node._replace(guarded_inner=inner, numbers=numbers, snapshots=kept)
+
+    return jax.tree.map(put, fresh, is_leaf=_is_guard)
+
+
+def _snapshot(fresh, inner, numbers: Packed):
+    """Return a snapshot of now, with buffers of its own, where the fresh one lies."""
+    # The statistics are the last of the numbers.
+    by_dtype = {array.dtype: array for array in numbers}
+    statistics = tuple(
+        by_dtype[own.dtype][..., by_dtype[own.dtype].shape[-1] - own.shape[-1] :]
+        for own in fresh.statistics
+    )
+    now = fresh._replace(guarded_inner=inner, statistics=statistics)
+
+    def place(new, old):
+        new = jnp.array(new)
+        traced = isinstance(old, Tracer) or isinstance(new, Tracer)
+        return new if traced else jax.device_put(new, old.sharding)
+
+    return jax.tree.map(place, now, fresh)
+
+
+def require_finite(asker: str, params: Any) -> None:
+    """Raise ValueError, naming the leaf, if a parameter is not finite."""
+    for path, leaf in _trees.paths_and_leaves(params):
+        if not isinstance(leaf, Tracer) and not np.isfinite(np.asarray(leaf)).all():
+            raise ValueError(
+                f"`{asker}` got parameters that are not finite: leaf "
+                f"{_trees.path_name(path)}. Restore an earlier checkpoint."
+            )

@@ -1,0 +1,167 @@
+"""From one guard's state to another's."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+import stablegrad as sg
+from stablegrad.engine._step import GuardState
+
+PARAMS = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}
+INNER = optax.adam(0.1)
+STEPS = 60
+
+
+def first():
+    return sg.guard(
+        INNER,
+        sg.clip(sg.rarity()),
+        sg.clip(sg.zscore(2.5, per="leaf")),
+        sg.skip(sg.nonfinite(), sg.zscore(6.0)),
+        sg.back_off(sg.ema_ratio(3.0, of="value"), hold_steps=100),
+    )
+
+
+def second():
+    """Another order, one response less, one more, another threshold for the skip."""
+    return sg.guard(
+        INNER,
+        sg.back_off(sg.ema_ratio(3.0, of="value"), hold_steps=100),
+        sg.skip(sg.nonfinite(), sg.rarity(margin=32.0), sg.window_zscore(6.0)),
+        sg.roll_back(sg.fixed(1e9, of="value")),
+        sg.clip(sg.zscore(2.5, per="leaf")),
+    )
+
+
+@pytest.fixture(scope="module")
+def old():
+    """The state of the first guard after steps with a nan and a high loss."""
+    tx = first()
+    noise = 1 + 0.1 * jax.random.normal(jax.random.key(0), (STEPS,))
+    scales = noise.at[30].set(jnp.nan)
+    values = jnp.ones(STEPS).at[50].set(100.0)
+
+    def step(carry, xs):
+        params, state = carry
+        grads = jax.tree.map(lambda p: xs[0] * jnp.ones_like(p), params)
+        return sg.apply(tx, grads, state, params, value=xs[1]), None
+
+    start = PARAMS, tx.init(PARAMS)
+    return jax.jit(lambda xs: jax.lax.scan(step, start, xs)[0])((scales, values))
+
+
+def limits(tx, params, state):
+    """The limits in force in the next step, by name."""
+    _, state = jax.jit(tx.update)(params, state, params, value=1.0)
+    seen = sg.metrics(state)
+    return {name: x.item() for name, x in seen.items() if name.endswith("_limit")}
+
+
+def test_what_both_guards_have_is_carried_over(old):
+    params, state = old
+    moved = sg.migrate(second(), params, state)
+    chex.assert_trees_all_equal(moved.guarded_inner, state.guarded_inner)
+    told = [str(event) for event in sg.events(moved)]
+    assert told == [str(event) for event in sg.events(state)] and len(told) == 2
+    before, after = sg.metrics(state), sg.metrics(moved)
+    for name in ("guarded_steps", "skipped_steps", "backed_off_steps", "grad_norm"):
+        assert after[name] == before[name], name
+    was, now = limits(first(), params, state), limits(second(), params, moved)
+    same = "clip_zscore_grad_norm_limit", "back_off_ema_ratio_value_limit"
+    for name in same:
+        assert now[name] == was[name], name
+    # The statistics are those of another response; the margin is its own.
+    ratio = now["skip_rarity_grad_norm_limit"] / was["clip_rarity_grad_norm_limit"]
+    assert ratio == pytest.approx(32)
+    assert now["skip_window_zscore_grad_norm_limit"] == float("inf")  # Is new.
+
+
+def test_a_cut_of_the_learning_rate_stays(old):
+    params, state = old
+    tx = second()
+    moved = sg.migrate(tx, params, state)
+    _, moved = jax.jit(tx.update)(params, moved, params, value=1.0)
+    assert sg.metrics(moved)["lr_scale"] == sg.metrics(state)["lr_scale"] == 0.5
+
+
+def test_snapshots_begin_with_what_was_carried_over(old):
+    params, state = old
+    moved = sg.migrate(second(), params, state)
+    chex.assert_trees_all_equal(moved.snapshots[0].params, params)
+    chex.assert_trees_all_equal(moved.snapshots[0].guarded_inner, moved.guarded_inner)
+    fresh = second().init(params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(moved, fresh)
+    widths = [own.size for own in fresh.snapshots[0].statistics]
+    for own, all_of, width in zip(
+        moved.snapshots[0].statistics, moved.numbers, widths, strict=True
+    ):
+        chex.assert_trees_all_equal(own, all_of[all_of.size - width :])
+
+
+def test_a_guard_that_migrates_to_itself_decides_as_before(old):
+    params, state = old
+    moved = sg.migrate(first(), params, state)
+    assert limits(first(), params, moved) == limits(first(), params, state)
+
+
+def test_a_guard_inside_a_chain_is_found(old):
+    params, state = old
+    tx = optax.chain(second(), optax.identity())
+    moved = sg.migrate(tx, params, (state, optax.EmptyState()))
+    assert sg.metrics(moved)["skipped_steps"] == 1
+
+
+def test_the_state_of_other_responses_is_an_error_that_names_migrate(old):
+    params, state = old
+    with pytest.raises(ValueError, match=r"stablegrad\.migrate\(tx, params, state\)"):
+        second().update(params, state, params, value=1.0)
+
+
+def old_version(state):
+    fields = ("guarded_inner", "numbers", "columns", "names")
+    return {name: getattr(state, name) for name in fields}
+
+
+def test_a_state_of_the_first_version_keeps_the_inner_state_and_says_so(old):
+    params, state = old
+    with pytest.warns(UserWarning, match="of an older version"):
+        moved = sg.migrate(second(), params, old_version(state))
+    chex.assert_trees_all_equal(moved.guarded_inner, state.guarded_inner)
+    assert sg.metrics(moved)["guarded_steps"] == 0
+    with pytest.raises(ValueError, match=r"stablegrad\.migrate"):
+        first().update(params, GuardState(**old_version(state)), params, value=1.0)
+
+
+def test_a_state_of_a_newer_version_is_an_error(old):
+    params, state = old
+    layout = {**state.layout}
+    (version, *_) = sorted(layout)
+    del layout[version]
+    newer = state._replace(layout={version.replace(" 2", " 3"): None, **layout})
+    with pytest.raises(ValueError, match="of version 3; this stablegrad reads"):
+        sg.migrate(second(), params, newer)
+
+
+def test_a_bare_state_is_sent_to_adopt():
+    with pytest.raises(ValueError, match=r"stablegrad\.adopt\(tx, params, state\)"):
+        sg.migrate(second(), PARAMS, INNER.init(PARAMS))
+
+
+def test_states_with_more_guards_than_the_optimizer_are_an_error(old):
+    params, state = old
+    with pytest.raises(ValueError, match="2 guards for an optimizer with 1"):
+        sg.migrate(second(), params, (state, state))
+
+
+@pytest.mark.slow
+def test_what_orbax_restores_without_a_target_is_migrated(old, tmp_path):
+    params, state = old
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", state)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "state")
+    moved = sg.migrate(second(), params, restored)
+    chex.assert_trees_all_equal(moved, sg.migrate(second(), params, state))
