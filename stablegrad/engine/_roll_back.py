@@ -95,12 +95,12 @@ class RollBack:
         bad = (reason > 0) | above | (trouble.kept_out > 0)
         seen = Seen(bad, bad | cut, trouble.poisoned)
         settings = self._settings
-        action, planned = plan(settings, states[self._place], seen)
+        action, instead, planned = plan(settings, states[self._place], seen)
         packing = Packing(written.statistics)
         packed = written._replace(statistics=packing.pack(written.statistics))
         params = None if writes_params else step.params
-        moved, snapshots, refused = exchange(
-            action, packed, snapshots, params, settings.memory, step.axes
+        moved, snapshots, (action, refused) = exchange(
+            action, instead, packed, snapshots, params, settings.memory, step.axes
         )
         after = after_action(settings, planned, action, refused)
         rolled = (action >= RESTORE) & (refused == 0)

@@ -132,6 +132,20 @@ def test_a_poisoned_inner_state_is_restored():
     chex.assert_tree_all_finite(rows[-1][:2])
 
 
+def test_what_is_poisoned_in_silence_is_found_when_it_should_be_kept():
+    # Its gradient is finite, so nothing else sees it.
+    def silent(params, state, value, spoil):
+        grads = jax.tree.map(lambda p: jnp.where(jnp.isfinite(p), p, 0), params)
+        return sg.apply(TX, grads, state, params, value=value * spoil)
+
+    rows, _ = run(jax.jit(silent), TX, poison={21: nan_at("w")})
+    (restored,) = [t for t, row in enumerate(rows) if row[2]["rolled_back"]]
+    assert 21 <= restored <= 21 + SETTINGS["every"] + 1
+    chex.assert_tree_all_finite(rows[restored][:2])
+    taken = newest_snapshot(rows, restored)
+    chex.assert_trees_all_equal(rows[restored][:2], rows[taken][:2])
+
+
 def test_an_event_soon_after_a_snapshot_gives_it_up():
     rows, _ = run(APPLY, TX)
     taken = newest_snapshot(rows, STEPS - 1)

@@ -2,6 +2,7 @@
 
     calm for `hold_steps` ---every `every` steps---> take
     bad for `after` steps, or parameters not finite ---> restore ---> cooldown
+    what should be taken is not finite ---> restore
     nothing to restore, or restored `limit` times since a snapshot ---> refuse, halt
 
 The machine knows ages and counts alone; `_snapshots` moves the arrays.
@@ -71,8 +72,12 @@ def init_state(settings: RollBackSettings) -> RollBackState:
 
 def plan(
     settings: RollBackSettings, state: RollBackState, seen: Seen
-) -> tuple[jax.Array, RollBackState]:
-    """Return the action of a step, int32 (), and the state before its outcome."""
+) -> tuple[jax.Array, jax.Array, RollBackState]:
+    """Return the action of a step, another, and the state before its outcome.
+
+    The other action, int32 () as well, is for a snapshot that turns out not to be
+    finite: it restores the newest one instead.
+    """
     ages = jnp.where(state.ages >= 0, increment(state.ages), state.ages)
     # A snapshot so soon before an event may already hold what led to it.
     doubtful = seen.event & (ages <= settings.hold_steps) & ~state.from_init
@@ -97,7 +102,9 @@ def plan(
         jnp.where(refusal == 0, RESTORE + slot, NOTHING),
         jnp.where(due & ~seen.event, take, NOTHING),
     )
-    return action.astype(jnp.int32), state._replace(
+    instead = jnp.where(jnp.any(held), RESTORE + jnp.argmax(held), NOTHING)
+    actions = action.astype(jnp.int32), instead.astype(jnp.int32)
+    return *actions, state._replace(
         ages=ages,
         bad_run=bad_run,
         calm_run=calm_run,
@@ -109,14 +116,13 @@ def plan(
 def after_action(
     settings: RollBackSettings, planned: RollBackState, action, refused
 ) -> RollBackState:
-    """Return the state after an action; `refused` is the `Refusal` that it met."""
+    """Return the state after the action that was carried out, or met a `Refusal`."""
     done = (action > NOTHING) & (refused == 0)
     took, restored = done & (action < RESTORE), done & (action >= RESTORE)
     shifted = jnp.concatenate([jnp.zeros((1,), jnp.int32), planned.ages[:-1]])
     replaced = planned.ages.at[0].set(0)
     newer = jnp.where(action == SHIFT, shifted, replaced)
     cooldown = jnp.asarray(settings.cooldown_steps).astype(jnp.int32)
-    failed = (action >= RESTORE) & (refused > 0)
     return planned._replace(
         ages=jnp.where(took, newer, planned.ages),
         from_init=planned.from_init & ~took,
@@ -125,5 +131,5 @@ def after_action(
         restores=jnp.where(took, 0, count_if(restored, planned.restores)),
         roll_backs=count_if(restored, planned.roll_backs),
         rolled_back=restored,
-        refusal=jnp.where(failed, refused, planned.refusal),
+        refusal=jnp.maximum(refused, planned.refusal),
     )

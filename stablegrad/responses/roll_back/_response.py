@@ -19,7 +19,7 @@ def roll_back(
     every: int | jax.Array = 100,
     keep: int = 2,
     hold_steps: int | jax.Array = 20,
-    cooldown_steps: int | jax.Array = 100,
+    cooldown_steps: int | jax.Array = 20,
     limit: int | jax.Array = 3,
     memory: str = "device",
 ) -> Response:
@@ -43,7 +43,9 @@ def roll_back(
     a step. One is taken every `every` steps, from the first 20 calm ones on: none of
     the last `hold_steps` steps had an event (a bad step, or a cut of the learning
     rate). If an event follows within `hold_steps`, it is given up. The parameters given
-    to `init` are the first one. What is not finite is never kept nor restored.
+    to `init` are the first one. What is not finite is never kept nor restored: if it is
+    time for a snapshot and parameters or moments are not finite, the newest one is
+    restored, so parameters that hold an inf on purpose cannot be rolled back.
 
     Through `stablegrad.apply`, and through `integrations.nnx.update` for Flax NNX,
     parameters and inner state are restored bit for bit. Through `update` the updates
@@ -65,7 +67,7 @@ def roll_back(
 
     Args:
         *thresholds: What counts as bad besides rejected steps. None given means a loss
-            that is not finite or above `zscore(6.0)`, where `value=` is passed. A
+            that is not finite or above `zscore(2.0)`, where `value=` is passed. A
             threshold must refuse what lasts for more than `after` steps in a row.
         after: Bad steps in a row until a roll-back, >= 1.
         every: Steps from one snapshot to the next, > `hold_steps`.
@@ -73,7 +75,9 @@ def roll_back(
             `hold_steps`, and each later roll-back goes one further back.
         hold_steps: Steps on either side of a snapshot without an event, >= 1.
         cooldown_steps: Steps after a roll-back before trouble causes another, >= 0.
-            Parameters that are not finite are restored at once.
+            Parameters that are not finite are restored at once. A planned rise of the
+            loss, such as a new task, looks like trouble: with 100 it costs one
+            roll-back and is usual when the cooldown ends, with 20 it may halt.
         limit: Roll-backs without a new snapshot in between, >= 1. Then the guard halts,
             for as long as the trouble lasts. Restored nan and inf do not count.
         memory: "device" or "pinned_host".
@@ -105,7 +109,7 @@ def roll_back(
     """
     check_thresholds("roll_back", thresholds)
     if not thresholds:
-        watched = nonfinite(of="value"), zscore(6.0, of="value")
+        watched = nonfinite(of="value"), zscore(2.0, of="value")
         thresholds = tuple(map(optional, watched))
     require_steps("after", after)
     require_count("keep", keep, least=2)

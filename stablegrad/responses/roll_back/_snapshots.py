@@ -15,7 +15,7 @@ from ... import _trees
 from ..._mapped_axes import LOCAL, MappedAxes, manual_axes, varies_over, varying
 from ..._norms import all_finite
 from ..._packing import Packed
-from ._machine import NOTHING, RESTORE, SHIFT, Refusal
+from ._machine import NOTHING, REPLACE, RESTORE, SHIFT, Refusal
 
 
 class Snapshot(NamedTuple):
@@ -42,36 +42,42 @@ def init_snapshots(first: Snapshot, keep: int, memory: str) -> tuple[Snapshot, .
 
 def exchange(
     action: jax.Array,
+    instead: jax.Array,
     written: Written,
     kept: tuple[Snapshot, ...],
     params: Any,
     memory: str,
     axes: MappedAxes = LOCAL,
-) -> tuple[Written, tuple[Snapshot, ...], jax.Array]:
-    """Carry out an action; return what is written, what is kept, and a `Refusal`.
+) -> tuple[Written, tuple[Snapshot, ...], tuple[jax.Array, jax.Array]]:
+    """Carry out an action, or another where what it should keep is not finite.
 
-    `params` are those before the step if the result is their update, None if it is the
+    Return what is written, what is kept, the action that was carried out, and the
+    `Refusal` that it met. `params` are those before the step if the result is their update, None if it is the
     new parameters. Where devices of mapped `axes` hold shards, all refuse or none.
     """
 
     def act(carry):
-        written, kept, _ = carry
+        written, kept, (action, _) = carry
         taken = _taken(written, params)
         fine = _everywhere(_finite(taken), axes)
-        takes = (action < RESTORE) & fine
+        poisoned = (action < RESTORE) & ~fine
+        action = jnp.where(poisoned, instead, action)
+        takes = (action == REPLACE) | (action == SHIFT)
         shift = lambda kept: (kept[0], *kept[:-1])
         kept = _once(takes & (action == SHIFT), shift, kept)
         renew = lambda kept: (_put(_typed_like(taken, kept[0]), memory), *kept[1:])
         kept = _once(takes, renew, kept)
-        refused = jnp.where(fine, 0, int(Refusal.NO_SNAPSHOT))
+        nothing = poisoned & (action == NOTHING)
+        refused = jnp.where(nothing, int(Refusal.NO_SNAPSHOT), 0)
         for slot, snapshot in enumerate(kept):
             restore = _restore_from(snapshot, params, axes)
             carry = written, refused
             written, refused = _once(action == RESTORE + slot, restore, carry)
-        return written, kept, refused
+        return written, kept, (action, refused)
 
     kept = _put(kept, memory)  # A checkpoint may have brought them elsewhere.
-    return _once(action > NOTHING, act, (written, kept, action * 0))
+    carry = (written, kept, (action, action * 0))
+    return _once(action > NOTHING, act, carry)
 
 
 def _once(pred: jax.Array, function: Callable, carry):
