@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from _faults import problem
-from _faults.schedules import Schedule, hits, none, spoilt
 
 import stablegrad as sg
+from _faults import problem
+from _faults.schedules import Schedule, hits, none, spoilt
 
 NEAR = 1.05  # Of the clean run's loss.
 MOVED = 40  # Steps at the end of which some must move the parameters.

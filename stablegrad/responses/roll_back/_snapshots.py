@@ -52,8 +52,9 @@ def exchange(
     """Carry out an action, or another where what it should keep is not finite.
 
     Return what is written, what is kept, the action that was carried out, and the
-    `Refusal` that it met. `params` are those before the step if the result is their update, None if it is the
-    new parameters. Where devices of mapped `axes` hold shards, all refuse or none.
+    `Refusal` that it met. `params` are those before the step if the result is their
+    update, None if it is the new parameters. Where devices of mapped `axes` hold
+    shards, all refuse or none.
     """
 
     def act(carry):
