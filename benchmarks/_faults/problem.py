@@ -49,9 +49,9 @@ def loss_fn(params, x, y):
     """Mean squared error, in the dtype of the parameters; the mean in float32."""
     dtype = params["first"]["bias"].dtype
     hidden = jnp.tanh(
-        x.astype(dtype) @ params["first"]["kernel"] + params["first"]["bias"]
+        x.astype(dtype) @ params["first"]["kernel"] + params["first"]["bias"][None]
     )
-    found = hidden @ params["last"]["kernel"] + params["last"]["bias"]
+    found = hidden @ params["last"]["kernel"] + params["last"]["bias"][None]
     return jnp.mean((found.astype(jnp.float32) - y) ** 2)
 
 
