@@ -53,4 +53,5 @@ def _arrays(tree):
     """Return a tree without variables, as `Optimizer.update` hands it on."""
     if hasattr(nnx, "as_pure"):
         return nnx.as_pure(tree)
-    return nnx.to_arrays(nnx.pure(tree))  # Flax before 0.12.1.
+    # Older versions of Flax.
+    return nnx.to_arrays(nnx.pure(tree))  # pyright: ignore[reportAttributeAccessIssue]

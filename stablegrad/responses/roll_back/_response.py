@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from ..._checks import require, require_count, require_steps
 from ...thresholds._base import Threshold, optional
@@ -115,7 +116,7 @@ def roll_back(
     require_count("keep", keep, least=2)
     require_steps("hold_steps", hold_steps)
     require_steps("every", every)
-    concrete = not any(isinstance(x, jax.core.Tracer) for x in (every, hold_steps))
+    concrete = not any(isinstance(x, Tracer) for x in (every, hold_steps))
     if concrete:
         expected = f"> `hold_steps`, which is {hold_steps}"
         require("every", every, expected, lambda x: x > hold_steps)
