@@ -159,6 +159,8 @@ def test_float64_parameters_keep_their_dtype_and_the_state_its_own(name, x64):
     updates, after = jax.eval_shape(step, params, state, params)
     assert updates["w"].dtype == jnp.float64
     assert specs(after) == specs(state)
+    if hasattr(after, "snapshots"):
+        after = after._replace(snapshots=())  # Copies of the parameters themselves.
     assert not [x.dtype for x in jax.tree.leaves(after) if x.dtype.itemsize == 8]
 
 

@@ -273,7 +273,9 @@ def test_nothing_but_a_snapshot_is_copied():
     copies = [row for row in entry.splitlines() if " copy(" in row]
     assert not [row for row in copies if "f32[512,512]" in row]
     size = params["w"].nbytes
-    assert program.memory_analysis().temp_size_in_bytes < 4.2 * size
+    # JAX before 0.10.2 stores what it adds up on a CPU.
+    most = 4.2 if jax.__version_info__ >= (0, 10, 2) else 6.2
+    assert program.memory_analysis().temp_size_in_bytes < most * size
 
 
 class Model(nnx.Module):

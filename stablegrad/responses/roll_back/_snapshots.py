@@ -69,7 +69,7 @@ def exchange(
         renew = lambda kept: (_put(_typed_like(taken, kept[0]), memory), *kept[1:])
         kept = _once(takes, renew, kept)
         nothing = poisoned & (action == NOTHING)
-        refused = jnp.where(nothing, int(Refusal.NO_SNAPSHOT), 0)
+        refused = nothing.astype(jnp.int32) * int(Refusal.NO_SNAPSHOT)
         for slot, snapshot in enumerate(kept):
             restore = _restore_from(snapshot, params, axes)
             carry = written, refused
@@ -116,6 +116,7 @@ def _restore_from(snapshot: Snapshot, params, axes: MappedAxes) -> Callable:
             reached = _everywhere(_reachable(back.params, params), axes)
             refused = jnp.where(fine & ~reached, int(Refusal.NEEDS_APPLY), refused)
         restored = Written(result, back.guarded_inner, back.statistics)
+        refused = refused.astype(jnp.int32)
         return _trees.select(refused == 0, restored, written), refused
 
     return restore
