@@ -5,7 +5,7 @@ from importlib.metadata import (
     version as _version,
 )
 
-from . import sweep as sweep
+from . import structure as structure, sweep as sweep
 from ._observe import (
     TrainingHalted as TrainingHalted,
     events as events,
