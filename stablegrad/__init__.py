@@ -46,6 +46,7 @@ from .presets._stabilize import stabilize as stabilize
 from .responses._back_off import back_off as back_off
 from .responses._clip import clip as clip
 from .responses._halt import halt as halt
+from .responses._layer_health import layer_health as layer_health
 from .responses._reasons import Reason as Reason
 from .responses._skip import skip as skip
 from .responses.trust_region._response import trust_region as trust_region

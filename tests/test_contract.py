@@ -63,7 +63,7 @@ PIECES = {
     "param_ratio",
     "units",
 }
-RESPONSES = {"clip", "skip", "back_off", "trust_region", "halt"}
+RESPONSES = {"clip", "skip", "back_off", "trust_region", "halt", "layer_health"}
 READERS = {"metrics", "events", "is_healthy", "raise_if_halted", "apply"}
 KEEPERS = {"keep_if_skipped", "unwrap"}
 BEFORE_TRAINING = {"critical_learning_rate", "learning_rate_range_test", "sharpness"}

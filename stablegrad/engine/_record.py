@@ -46,6 +46,7 @@ class Totals(NamedTuple):
     kept_out_steps: jax.Array  # Steps in which some elements were kept out.
     halted_steps: jax.Array  # Steps spent halted.
     consecutive_skips: jax.Array  # Steps rejected since one was last taken.
+    warned_steps: jax.Array  # Steps in which `layer_health` warned.
 
 
 class EventKind(IntEnum):
@@ -56,6 +57,7 @@ class EventKind(IntEnum):
     HALT = 3
     SHORTEN = 4
     KEEP_OUT = 5
+    WARN = 6
 
 
 class EventLog(NamedTuple):
@@ -170,6 +172,7 @@ class Outcome(NamedTuple):
     extras: dict[str, jax.Array]
     backed_off: jax.Array  # bool: `back_off` cut the learning rate.
     shortened: jax.Array  # bool: a probe found the step harmful.
+    warned: jax.Array  # bool: a layer left what is usual for it.
 
 
 def after_step(record: Record, outcome: Outcome) -> Record:
@@ -186,12 +189,14 @@ def after_step(record: Record, outcome: Outcome) -> Record:
         kept_out_steps=kept_out,
         halted_steps=last.halted,
         consecutive_skips=skipped,
+        warned_steps=outcome.warned,
     )
     totals = count_if(jnp.stack(happened), record.totals)
     is_run = np.arange(len(Totals._fields)) == Totals._fields.index("consecutive_skips")
     totals = jnp.where(is_run & ~skipped, 0, totals)
     kind = jnp.zeros((), jnp.int32)
     for flag, own in (
+        (outcome.warned, EventKind.WARN),
         (kept_out, EventKind.KEEP_OUT),
         (shortened, EventKind.SHORTEN),
         (outcome.backed_off, EventKind.BACK_OFF),

@@ -14,8 +14,9 @@ from .. import _checks, _trees
 from .._mapped_axes import MappedAxes, warn_of_replicas
 from .._norms import Measurement, first_true, measure
 from .._packing import Packed, Packing, encode
-from .._scales import scaled_norm
+from .._scales import scale_leaves, scaled_norm
 from ..responses._base import Response, Verdict
+from ..responses._layer_health import LayerHealth, LayerNumbers, Sight
 from ..responses._reasons import Reason, first_reason, gradient_reason
 from . import _decide, _record
 from ._commit import checked_now, commit
@@ -32,6 +33,7 @@ class GuardState(NamedTuple):
     numbers: Packed  # Record, responses, statistics: float32 and int32 (columns,).
     columns: dict[str, None]  # Names of the record's further columns; no arrays.
     names: jax.Array  # uint8: names of the leaves given to `init`.
+    layers: LayerNumbers | tuple[()]  # Of `layer_health`; () without one.
 
 
 class GuardedStep:
@@ -51,6 +53,7 @@ class GuardedStep:
         self._warned = False
         self._statistics = Statistics(responses)
         self._limit_names = _decide.limit_names(responses)
+        self._layers = _only_layers(responses)
 
     def init(self, params) -> Any:
         """Return the state before the first step."""
@@ -62,6 +65,7 @@ class GuardedStep:
             Packing(numbers).pack(numbers),
             _record.column_names(self._extras(None, numbers[1])),
             _trees.encode_names(_trees.leaf_names(params)),
+            self._layers.init(params) if self._layers else (),
         )
         return _trees.placed_like(state, params)
 
@@ -137,6 +141,11 @@ class GuardedStep:
             verdict,
         )
         verdict = decision.verdict
+        layers, warning = state.layers, None
+        if self._layers and layers:
+            steps = _record.totals_of(record).guarded_steps
+            sight = self._sight(inner, step, state.guarded_inner, gradient, decision)
+            layers, *warning = self._layers.after_step(layers, steps, sight)
         done = commit(
             inner,
             step,
@@ -167,6 +176,7 @@ class GuardedStep:
             gradient,
             decision._replace(verdict=verdict),
             settled,
+            warning,
             kept_out,
         )
         shortened = update_scales(decision).smallest() < 1
@@ -182,6 +192,30 @@ class GuardedStep:
             ),
             state.columns,
             state.names,
+            layers,
+        )
+
+    def _sight(self, inner, step, inner_state, gradient, decision) -> Sight:
+        """Return what `layer_health` can see of a step."""
+        if step.params is None:
+            raise _checks.missing_params("`layer_health`")
+        scales = decision.verdict.gradient_scales
+
+        def update():
+            incoming = step.updates
+            if scales is not None:
+                incoming = scale_leaves(incoming, scales, step.like)
+            made, _ = inner(incoming, inner_state, step.params)
+            return scale_leaves(made, update_scales(decision), step.like)
+
+        return Sight(
+            gradient=step.updates,
+            measured=gradient,
+            update=update,
+            params=step.params,
+            like=step.like,
+            taken=decision.verdict.reason == 0,
+            axes=self._axes,
         )
 
     def _warn_of_missing_value(self, extra: dict[str, Any]) -> None:
@@ -201,7 +235,7 @@ class GuardedStep:
         return verdict._replace(reason=first_reason((bad, verdict.reason)))
 
     def _outcome(
-        self, step, record, gradient, decision: Decision, settled, kept_out
+        self, step, record, gradient, decision: Decision, settled, warning, kept_out
     ) -> _record.Outcome:
         """Return how the step went, for the record."""
         _, verdict, ahead, _ = decision
@@ -216,7 +250,11 @@ class GuardedStep:
             clip_scale = jnp.minimum(clip_scale, verdict.update_scales.smallest())
         loss = _decide.loss_of(step.extra, self._axes)
         largest = gradient.largest_leaf
-        kept_leaf = first_true(kept_out[:-1] > 0)
+        bad_leaf = first_true(kept_out[:-1] > 0)
+        warned = jnp.zeros((), bool)
+        if warning is not None:
+            warned, layer = warning
+            bad_leaf = jnp.where(warned & (bad_leaf < 0), layer, bad_leaf)
         last = _record.LastStep(
             grad_norm=encode(gradient.norm),
             clipped_grad_norm=encode(clipped_norm),
@@ -228,7 +266,7 @@ class GuardedStep:
             back_off_scale=verdict.lr_scale,
             skipped=verdict.reason > 0,
             skip_reason=verdict.reason,
-            first_bad_leaf=jnp.where(gradient.finite, kept_leaf, largest),
+            first_bad_leaf=jnp.where(gradient.finite, bad_leaf, largest),
             largest_leaf=largest,
             kept_out_elements=jnp.sum(kept_out),
             halted=functools.reduce(jnp.logical_or, halted, jnp.zeros((), bool)),
@@ -238,7 +276,15 @@ class GuardedStep:
             self._extras(decision, settled),
             backed_off=verdict.lr_scale < _record.last_step_of(record).back_off_scale,
             shortened=ahead.alarm,
+            warned=warned,
         )
+
+
+def _only_layers(responses: tuple[Response, ...]) -> LayerHealth | None:
+    found = [response.layers for response in responses if response.layers is not None]
+    if len(found) > 1:
+        raise ValueError(f"`guard` takes one `layer_health`, got {len(found)}.")
+    return found[0] if found else None
 
 
 def _with_stuck(reason, kept_out, step: StepContext) -> jax.Array:

@@ -52,6 +52,7 @@ class Response(NamedTuple):
     needs_value_fn: bool = False  # Whether a step without `value_fn=` is an error.
     # state -> name: rank-0 array, what `metrics` shows of the response.
     readings: Callable[[Any], dict[str, jax.Array]] = lambda state: {}
+    layers: Any = None  # A `LayerHealth`, of the one response that measures layers.
 
     def init(self, params) -> Any:
         """Explain that a response is no optax transformation."""
