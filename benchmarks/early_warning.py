@@ -35,8 +35,15 @@ from options import Parser, whole
 
 MARGINS = tuple(2 ** (k / 8) for k in range(13))
 MOST_FALSE = 1.0  # In 1,000 steps.
-TUNED_ON = ("regression, tanh", "regression, GELU", "autoencoder, tanh")
-TUNING_SEEDS, JUDGING_SEEDS = [0, 1], [10, 11]
+TUNED_ON = (
+    "regression, tanh",
+    "regression, GELU",
+    "autoencoder, tanh",
+    "digits, GELU",
+    "regression, tanh, batch 256",
+    "regression, tanh, momentum",
+)
+TUNING_SEEDS, JUDGING_SEEDS = [0, 1], [20, 21]
 
 
 def scored(runs, margin: float) -> Score:

@@ -299,9 +299,7 @@ def parse_args(argv) -> argparse.Namespace:
     parser.add_argument("--width", type=whole(1), default=64, help="their units")
     parser.add_argument("--epochs", type=whole(1), default=20, help="rounds, each all")
     parser.add_argument("--batch-size", type=whole(1), default=64, help="images a step")
-    parser.add_argument(
-        "--quick", action="store_true", help=f"only {', '.join(QUICK)}"
-    )
+    parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}")
     return digits.parse_args(parser, argv, "structure")
 
 

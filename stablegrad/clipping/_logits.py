@@ -157,7 +157,7 @@ def _place(name: str, gammas, powers) -> tuple[str, float] | None:
 
 
 def _beside(gamma: jax.Array, leaf: jax.Array, name: str) -> jax.Array:
-    """Return gamma in a shape that broadcasts to a leaf (*layers, ..., heads, depth)."""
+    """Return gamma in a shape that broadcasts to a leaf (*layers, ..., heads, d)."""
     if not gamma.ndim:
         return gamma.reshape((1,) * leaf.ndim)
     *layers, heads = gamma.shape

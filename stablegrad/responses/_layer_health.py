@@ -179,7 +179,7 @@ def layer_health(
     every: int = 16,
     share: float | jax.Array = 0.01,
     window: int | jax.Array = 256,
-    margin: float | jax.Array = 4.0,
+    margin: float | jax.Array = 1.5,
     cosine: bool = False,
 ) -> Response:
     """Record how every layer fares, and warn where it leaves what is usual for it.

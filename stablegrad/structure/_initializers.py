@@ -4,7 +4,7 @@ All are functions `(key, shape, dtype) -> array`, as those of `jax.nn.initialize
 from which they are made.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 from jax.nn.initializers import Initializer
@@ -12,7 +12,8 @@ from jax.nn.initializers import Initializer
 from .._checks import require, require_count
 from ._mean_field import Activation, gain
 
-DISTRIBUTIONS = ("normal", "truncated_normal", "uniform", "orthogonal")
+Distribution = Literal["normal", "truncated_normal", "uniform", "orthogonal"]
+DISTRIBUTIONS = get_args(Distribution)
 
 
 class DeepNorm(NamedTuple):
@@ -25,7 +26,7 @@ class DeepNorm(NamedTuple):
 def activation_init(
     activation: Activation,
     *,
-    distribution: str = "truncated_normal",
+    distribution: Distribution = "truncated_normal",
     backward: bool = False,
 ) -> Initializer:
     """Return an initialiser for the kernel before (or after) an activation.

@@ -164,7 +164,7 @@ def test_the_ratio_is_that_of_the_step_as_it_is_taken():
 def test_an_ensemble_has_readings_and_events_by_member():
     grads = jax.tree.map(lambda x: jnp.stack([x] * 3, axis=1), gradients())
     grads["block1"]["kernel"] = grads["block1"]["kernel"].at[50, 1].multiply(100)
-    tx = sg.guard(optax.sgd(0.1), sg.layer_health(every=1, cosine=True))
+    tx = sg.guard(optax.sgd(0.1), sg.layer_health(every=1, margin=4.0, cosine=True))
 
     @jax.vmap
     def member(grads):
