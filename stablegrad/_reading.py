@@ -17,7 +17,7 @@ from .engine._record import (
     totals_of,
 )
 from .engine._step import GuardState
-from .responses._layer_health import readings
+from .responses._layers import readings
 from .responses._reasons import Reason
 
 

@@ -1,1 +1,1 @@
-"""Runs that spike, spikes, and alarms: what `benchmarks/early_warning.py` is made of."""
+"""The parts of `benchmarks/early_warning.py`: runs that spike, spikes, alarms."""

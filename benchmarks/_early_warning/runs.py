@@ -39,7 +39,7 @@ def mlp(activation: Callable, widths: tuple[int, ...]) -> tuple[Callable, Callab
 
     def apply(params, x):
         for name in names:
-            x = x @ params[name]["kernel"] + params[name]["bias"]
+            x = x @ params[name]["kernel"] + params[name]["bias"][None]
             x = x if name == names[-1] else activation(x)
         return x
 

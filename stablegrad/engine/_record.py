@@ -173,6 +173,7 @@ class Outcome(NamedTuple):
     backed_off: jax.Array  # bool: `back_off` cut the learning rate.
     shortened: jax.Array  # bool: a probe found the step harmful.
     warned: jax.Array  # bool: a layer left what is usual for it.
+    warned_leaf: jax.Array  # int32: the first leaf of that layer.
 
 
 def after_step(record: Record, outcome: Outcome) -> Record:
@@ -209,12 +210,12 @@ def after_step(record: Record, outcome: Outcome) -> Record:
         jnp.stack(last[: len(FLOATS)]),
         jnp.stack(codes),
         totals,
-        *_log_event(record, before.guarded_steps, last, kind),
+        *_log_event(record, before.guarded_steps, last, kind, outcome.warned_leaf),
         *_extra_vectors(outcome.extras),
     )
 
 
-def _log_event(record: Record, step, last: LastStep, kind):
+def _log_event(record: Record, step, last: LastStep, kind, warned_leaf):
     """Log what happened in a step, if anything did.
 
     Steps in a row of one kind and reason are one event. Clipping is counted, not
@@ -231,6 +232,7 @@ def _log_event(record: Record, step, last: LastStep, kind):
     extended = happened & (written | (goes_on & (place == latest)))
     this = jnp.stack([kind, last.skip_reason, step])
     leaf = jnp.where(last.first_bad_leaf >= 0, last.first_bad_leaf, last.largest_leaf)
+    leaf = jnp.where(kind == EventKind.WARN, warned_leaf, leaf)
     codes = jnp.stack([step, kind, last.skip_reason, leaf])[None]
     numbers = jnp.stack([last.grad_norm, last.loss_value, last.lr_scale])[None]
     return (

@@ -1,6 +1,5 @@
 """One guarded step, from the measurement to the record."""
 
-import functools
 import inspect
 import warnings
 from collections.abc import Callable
@@ -12,18 +11,18 @@ import optax
 
 from .. import _checks, _trees
 from .._mapped_axes import MappedAxes, warn_of_replicas
-from .._norms import Measurement, first_true, measure
-from .._packing import Packed, Packing, encode
-from .._scales import scale_leaves, scaled_norm
+from .._norms import Measurement, measure
+from .._packing import Packed, Packing
 from ..responses._base import Response, Verdict
-from ..responses._layer_health import LayerHealth, LayerNumbers, Sight
+from ..responses._layers import LayerHealth, LayerNumbers
 from ..responses._reasons import Reason, first_reason, gradient_reason
 from . import _decide, _record
 from ._commit import checked_now, commit
 from ._decide import StepContext
 from ._families import Statistics
 from ._line_search import forget_value
-from ._look_ahead import Decision, decide_on_update, update_scales
+from ._look_ahead import Decision, decide_on_update, sight_of, update_scales
+from ._outcome import outcome_of
 
 
 class GuardState(NamedTuple):
@@ -144,7 +143,7 @@ class GuardedStep:
         layers, warning = state.layers, None
         if self._layers and layers:
             steps = _record.totals_of(record).guarded_steps
-            sight = self._sight(inner, step, state.guarded_inner, gradient, decision)
+            sight = sight_of(inner, step, state.guarded_inner, gradient, decision)
             layers, *warning = self._layers.after_step(layers, steps, sight)
         done = commit(
             inner,
@@ -170,15 +169,10 @@ class GuardedStep:
                 strict=True,
             )
         )
-        outcome = self._outcome(
-            step,
-            record,
-            gradient,
-            decision._replace(verdict=verdict),
-            settled,
-            warning,
-            kept_out,
-        )
+        decision = decision._replace(verdict=verdict)
+        halts = [r.halts(s) for r, s in zip(self._responses, settled, strict=True)]
+        outcome = outcome_of(step, record, gradient, decision, halts, warning, kept_out)
+        outcome = outcome._replace(extras=self._extras(decision, settled))
         shortened = update_scales(decision).smallest() < 1
         changed = shortened | (jnp.sum(kept_out) > 0)
         return done.result, GuardState(
@@ -193,29 +187,6 @@ class GuardedStep:
             state.columns,
             state.names,
             layers,
-        )
-
-    def _sight(self, inner, step, inner_state, gradient, decision) -> Sight:
-        """Return what `layer_health` can see of a step."""
-        if step.params is None:
-            raise _checks.missing_params("`layer_health`")
-        scales = decision.verdict.gradient_scales
-
-        def update():
-            incoming = step.updates
-            if scales is not None:
-                incoming = scale_leaves(incoming, scales, step.like)
-            made, _ = inner(incoming, inner_state, step.params)
-            return scale_leaves(made, update_scales(decision), step.like)
-
-        return Sight(
-            gradient=step.updates,
-            measured=gradient,
-            update=update,
-            params=step.params,
-            like=step.like,
-            taken=decision.verdict.reason == 0,
-            axes=self._axes,
         )
 
     def _warn_of_missing_value(self, extra: dict[str, Any]) -> None:
@@ -233,51 +204,6 @@ class GuardedStep:
         verdict = _decide.verdict_on(self._responses, states, judgements)
         bad = gradient_reason(gradient.norm)
         return verdict._replace(reason=first_reason((bad, verdict.reason)))
-
-    def _outcome(
-        self, step, record, gradient, decision: Decision, settled, warning, kept_out
-    ) -> _record.Outcome:
-        """Return how the step went, for the record."""
-        _, verdict, ahead, _ = decision
-        halted = [r.halts(s) for r, s in zip(self._responses, settled, strict=True)]
-        clipped_norm, clip_scale = gradient.norm, jnp.ones((), jnp.float32)
-        if verdict.gradient_scales is not None:
-            clip_scale = verdict.gradient_scales.smallest()
-            clipped_norm = scaled_norm(
-                gradient, verdict.gradient_scales, step.updates, step.like
-            )
-        if verdict.update_scales is not None:
-            clip_scale = jnp.minimum(clip_scale, verdict.update_scales.smallest())
-        loss = _decide.loss_of(step.extra, self._axes)
-        largest = gradient.largest_leaf
-        bad_leaf = first_true(kept_out[:-1] > 0)
-        warned = jnp.zeros((), bool)
-        if warning is not None:
-            warned, layer = warning
-            bad_leaf = jnp.where(warned & (bad_leaf < 0), layer, bad_leaf)
-        last = _record.LastStep(
-            grad_norm=encode(gradient.norm),
-            clipped_grad_norm=encode(clipped_norm),
-            clip_scale=clip_scale,
-            loss_value=encode(loss)
-            if loss is not None
-            else jnp.asarray(_record.NO_LOSS),
-            lr_scale=verdict.lr_scale * ahead.step_scale,
-            back_off_scale=verdict.lr_scale,
-            skipped=verdict.reason > 0,
-            skip_reason=verdict.reason,
-            first_bad_leaf=jnp.where(gradient.finite, bad_leaf, largest),
-            largest_leaf=largest,
-            kept_out_elements=jnp.sum(kept_out),
-            halted=functools.reduce(jnp.logical_or, halted, jnp.zeros((), bool)),
-        )
-        return _record.Outcome(
-            last,
-            self._extras(decision, settled),
-            backed_off=verdict.lr_scale < _record.last_step_of(record).back_off_scale,
-            shortened=ahead.alarm,
-            warned=warned,
-        )
 
 
 def _only_layers(responses: tuple[Response, ...]) -> LayerHealth | None:
