@@ -1,11 +1,18 @@
 """Weight decay that follows the schedule of the learning rate."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from .._checks import require
+from .._trees import increment
+
+
+class ScheduledDecayState(NamedTuple):
+    decay_steps: jax.Array  # int32, (): steps so far, saturating.
 
 
 def decay_with_schedule(
@@ -33,8 +40,8 @@ def decay_with_schedule(
             others without one, have `optax.add_decayed_weights(weight_decay)`.
 
     Returns:
-        A transformation for `optax.chain`, `optax.add_decayed_weights` with a schedule.
-        It needs `params`, and what is not finite passes through.
+        A transformation for `optax.chain`. It needs `params`, and what is not finite
+        passes through.
 
     Raises:
         ValueError: If a concrete number is out of range.
@@ -54,6 +61,17 @@ def decay_with_schedule(
     """
     require("weight_decay", weight_decay, ">= 0", lambda x: x >= 0)
     require("peak", peak, "> 0", lambda x: 0 < x < float("inf"))
-    return optax.add_decayed_weights(
-        lambda step: weight_decay * schedule(step) / peak, mask
-    )
+
+    def init_fn(params) -> ScheduledDecayState:
+        del params
+        return ScheduledDecayState(jnp.zeros((), jnp.int32))
+
+    def update_fn(updates, state: ScheduledDecayState, params=None):
+        # Optax 0.2.6 takes a schedule here, but never counts its steps.
+        factor = weight_decay * schedule(state.decay_steps) / peak
+        decay = optax.add_decayed_weights(factor)
+        updates, _ = decay.update(updates, decay.init(params), params)
+        return updates, ScheduledDecayState(increment(state.decay_steps))
+
+    transformation = optax.GradientTransformation(init_fn, update_fn)
+    return transformation if mask is None else optax.masked(transformation, mask)
