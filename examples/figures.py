@@ -32,12 +32,12 @@ def draw_schedules(outcomes: dict[str, Any], kinds: dict[str, str], path: Path) 
     figure.savefig(path, dpi=110)
 
 
-def draw_layers(outcomes: dict[int, dict[str, Any]], path: Path) -> None:
-    """The gradient norm over the layers, at the start and after training, by depth."""
+def draw_layers(outcomes: dict[str, dict[str, Any]], path: Path) -> None:
+    """The gradient norm over the layers, at the start and after training."""
     figure = Figure(figsize=(4.5 * len(outcomes) + 1, 8), layout="constrained")
     axes = figure.subplots(2, len(outcomes), sharey="row", squeeze=False)
     names = list(dict.fromkeys(name for found in outcomes.values() for name in found))
-    for column, (depth, networks) in enumerate(outcomes.items()):
+    for column, (title, networks) in enumerate(outcomes.items()):
         for axis, when in zip(axes[:, column], ("at_start", "at_end"), strict=True):
             for name, out in networks.items():
                 norms = getattr(out, when)
@@ -46,9 +46,9 @@ def draw_layers(outcomes: dict[int, dict[str, Any]], path: Path) -> None:
                 axis.plot(range(1, len(norms) + 1), norms, label=name, **style)
             axis.set_yscale("log")
             axis.locator_params(axis="x", integer=True)
-        axes[0, column].set_title(f"{depth} hidden layers")
+        axes[0, column].set_title(title)
         axes[1, column].set_xlabel("layer")
     axes[0, 0].set_ylabel("gradient norm at the start")
-    axes[1, 0].set_ylabel("gradient norm, last epoch")
+    axes[1, 0].set_ylabel("gradient norm, last step")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper")
     figure.savefig(path, dpi=110)

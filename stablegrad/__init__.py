@@ -5,7 +5,7 @@ from importlib.metadata import (
     version as _version,
 )
 
-from . import sweep as sweep
+from . import structure as structure, sweep as sweep
 from ._observe import (
     TrainingHalted as TrainingHalted,
     events as events,
@@ -48,6 +48,7 @@ from .recovery._migrate import migrate as migrate
 from .responses._back_off import back_off as back_off
 from .responses._clip import clip as clip
 from .responses._halt import halt as halt
+from .responses._layer_health import layer_health as layer_health
 from .responses._reasons import Reason as Reason
 from .responses._skip import skip as skip
 from .responses.roll_back._response import roll_back as roll_back

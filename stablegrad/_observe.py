@@ -45,12 +45,14 @@ def metrics(state: Any) -> dict[str, jax.Array]:
         - `trust_radius`, `trust_ratio`, `trust_scale`, `trust_probes`, `trust_cuts`: of
           a `trust_region`; the radius is inf while it does not bind.
           `trust_mismatch`: it rests, as gradients are not those of `value`.
+        - `layer_health_checks`, `layer_health_excess`, and for each layer
+          `layer_health_<signal>/<layer>`: of a `layer_health`.
         - `<response>_<threshold>_<signal>_limit`: each limit in force, inf: none yet;
           of the strictest leaf under per="leaf".
 
         Since `init`: `guarded_steps`, `clipped_steps`, `skipped_steps`,
-        `backed_off_steps`, `shortened_steps`, `kept_out_steps`, `halted_steps`; and
-        `consecutive_skips` up to now.
+        `backed_off_steps`, `shortened_steps`, `kept_out_steps`, `halted_steps`,
+        `warned_steps` (of a `layer_health`); and `consecutive_skips` up to now.
 
         Of several guards the names are prefixed `guard_0_`, `guard_1_`, and so on. Each
         `clip_by_...` of a chain adds `<its name>_raw_norm`, `_clipped_norm`, `_limit`,
@@ -94,7 +96,8 @@ def events(state: Any, params: Any = None) -> list[Event]:
     """List the last interventions, oldest first, with the leaf to look at by name.
 
     Host only: it reads the numbers. A guard remembers the last 64 times that it
-    skipped, backed off or halted; steps in a row of one kind and reason are one event.
+    skipped, backed off, warned or halted; steps in a row of one kind and reason are one
+    event.
     Clipping is in `metrics`: it would push out what is rare.
 
     Args:

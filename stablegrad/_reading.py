@@ -17,6 +17,7 @@ from .engine._record import (
     totals_of,
 )
 from .engine._step import GuardState
+from .responses._layers import readings
 from .responses._reasons import Reason
 
 
@@ -25,7 +26,8 @@ class Event(NamedTuple):
 
     step: int  # The first step, counted from 0; the numbers below are its own.
     until: int  # The last of the steps in a row with the same kind and reason.
-    kind: str  # "skip", "back_off", "roll_back", "shorten", "keep_out", "halt".
+    # "skip", "back_off", "roll_back", "shorten", "keep_out", "warn" or "halt".
+    kind: str
     reason: str  # The name of a `Reason`, in lower case; "" unless skipped.
     leaf: str  # The first bad leaf; if all are finite, the one with the largest norm.
     grad_norm: float
@@ -96,7 +98,8 @@ def numbers(guard_state: GuardState) -> dict[str, jax.Array]:
     last = last_step_of(record)._asdict()
     for name in ENCODED:
         last[name] = decode(last[name])
-    return {**last, **extras, **totals_of(record)._asdict()}
+    layers = readings(guard_state.layers) if guard_state.layers else {}
+    return {**last, **extras, **totals_of(record)._asdict(), **layers}
 
 
 def events_of(record: Record, names: tuple[str, ...]) -> list[Event]:

@@ -64,11 +64,39 @@ PIECES = {
     "param_ratio",
     "units",
 }
-RESPONSES = {"clip", "skip", "back_off", "trust_region", "roll_back", "halt"}
+RESPONSES = {
+    "clip",
+    "skip",
+    "back_off",
+    "trust_region",
+    "roll_back",
+    "halt",
+    "layer_health",
+}
 READERS = {"metrics", "events", "is_healthy", "raise_if_halted", "apply"}
 KEEPERS = {"keep_if_skipped", "unwrap", "adopt", "migrate"}
 BEFORE_TRAINING = {"critical_learning_rate", "learning_rate_range_test", "sharpness"}
 IN_NETWORKS = {"limit_gradient"}
+# Functions of `stablegrad.structure`; those of a chain need more than a gradient.
+STRUCTURE = {
+    "activation_init",
+    "attend",
+    "chi",
+    "clip_logits",
+    "critical_point",
+    "decay_with_schedule",
+    "deepnorm",
+    "deepnorm_init",
+    "depth_scaled_init",
+    "fixed_point",
+    "fixup_init",
+    "gain",
+    "limit_gradient",
+    "lsuv",
+    "normalize_qk",
+    "soft_cap",
+    "z_loss",
+}
 SCHEDULES = {"explosion_aware_schedule", "observe_metric"}
 
 every = pytest.mark.parametrize("name", TRANSFORMATIONS)
@@ -132,6 +160,8 @@ def test_every_public_function_is_in_a_registry():
     others = PIECES | RESPONSES | READERS | KEEPERS | SCHEDULES
     others |= BEFORE_TRAINING | IN_NETWORKS
     assert functions == set(TRANSFORMATIONS) | others
+    pieces = {name for name, _ in inspect.getmembers(sg.structure, inspect.isfunction)}
+    assert pieces == STRUCTURE
 
 
 @every

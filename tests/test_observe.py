@@ -42,6 +42,7 @@ DOCUMENTED = {
     "trust_mismatch",
     "halted_steps",
     "consecutive_skips",
+    "warned_steps",
 }
 
 

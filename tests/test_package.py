@@ -87,8 +87,8 @@ def test_flax_is_loaded_by_those_alone_who_import_its_layers():
 
 
 def test_every_public_name_has_a_docstring_with_an_example():
-    for name in dir(sg):
-        thing = getattr(sg, name)
+    for room, name in [(r, x) for r in (sg, sg.structure) for x in dir(r)]:
+        thing = getattr(room, name)
         if name.startswith("_") or not callable(thing):
             continue
         assert thing.__doc__, name

@@ -16,6 +16,7 @@ from .._mapped_axes import MappedAxes
 from .._norms import measure
 from .._scales import Scales, scale_leaves, scaled_norm, uniform
 from ..responses._base import Foresight, Response, Verdict
+from ..responses._layers import LayerHealth, Sight
 from ..responses._reasons import first_reason
 from ..responses.trust_region._probe import Attempt
 from . import _decide
@@ -99,6 +100,30 @@ def update_scales(decision: Decision) -> Scales:
     verdict = decision.verdict
     scales = verdict.update_scales or uniform()
     return scales.times(verdict.lr_scale * decision.ahead.step_scale)
+
+
+def sight_of(inner, step, inner_state, gradient, decision) -> Sight:
+    """Return what `layer_health` can see of a step."""
+    if step.params is None:
+        raise _checks.missing_params("`layer_health`")
+    scales = decision.verdict.gradient_scales
+
+    def update():
+        incoming = step.updates
+        if scales is not None:
+            incoming = scale_leaves(incoming, scales, step.like)
+        made, _ = inner(incoming, inner_state, step.params)
+        return scale_leaves(made, update_scales(decision), step.like)
+
+    return Sight(
+        gradient=step.updates,
+        measured=gradient,
+        update=update,
+        params=step.params,
+        like=step.like,
+        taken=decision.verdict.reason == 0,
+        axes=step.axes,
+    )
 
 
 def unprobed(states: tuple) -> Foresight:
@@ -188,3 +213,11 @@ def _resolution(loss) -> float:
     """Return the relative unit in the last place of a loss, as it was computed."""
     dtype = jnp.asarray(loss).dtype
     return float(jnp.finfo(dtype if _trees.is_inexact(loss) else jnp.float32).eps)
+
+
+def only_layers(responses: tuple[Response, ...]) -> LayerHealth | None:
+    """Return what measures layers, if a response does; raise ValueError for two."""
+    found = [response.layers for response in responses if response.layers is not None]
+    if len(found) > 1:
+        raise ValueError(f"`guard` takes one `layer_health`, got {len(found)}.")
+    return found[0] if found else None

@@ -46,6 +46,7 @@ class Totals(NamedTuple):
     kept_out_steps: jax.Array  # Steps in which some elements were kept out.
     halted_steps: jax.Array  # Steps spent halted.
     consecutive_skips: jax.Array  # Steps rejected since one was last taken.
+    warned_steps: jax.Array  # Steps in which `layer_health` warned.
 
 
 class EventKind(IntEnum):
@@ -57,6 +58,7 @@ class EventKind(IntEnum):
     SHORTEN = 4
     KEEP_OUT = 5
     ROLL_BACK = 6
+    WARN = 7
 
 
 class EventLog(NamedTuple):
@@ -181,6 +183,8 @@ class Outcome(NamedTuple):
     backed_off: jax.Array  # bool: `back_off` cut the learning rate.
     shortened: jax.Array  # bool: a probe found the step harmful.
     rolled_back: jax.Array  # bool: a snapshot was restored.
+    warned: jax.Array  # bool: a layer left what is usual for it.
+    warned_leaf: jax.Array  # int32: the first leaf of that layer.
 
 
 def after_step(record: Record, outcome: Outcome) -> Record:
@@ -197,12 +201,14 @@ def after_step(record: Record, outcome: Outcome) -> Record:
         kept_out_steps=kept_out,
         halted_steps=last.halted,
         consecutive_skips=skipped,
+        warned_steps=outcome.warned,
     )
     totals = count_if(jnp.stack(happened), record.totals)
     is_run = np.arange(len(Totals._fields)) == Totals._fields.index("consecutive_skips")
     totals = jnp.where(is_run & ~skipped, 0, totals)
     kind = jnp.zeros((), jnp.int32)
     for flag, own in (
+        (outcome.warned, EventKind.WARN),
         (kept_out, EventKind.KEEP_OUT),
         (shortened, EventKind.SHORTEN),
         (outcome.backed_off, EventKind.BACK_OFF),
@@ -216,12 +222,12 @@ def after_step(record: Record, outcome: Outcome) -> Record:
         jnp.stack(last[: len(FLOATS)]),
         jnp.stack(codes),
         totals,
-        *_log_event(record, before.guarded_steps, last, kind),
+        *_log_event(record, before.guarded_steps, last, kind, outcome.warned_leaf),
         *_extra_vectors(outcome.extras),
     )
 
 
-def _log_event(record: Record, step, last: LastStep, kind):
+def _log_event(record: Record, step, last: LastStep, kind, warned_leaf):
     """Log what happened in a step, if anything did.
 
     Steps in a row of one kind and reason are one event. Clipping is counted, not
@@ -238,6 +244,7 @@ def _log_event(record: Record, step, last: LastStep, kind):
     extended = happened & (written | (goes_on & (place == latest)))
     this = jnp.stack([kind, last.skip_reason, step])
     leaf = jnp.where(last.first_bad_leaf >= 0, last.first_bad_leaf, last.largest_leaf)
+    leaf = jnp.where(kind == EventKind.WARN, warned_leaf, leaf)
     codes = jnp.stack([step, kind, last.skip_reason, leaf])[None]
     numbers = jnp.stack([last.grad_norm, last.loss_value, last.lr_scale])[None]
     return (

@@ -15,6 +15,7 @@ from .._mapped_axes import MappedAxes, warn_of_replicas
 from .._norms import Measurement, measure
 from .._packing import Packed, Packing
 from ..responses._base import Response, Verdict
+from ..responses._layers import LayerNumbers
 from ..responses._reasons import first_reason, gradient_reason
 from ..responses.roll_back._snapshots import Written
 from . import _decide, _record
@@ -24,7 +25,13 @@ from ._families import Statistics
 from ._last_step import last_step
 from ._layout import describe
 from ._line_search import forget_value
-from ._look_ahead import Decision, decide_on_update, update_scales
+from ._look_ahead import (
+    Decision,
+    decide_on_update,
+    only_layers,
+    sight_of,
+    update_scales,
+)
 from ._roll_back import RollBack, trouble_of
 
 
@@ -38,6 +45,7 @@ class GuardState(NamedTuple):
     # Absent from states of the first version; see `migrate`.
     layout: dict[str, None] = {}  # noqa: RUF012  What is whose in the numbers.
     snapshots: tuple = ()  # Of `roll_back`, newest first.
+    layers: LayerNumbers | tuple[()] = ()  # Of `layer_health`; () without one.
 
 
 class GuardedStep:
@@ -58,6 +66,7 @@ class GuardedStep:
         self._statistics = Statistics(responses)
         self._roll_back = RollBack(responses)
         self._limit_names = _decide.limit_names(responses)
+        self._layers = only_layers(responses)
 
     def init(self, params) -> Any:
         """Return the state before the first step."""
@@ -71,6 +80,7 @@ class GuardedStep:
             _trees.encode_names(_trees.leaf_names(params)),
             describe(self._responses, self._statistics, params),
             (),
+            self._layers.init(params) if self._layers else (),
         )
         state = _trees.placed_like(state, params)
         kept = self._roll_back.init(params, state.guarded_inner, numbers[2])
@@ -150,6 +160,14 @@ class GuardedStep:
             verdict,
         )
         verdict = decision.verdict
+        layers, warning = (
+            state.layers,
+            (jnp.zeros((), bool), jnp.full((), -1, jnp.int32)),
+        )
+        if self._layers and layers:
+            steps = _record.totals_of(record).guarded_steps
+            sight = sight_of(inner, step, state.guarded_inner, gradient, decision)
+            layers, *warning = self._layers.after_step(layers, steps, sight)
         done = commit(
             inner,
             step,
@@ -197,6 +215,8 @@ class GuardedStep:
             backed_off=cut,
             shortened=decision.ahead.alarm,
             rolled_back=rolled.rolled_back,
+            warned=warning[0],
+            warned_leaf=warning[1],
         )
         return rolled.written.result, GuardState(
             rolled.written.guarded_inner,
@@ -211,6 +231,7 @@ class GuardedStep:
             state.names,
             state.layout,
             rolled.snapshots,
+            layers,
         )
 
     def _warn_of_missing_value(self, extra: dict[str, Any]) -> None:

@@ -134,6 +134,16 @@ def group(per: Granularity, tree) -> Grouping:
     return Grouping(len(order), tuple(order.get(label) for label in labels))
 
 
+def group_names(per: Granularity, tree) -> tuple[str, ...]:
+    """Return a name for each group of whole leaves, in their order."""
+    if per == "leaf":
+        return _trees.leaf_names(tree)
+    if per == "global" or not callable(per):
+        return ("all",)
+    labels = [_label(per, *pair) for pair in _trees.paths_and_leaves(tree)]
+    return tuple(map(str, dict.fromkeys(x for x in labels if x is not None)))
+
+
 def _unit_groups(settings: Units, tree, leaves) -> Grouping:
     axis, stacked, exclude = settings
     axes = _units.unit_axes(tree, axis, stacked)

@@ -55,6 +55,7 @@ class Response(NamedTuple):
     readings: Callable[[Any], dict[str, jax.Array]] = lambda state: {}
     # Of a response that keeps snapshots; the engine takes and restores them.
     roll_back: RollBackSettings | None = None
+    layers: Any = None  # A `LayerHealth`, of the one response that measures layers.
 
     def init(self, params) -> Any:
         """Explain that a response is no optax transformation."""

@@ -1,0 +1,1 @@
+"""The parts of `benchmarks/early_warning.py`: runs that spike, spikes, alarms."""

@@ -1,0 +1,210 @@
+"""Measuring the layers in a step: what `layer_health` keeps and checks."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from .. import _trees
+from .._mapped_axes import MappedAxes
+from .._norms import Measurement, measure
+from .._packing import Packing, on_host
+from ..granularity._group_norms import group_norms
+from ..granularity._groups import Granularity, Grouping, group, group_names
+from ..thresholds._rarity import RarityState, rarity
+from ..thresholds._statistics import where_groups
+
+SIGNALS = ("update_ratio", "grad_norm", "cosine")
+MOST_OCTAVES = 1e3  # A signal of zero is no further below its limit.
+
+
+class LayerNumbers(NamedTuple):
+    """State of `layer_health`. One array: a condition copies what it hands on."""
+
+    check_bits: jax.Array  # int32 (columns,): a `LayerHealthState`, floats bit by bit.
+    signal_columns: dict[str, None]  # Names of the signals; no arrays.
+    # Leaves of the gradient of the step before a check; none without the cosine.
+    previous_gradient: list[jax.Array]
+
+
+class LayerHealthState(NamedTuple):
+    """Readings of the last check, and statistics; a row is a signal of a group."""
+
+    signals: jax.Array  # float32 (rows,)
+    excess: jax.Array  # float32, (): octaves of the worst signal above its limit.
+    checks: jax.Array  # int32, (): since `init`.
+    worst_leaf: jax.Array  # int32, (): the first leaf of the worst signal's group.
+    statistics: RarityState
+
+
+class Sight(NamedTuple):
+    """What can be seen of a step before it is taken."""
+
+    gradient: Any
+    measured: Measurement  # Of the gradient.
+    update: Callable[[], Any]  # Evaluates the step; called within a condition alone.
+    params: Any
+    like: Any
+    taken: jax.Array  # bool, ()
+    axes: MappedAxes
+
+
+class LayerHealth(NamedTuple):
+    """The settings of `layer_health`, and how a step is checked."""
+
+    per: Granularity
+    every: int
+    share: float | jax.Array
+    window: int | jax.Array
+    margin: float | jax.Array
+    cosine: bool
+
+    @property
+    def signals(self) -> tuple[str, ...]:
+        """Names of the signals."""
+        return SIGNALS if self.cosine else SIGNALS[:2]
+
+    def init(self, params) -> LayerNumbers:
+        """Return the state before the first step."""
+        names = group_names(self.per, params)
+        rows = [f"{signal}/{name}" for signal in self.signals for name in names]
+        leaves = _trees.inexact_leaves(params) if self.cosine else []
+        return LayerNumbers(
+            _to_bits(_init_state(len(rows))),
+            _trees.layout(tuple(rows)),
+            [jnp.zeros_like(leaf) for leaf in leaves],
+        )
+
+    def after_step(
+        self, layers: LayerNumbers, steps, sight: Sight
+    ) -> tuple[LayerNumbers, jax.Array, jax.Array]:
+        """Return the state after a step, of which `steps` came before it.
+
+        Return also whether the step was checked and warned of, and the leaf.
+        """
+        place = steps % self.every  # The last of `every` steps is checked.
+        due = (place == self.every - 1) & sight.taken
+        bits = lax.cond(
+            due, lambda: self._checked(layers, sight), lambda: layers.check_bits
+        )
+        now = _from_bits(bits, self._rows(sight.like))
+        previous = layers.previous_gradient
+        if previous:
+            leaves = _trees.inexact_leaves(sight.gradient, sight.like)
+            new = [x.astype(o.dtype) for x, o in zip(leaves, previous, strict=True)]
+            kept = sight.measured.finite & ((steps + 2) % self.every == 0)
+            previous = lax.cond(kept, lambda: new, lambda: previous)
+        layers = layers._replace(check_bits=bits, previous_gradient=previous)
+        return layers, due & (now.excess > 0), now.worst_leaf
+
+    def _rows(self, like) -> int:
+        return group(self.per, like).count * len(self.signals)
+
+    def _checked(self, layers: LayerNumbers, sight: Sight) -> jax.Array:
+        """Return the bits after a check."""
+        grouping = group(self.per, sight.like)
+        state = _from_bits(layers.check_bits, self._rows(sight.like))
+        _, limit, learn = self._rule(grouping.count)
+        signals = self._measured(grouping, layers.previous_gradient, sight)
+        is_norm = np.repeat([x != "cosine" for x in self.signals], grouping.count)
+        known = jnp.isfinite(signals) & (~is_norm | (signals > 0))
+        limits = limit(state.statistics, None)
+        excess = jnp.log2(jnp.where(known, signals, 0.0)) - jnp.log2(limits)
+        worst = jnp.argmax(excess)
+        learned = learn(state.statistics, jnp.where(known, signals, 1.0), None)
+        shown = signals
+        if self.cosine:
+            shown = jnp.where(is_norm, signals, 1 - signals)
+        first = [grouping.first.index(i) for i in range(grouping.count)]
+        after = LayerHealthState(
+            signals=jnp.where(jnp.isfinite(shown), shown, 0.0),
+            excess=jnp.maximum(excess[worst], -MOST_OCTAVES),
+            checks=_trees.increment(state.checks),
+            worst_leaf=jnp.asarray(first, jnp.int32)[worst % grouping.count],
+            statistics=where_groups(known, learned, state.statistics),
+        )
+        return _to_bits(after)
+
+    def _measured(self, grouping: Grouping, previous, sight: Sight) -> jax.Array:
+        """Return all signals, (rows,); those of the cosine as 1 - cos, in [0, 2]."""
+
+        def norms(tree):
+            leaves = _trees.inexact_leaves(tree, sight.like)
+            return group_norms(grouping, measure(tree, sight.like, sight.axes), leaves)
+
+        leaves = _trees.inexact_leaves(sight.gradient, sight.like)
+        grads = group_norms(grouping, sight.measured, leaves)
+        rows = [norms(sight.update()) / norms(sight.params), grads]
+        if self.cosine:
+            dots = [_dot(x, y) for x, y in zip(leaves, previous, strict=True)]
+            dots = sight.axes.totals(dots, leaves)
+            earlier = [_dot(y, y) for y in previous]
+            earlier = sight.axes.totals(earlier, leaves)
+            labels = np.array([-1 if x is None else x for x in grouping.first])
+            member = labels[None, :] == np.arange(grouping.count)[:, None]
+            total = lambda x: jnp.sum(jnp.where(member, x[None, :], 0.0), axis=1)
+            rows.append(1 - total(dots) / (grads * jnp.sqrt(total(earlier))))
+        return jnp.concatenate(rows)
+
+    def _rule(self, groups: int) -> tuple[Callable, Callable, Callable]:
+        """Return init, limit and update of `rarity` for all rows."""
+        family = rarity(self.share, window=self.window, margin=self.margin).family
+        assert family is not None
+        is_norm = np.repeat([float(x != "cosine") for x in self.signals], groups)
+        settings = (self.share, self.window, self.margin, is_norm)
+        return family.build(
+            tuple(
+                jnp.broadcast_to(jnp.asarray(x, jnp.float32), is_norm.shape)
+                for x in settings
+            )
+        )
+
+
+def _dot(x, y) -> jax.Array:
+    """Return the real inner product of two arrays in float32."""
+    if jnp.iscomplexobj(x):
+        return _dot(x.real, y.real) + _dot(x.imag, y.imag)
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return jnp.sum(x.astype(wide) * y.astype(wide)).astype(jnp.float32)
+
+
+def readings(layers: LayerNumbers) -> dict[str, Any]:
+    """Return what `metrics` shows of the last check, by name."""
+    names = _trees.names_in(layers.signal_columns)
+    (bits,) = on_host((layers.check_bits,))
+    state = _from_bits(bits, len(names))
+    found = {
+        f"layer_health_{name}": state.signals[..., i] for i, name in enumerate(names)
+    }
+    others = {"excess": state.excess, "checks": state.checks}
+    return found | {f"layer_health_{name}": x for name, x in others.items()}
+
+
+def _init_state(rows: int) -> LayerHealthState:
+    return LayerHealthState(
+        signals=jnp.zeros((rows,), jnp.float32),
+        excess=jnp.zeros((), jnp.float32),
+        checks=jnp.zeros((), jnp.int32),
+        worst_leaf=jnp.full((), -1, jnp.int32),
+        statistics=rarity().init(rows),
+    )
+
+
+def _to_bits(state: LayerHealthState) -> jax.Array:
+    floats, counts = Packing(state).pack(state)
+    return jnp.concatenate([lax.bitcast_convert_type(floats, jnp.int32), counts])
+
+
+def _from_bits(bits: Any, rows: int) -> LayerHealthState:
+    packing = Packing(jax.eval_shape(lambda: _init_state(rows)))
+    width = packing.widths[0]
+    floats: Any = bits[..., :width]
+    if isinstance(bits, np.ndarray):
+        floats = np.ascontiguousarray(floats).view(np.float32)
+    else:
+        floats = lax.bitcast_convert_type(floats, jnp.float32)
+    packed: Any = (floats, bits[..., width:])
+    return packing.unpack(packed)

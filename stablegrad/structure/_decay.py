@@ -1,0 +1,77 @@
+"""Weight decay that follows the schedule of the learning rate."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from .._checks import require
+from .._trees import increment
+
+
+class ScheduledDecayState(NamedTuple):
+    decay_steps: jax.Array  # int32, (): steps so far, saturating.
+
+
+def decay_with_schedule(
+    weight_decay: float,
+    schedule: optax.Schedule,
+    peak: float,
+    *,
+    mask: Any | Callable[[Any], Any] | None = None,
+) -> optax.GradientTransformation:
+    """Add weight decay that falls with the learning rate: AdamC.
+
+        u_t <- u_t + weight_decay (rate_t / peak) theta_t
+
+    In front of the learning rate. The norm of a gradient behind a normalisation
+    balances at sqrt(2 decay_t / rate_t) times that of its kernel, so with a constant
+    decay it grows as the rate falls to 0, and the kernel's norm shrinks. With this one
+    the ratio stays what it is at the peak.
+
+    Args:
+        weight_decay: The decay at the peak, >= 0.
+        schedule: The learning rate by step, as the chain's own.
+        peak: Its largest value, > 0.
+        mask: As for `optax.add_decayed_weights`: True for the leaves that decay. The
+            paper's are the layers in front of a normalisation. The output layer, and
+            others without one, have `optax.add_decayed_weights(weight_decay)`.
+
+    Returns:
+        A transformation for `optax.chain`. It needs `params`, and what is not finite
+        passes through.
+
+    Raises:
+        ValueError: If a concrete number is out of range.
+
+    Example:
+        >>> import optax
+        >>> import stablegrad as sg
+        >>> rate = optax.warmup_cosine_decay_schedule(0.0, 3e-4, 100, 1000)
+        >>> tx = optax.chain(
+        ...     optax.scale_by_adam(),
+        ...     sg.structure.decay_with_schedule(0.1, rate, peak=3e-4),
+        ...     optax.scale_by_learning_rate(rate),
+        ... )
+
+    Reference:
+        Defazio (2025), https://arxiv.org/abs/2506.02285.
+    """
+    require("weight_decay", weight_decay, ">= 0", lambda x: x >= 0)
+    require("peak", peak, "> 0", lambda x: 0 < x < float("inf"))
+
+    def init_fn(params) -> ScheduledDecayState:
+        del params
+        return ScheduledDecayState(jnp.zeros((), jnp.int32))
+
+    def update_fn(updates, state: Any, params: Any = None):
+        # Optax 0.2.6 takes a schedule here, but never counts its steps.
+        factor: Any = weight_decay * schedule(state.decay_steps) / peak
+        decay = optax.add_decayed_weights(factor)
+        updates, _ = decay.update(updates, decay.init(params), params)
+        return updates, ScheduledDecayState(increment(state.decay_steps))
+
+    transformation = optax.GradientTransformation(init_fn, update_fn)
+    return transformation if mask is None else optax.masked(transformation, mask)
