@@ -6,9 +6,9 @@ from importlib.metadata import (
 )
 
 from . import sweep as sweep
+from ._events import events as events
 from ._observe import (
     TrainingHalted as TrainingHalted,
-    events as events,
     is_healthy as is_healthy,
     keep_if_skipped as keep_if_skipped,
     metrics as metrics,
@@ -32,6 +32,12 @@ from .engine._guard import (
     guard as guard,
 )
 from .engine._unwrap import unwrap as unwrap
+from .flight_recorder._event_files import (
+    batches_to_leave_out as batches_to_leave_out,
+    load_events as load_events,
+    save_events as save_events,
+)
+from .flight_recorder._history import history as history
 from .granularity._groups import units as units
 from .learning_rate._observe_metric import observe_metric as observe_metric
 from .learning_rate._plateau import reduce_on_plateau as reduce_on_plateau

@@ -1,6 +1,5 @@
 """One guarded step, from the measurement to the record."""
 
-import functools
 import inspect
 import warnings
 from collections.abc import Callable
@@ -12,17 +11,17 @@ import optax
 
 from .. import _checks, _trees
 from .._mapped_axes import MappedAxes, warn_of_replicas
-from .._norms import Measurement, first_true, measure
-from .._packing import Packed, Packing, encode
-from .._scales import scaled_norm
+from .._norms import Measurement, measure
+from .._packing import Packed, Packing
 from ..responses._base import Response, Verdict
 from ..responses._reasons import Reason, first_reason, gradient_reason
-from . import _decide, _record
+from . import _decide, _history, _record
 from ._commit import checked_now, commit
 from ._decide import StepContext
 from ._families import Statistics
 from ._line_search import forget_value
 from ._look_ahead import Decision, decide_on_update, update_scales
+from ._outcome import outcome_of
 
 
 class GuardState(NamedTuple):
@@ -32,6 +31,7 @@ class GuardState(NamedTuple):
     numbers: Packed  # Record, responses, statistics: float32 and int32 (columns,).
     columns: dict[str, None]  # Names of the record's further columns; no arrays.
     names: jax.Array  # uint8: names of the leaves given to `init`.
+    history: Any  # float32 (steps, columns): the last steps; () unless asked for.
 
 
 class GuardedStep:
@@ -42,12 +42,14 @@ class GuardedStep:
         inner: optax.GradientTransformation,
         responses: tuple[Response, ...],
         axes: MappedAxes,
+        record_norms: int = 0,
     ):
         """Lay out the guard's numbers."""
         self._inner = optax.with_extra_args_support(inner)
         self._known = _known_arguments(self._inner.update)
         self._responses = responses
         self._axes = axes
+        self._record_norms = record_norms
         self._warned = False
         self._statistics = Statistics(responses)
         self._limit_names = _decide.limit_names(responses)
@@ -57,11 +59,13 @@ class GuardedStep:
         # Some optimizers start with one buffer in two places, which cannot be donated.
         inner_state = _trees.distinct(_trees.strongly_typed(self._inner.init(params)))
         numbers = self._init_numbers(params)
+        names, limits = _trees.leaf_names(params), self._limit_names
         state = GuardState(
             inner_state,
             Packing(numbers).pack(numbers),
             _record.column_names(self._extras(None, numbers[1])),
-            _trees.encode_names(_trees.leaf_names(params)),
+            _trees.encode_names(names),
+            _history.init_history(self._record_norms, len(names), len(limits)),
         )
         return _trees.placed_like(state, params)
 
@@ -161,13 +165,16 @@ class GuardedStep:
                 strict=True,
             )
         )
-        outcome = self._outcome(
+        decision = decision._replace(verdict=verdict)
+        outcome = outcome_of(
+            self._responses,
             step,
             record,
             gradient,
-            decision._replace(verdict=verdict),
-            settled,
+            decision,
+            (states, settled),
             kept_out,
+            self._extras(decision, settled),
         )
         shortened = update_scales(decision).smallest() < 1
         changed = shortened | (jnp.sum(kept_out) > 0)
@@ -182,6 +189,13 @@ class GuardedStep:
             ),
             state.columns,
             state.names,
+            _history.after_step(
+                state.history,
+                _record.totals_of(record).guarded_steps,
+                gradient.leaf_norms,
+                [getattr(outcome.step, name) for name in _history.SERIES]
+                + [outcome.extras[name] for name in self._limit_names],
+            ),
         )
 
     def _warn_of_missing_value(self, extra: dict[str, Any]) -> None:
@@ -199,46 +213,6 @@ class GuardedStep:
         verdict = _decide.verdict_on(self._responses, states, judgements)
         bad = gradient_reason(gradient.norm)
         return verdict._replace(reason=first_reason((bad, verdict.reason)))
-
-    def _outcome(
-        self, step, record, gradient, decision: Decision, settled, kept_out
-    ) -> _record.Outcome:
-        """Return how the step went, for the record."""
-        _, verdict, ahead, _ = decision
-        halted = [r.halts(s) for r, s in zip(self._responses, settled, strict=True)]
-        clipped_norm, clip_scale = gradient.norm, jnp.ones((), jnp.float32)
-        if verdict.gradient_scales is not None:
-            clip_scale = verdict.gradient_scales.smallest()
-            clipped_norm = scaled_norm(
-                gradient, verdict.gradient_scales, step.updates, step.like
-            )
-        if verdict.update_scales is not None:
-            clip_scale = jnp.minimum(clip_scale, verdict.update_scales.smallest())
-        loss = _decide.loss_of(step.extra, self._axes)
-        largest = gradient.largest_leaf
-        kept_leaf = first_true(kept_out[:-1] > 0)
-        last = _record.LastStep(
-            grad_norm=encode(gradient.norm),
-            clipped_grad_norm=encode(clipped_norm),
-            clip_scale=clip_scale,
-            loss_value=encode(loss)
-            if loss is not None
-            else jnp.asarray(_record.NO_LOSS),
-            lr_scale=verdict.lr_scale * ahead.step_scale,
-            back_off_scale=verdict.lr_scale,
-            skipped=verdict.reason > 0,
-            skip_reason=verdict.reason,
-            first_bad_leaf=jnp.where(gradient.finite, kept_leaf, largest),
-            largest_leaf=largest,
-            kept_out_elements=jnp.sum(kept_out),
-            halted=functools.reduce(jnp.logical_or, halted, jnp.zeros((), bool)),
-        )
-        return _record.Outcome(
-            last,
-            self._extras(decision, settled),
-            backed_off=verdict.lr_scale < _record.last_step_of(record).back_off_scale,
-            shortened=ahead.alarm,
-        )
 
 
 def _with_stuck(reason, kept_out, step: StepContext) -> jax.Array:
