@@ -14,6 +14,7 @@ from ._observe import (
     metrics as metrics,
     raise_if_halted as raise_if_halted,
 )
+from ._scalars import scalars as scalars
 from .clipping._direction import limit_direction as limit_direction
 from .clipping._ema import clip_by_ema as clip_by_ema
 from .clipping._max import clip_by_max as clip_by_max

@@ -39,7 +39,8 @@ def metrics(state: Any) -> dict[str, jax.Array]:
           the first that kept an element out, -1 if none; `largest_leaf`: of the leaf
           with the largest gradient norm; `events` names it.
         - `kept_out_elements`: elements of update and state that were not finite.
-        - `halted`: whether the run is stuck.
+        - `halted`: whether the run is stuck; `nonfinite_run`: steps that were not
+          finite since one was last taken, if there is a `halt`.
         - `back_off_scale`: of `lr_scale`, what `back_off` asks for.
         - `trust_radius`, `trust_ratio`, `trust_scale`, `trust_probes`, `trust_cuts`: of
           a `trust_region`; the radius is inf while it does not bind.

@@ -64,7 +64,7 @@ PIECES = {
     "units",
 }
 RESPONSES = {"clip", "skip", "back_off", "trust_region", "halt"}
-READERS = {"metrics", "events", "is_healthy", "raise_if_halted", "apply"}
+READERS = {"metrics", "scalars", "events", "is_healthy", "raise_if_halted", "apply"}
 FLIGHT_RECORDER = {"save_events", "load_events", "batches_to_leave_out", "history"}
 KEEPERS = {"keep_if_skipped", "unwrap"}
 BEFORE_TRAINING = {"critical_learning_rate", "learning_rate_range_test", "sharpness"}

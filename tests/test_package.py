@@ -123,6 +123,7 @@ ROOMS = (
     "_reading",
     "_events",
     "_observe",
+    "_scalars",
     "curvature",
     "flight_recorder",
     "structure",
