@@ -269,10 +269,14 @@ def _described(tree: Any) -> dict[str, tuple]:
     """Return shape and dtype of each leaf by name, of arrays or of Orbax's metadata."""
     tree = getattr(tree, "tree", tree)
     leaves = jax.tree_util.tree_flatten_with_path(_trees.without_variables(tree))[0]
-    return {
-        _trees.path_name(path): (tuple(leaf.shape), np.dtype(leaf.dtype).name)
-        for path, leaf in leaves
-    }
+    found = {}
+    for path, leaf in leaves:
+        if isinstance(leaf, jax.Array) and jnp.issubdtype(
+            leaf.dtype, jax.dtypes.prng_key
+        ):
+            leaf = jax.eval_shape(jax.random.key_data, leaf)  # Which Orbax writes.
+        found[_trees.path_name(path)] = (tuple(leaf.shape), str(leaf.dtype))
+    return found
 
 
 def _differences(stored: dict[str, tuple], wanted: dict[str, tuple]) -> str:

@@ -87,7 +87,10 @@ def test_what_is_not_healthy_is_never_saved(tmp_path):
         assert not checkpoints.save(2, poisoned, state)
         assert not checkpoints.save(2, *halted)
         assert checkpoints.save(3, *train(halted, [1]))  # It has recovered.
-        assert checkpoints.save(4, params, optax.adam(0.1).init(params))
+        keyed = {**params, "key": jax.random.key(3)}
+        assert checkpoints.save(4, keyed, optax.adam(0.1).init(params))
+        found = checkpoints.restore(keyed, optax.adam(0.1).init(params))
+        assert found.trees["key"] == jax.random.key(3)
         assert checkpoints.steps == [1, 3, 4]
 
 
