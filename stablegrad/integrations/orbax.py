@@ -1,6 +1,5 @@
 """Checkpoints by Orbax that keep a healthy state within reach."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -12,9 +11,7 @@ import orbax.checkpoint as ocp
 
 from .. import _checks, _reading, _trees
 from ..engine._record import totals_of
-
-FORMAT = 1
-MARK = "stablegrad.json"  # The file that tells whose folder it is.
+from ._checkpoint_folders import FORMAT, claim, described, differences
 
 
 class CheckpointError(RuntimeError):
@@ -78,7 +75,7 @@ class HealthyCheckpoints:
         _checks.require_count("keep", keep)
         _checks.require_count("calm_steps", calm_steps, least=0)
         self._folder, self._keep, self._calm_steps = Path(folder), keep, calm_steps
-        _claim(self._folder)
+        claim(self._folder)
         # Without `max_to_keep`: Orbax does not know which ones are calm.
         options = ocp.CheckpointManagerOptions(
             enable_async_checkpointing=asynchronous, cleanup_tmp_directories=True
@@ -156,12 +153,12 @@ class HealthyCheckpoints:
             metadata = self._manager.item_metadata(step)["state"]
             if metadata is None:
                 raise FileNotFoundError("its list of arrays is missing")
-            stored = _described(metadata)
+            stored = described(metadata)
         except Exception as error:
             raise self._failed(what, error) from error
-        differences = _differences(stored, _described(like))
-        if differences:
-            raise self._failed(f"checkpoint {step} is of another run", differences)
+        differing = differences(stored, described(like))
+        if differing:
+            raise self._failed(f"checkpoint {step} is of another run", differing)
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         items = ocp.args.Composite(
             state=ocp.args.StandardRestore(abstract), notes=ocp.args.JsonRestore()
@@ -243,48 +240,3 @@ class HealthyCheckpoints:
             f"{self._folder}: {what}: {str(why)[:600]}\nNothing was changed; there are "
             f"checkpoints {self.steps}."
         )
-
-
-def _claim(folder: Path) -> None:
-    """Mark a new folder as one of checkpoints, or raise ValueError at a foreign one."""
-    mark = folder / MARK
-    if not mark.exists():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ValueError(f"{folder} holds something else than checkpoints.")
-        folder.mkdir(parents=True, exist_ok=True)
-        mark.write_text(json.dumps({"format": FORMAT}))
-        return
-    try:
-        version = json.loads(mark.read_text())["format"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{mark} is damaged: {error!r}.") from error
-    if version != FORMAT:
-        raise ValueError(
-            f"{folder} is of format {version!r}; this version of stablegrad reads "
-            f"{FORMAT}. A newer one wrote it: update stablegrad."
-        )
-
-
-def _described(tree: Any) -> dict[str, tuple]:
-    """Return shape and dtype of each leaf by name, of arrays or of Orbax's metadata."""
-    tree = getattr(tree, "tree", tree)
-    leaves = jax.tree_util.tree_flatten_with_path(_trees.without_variables(tree))[0]
-    found = {}
-    for path, leaf in leaves:
-        if isinstance(leaf, jax.Array) and jnp.issubdtype(
-            leaf.dtype, jax.dtypes.prng_key
-        ):
-            leaf = jax.eval_shape(jax.random.key_data, leaf)  # Which Orbax writes.
-        found[_trees.path_name(path)] = (tuple(leaf.shape), str(leaf.dtype))
-    return found
-
-
-def _differences(stored: dict[str, tuple], wanted: dict[str, tuple]) -> str:
-    """Return what differs, a line a leaf; "" if nothing does."""
-    names = [*stored, *(name for name in wanted if name not in stored)]
-    lines = [
-        f"  {name}: saved {stored.get(name, 'not')}, wanted {wanted.get(name, 'not')}"
-        for name in names
-        if stored.get(name) != wanted.get(name)
-    ]
-    return "\n".join([f"{len(lines)} leaves differ", *lines[:5]]) if lines else ""
