@@ -1,21 +1,21 @@
-"""Checkpoints of several runs in one folder, written by Orbax after every epoch."""
+"""Checkpoints of several runs in one folder, written after every epoch."""
 
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-import jax
-import orbax.checkpoint as ocp
+from stablegrad.integrations.orbax import HealthyCheckpoints
 
 
 class Checkpoints:
-    """The newest state of each run, and the settings that all of them share.
+    """The newest healthy state of each run, and the settings that all of them share.
 
         folder/settings.json
         folder/<run>/<epoch>/    arrays, and what was told with them
 
-    A folder that is not resumed is emptied first.
+    A folder that is not resumed is emptied first. States that are not finite are not
+    saved, so such a run is resumed from its last healthy epoch.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any], *, resume: bool):
@@ -34,38 +34,27 @@ class Checkpoints:
         self.folder.mkdir(parents=True)
         path.write_text(json.dumps(settings))
 
-    def save(self, run: str, epoch: int, state: Any, told: dict[str, Any]) -> None:
-        """Writes a pytree of arrays, and what goes into JSON; the older one goes."""
-        items = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), told=ocp.args.JsonSave(told)
-        )
-        with self._manager(run) as manager:
-            manager.save(epoch, args=items)
+    def save(self, run: str, epoch: int, state: Any, told: dict[str, Any]) -> bool:
+        """Writes a state with an `opt_state`, and what goes into JSON, if healthy."""
+        with self._open(run) as checkpoints:
+            trees = state._replace(opt_state=())
+            return checkpoints.save(epoch, trees, state.opt_state, told)
 
     def told(self, run: str) -> dict[str, Any] | None:
         """What was told with the newest checkpoint of a run; None if it has none."""
-        items = ocp.args.Composite(told=ocp.args.JsonRestore())
-        found = self._restore(run, items)
-        return None if found is None else found["told"]
+        if not (self.folder / run).exists():
+            return None
+        with self._open(run) as checkpoints:
+            return checkpoints.told()
 
     def state(self, run: str, like: Any) -> Any:
         """The newest state of a run, on the devices on which `like` is."""
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-        return self._restore(run, items)["state"]
+        with self._open(run) as checkpoints:
+            found = checkpoints.restore(like._replace(opt_state=()), like.opt_state)
+        return found.trees._replace(opt_state=found.opt_state)
 
-    def _restore(self, run: str, items: ocp.args.Composite) -> Any:
-        if not (self.folder / run).exists():
-            return None
-        with self._manager(run) as manager:
-            newest = manager.latest_step()
-            return None if newest is None else manager.restore(newest, args=items)
-
-    def _manager(self, run: str) -> ocp.CheckpointManager:
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=1, enable_async_checkpointing=False
-        )
-        return ocp.CheckpointManager(self.folder / run, options=options)
+    def _open(self, run: str) -> HealthyCheckpoints:
+        return HealthyCheckpoints(self.folder / run, keep=1, asynchronous=False)
 
 
 def _require_same(folder: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:

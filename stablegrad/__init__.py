@@ -6,14 +6,15 @@ from importlib.metadata import (
 )
 
 from . import structure as structure, sweep as sweep
+from ._events import events as events
 from ._observe import (
     TrainingHalted as TrainingHalted,
-    events as events,
     is_healthy as is_healthy,
     keep_if_skipped as keep_if_skipped,
     metrics as metrics,
     raise_if_halted as raise_if_halted,
 )
+from ._scalars import scalars as scalars
 from .clipping._direction import limit_direction as limit_direction
 from .clipping._ema import clip_by_ema as clip_by_ema
 from .clipping._max import clip_by_max as clip_by_max
@@ -32,6 +33,12 @@ from .engine._guard import (
     guard as guard,
 )
 from .engine._unwrap import unwrap as unwrap
+from .flight_recorder._event_files import (
+    batches_to_leave_out as batches_to_leave_out,
+    load_events as load_events,
+    save_events as save_events,
+)
+from .flight_recorder._history import history as history
 from .granularity._groups import units as units
 from .learning_rate._observe_metric import observe_metric as observe_metric
 from .learning_rate._plateau import reduce_on_plateau as reduce_on_plateau

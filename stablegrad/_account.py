@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from ._reading import Event, events_of, numbers, record_of
+from ._events import Event, events
+from ._reading import numbers
 from ._trees import decode_names
 from .engine._step import GuardState
 from .responses._reasons import Reason
@@ -40,7 +41,7 @@ def account(guard_state: GuardState) -> str:
     """Return the account of one guard, not of an ensemble, as a few lines."""
     seen = {name: np.asarray(x).item() for name, x in numbers(guard_state).items()}
     names = decode_names(guard_state.names)
-    listed = sorted(events_of(record_of(guard_state)[0], names), key=lambda e: e.step)
+    listed = events(guard_state)
     episode = _last_episode(listed)
     reason, refusal = seen["skip_reason"], seen.get("roll_back_refusal", 0)
     refused = REFUSED.get(refusal)

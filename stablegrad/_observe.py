@@ -1,4 +1,4 @@
-"""Reading a guard: metrics for a logger, events for a person, health for a loop."""
+"""Reading a guard: metrics for a logger, health for a loop."""
 
 from typing import Any
 
@@ -8,7 +8,6 @@ import numpy as np
 
 from . import _reading, _trees
 from ._account import account
-from ._reading import Event
 from .clipping._readings import numbers_of_clips
 from .engine._record import last_step_of
 from .learning_rate._readings import numbers_of_rates
@@ -40,7 +39,8 @@ def metrics(state: Any) -> dict[str, jax.Array]:
           the first that kept an element out, -1 if none; `largest_leaf`: of the leaf
           with the largest gradient norm; `events` names it.
         - `kept_out_elements`: elements of update and state that were not finite.
-        - `halted`: whether the run is stuck.
+        - `halted`: whether the run is stuck; `nonfinite_run`: steps that were not
+          finite since one was last taken, if there is a `halt`.
         - `back_off_scale`: of `lr_scale`, what `back_off` asks for.
         - `trust_radius`, `trust_ratio`, `trust_scale`, `trust_probes`, `trust_cuts`: of
           a `trust_region`; the radius is inf while it does not bind.
@@ -90,43 +90,6 @@ def metrics(state: Any) -> dict[str, jax.Array]:
         for name, number in _reading.numbers(guard_state).items()
     }
     return {**of_guards, **clips}
-
-
-def events(state: Any, params: Any = None) -> list[Event]:
-    """List the last interventions, oldest first, with the leaf to look at by name.
-
-    Host only: it reads the numbers. A guard remembers the last 64 times that it
-    skipped, backed off, warned or halted; steps in a row of one kind and reason are one
-    event.
-    Clipping is in `metrics`: it would push out what is rare.
-
-    Args:
-        state: A state that holds a guard's anywhere, as for `metrics`.
-        params: Not needed: a guard knows the names. If given, they are read from it.
-
-    Returns:
-        `Event`s: first and last step (from 0), kind, reason, leaf, gradient norm, loss
-        and learning-rate scale. `str(event)` is a sentence.
-
-    Raises:
-        ValueError: If there is no guard in the state.
-
-    Example:
-        >>> import jax.numpy as jnp, optax
-        >>> import stablegrad as sg
-        >>> tx = sg.guard(optax.sgd(0.1), sg.skip(sg.nonfinite()))
-        >>> params = {"dense": {"bias": jnp.zeros(2), "kernel": jnp.zeros((2, 2))}}
-        >>> bad = {"dense": {"bias": jnp.ones(2), "kernel": jnp.full((2, 2), jnp.inf)}}
-        >>> _, state = tx.update(bad, tx.init(params), params)
-        >>> print(sg.events(state)[0])  # doctest: +ELLIPSIS
-        step 0: skip (gradient overflow), leaf dense.kernel, gradient norm inf, ...
-    """
-    listed = []
-    for guard_state in _reading.guards(state):
-        names = _trees.leaf_names(params) if params is not None else ()
-        names = names or _trees.decode_names(guard_state.names)
-        listed += _reading.events_of(_reading.record_of(guard_state)[0], names)
-    return sorted(listed, key=lambda event: (event.member or 0, event.step))
 
 
 def is_healthy(state: Any, *trees: Any, params: Any = None) -> jax.Array:

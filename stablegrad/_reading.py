@@ -1,15 +1,14 @@
 """Finding the guards inside a state, and reading their records."""
 
-from typing import Any, NamedTuple
+import re
+from typing import Any
 
 import jax
-import numpy as np
 
 from . import _trees
 from ._packing import decode, on_host
 from .engine._record import (
     ENCODED,
-    EventKind,
     LastStep,
     Record,
     last_step_of,
@@ -18,35 +17,8 @@ from .engine._record import (
 )
 from .engine._step import GuardState
 from .responses._layers import readings
-from .responses._reasons import Reason
 
-
-class Event(NamedTuple):
-    """One intervention, readable: what `events` returns."""
-
-    step: int  # The first step, counted from 0; the numbers below are its own.
-    until: int  # The last of the steps in a row with the same kind and reason.
-    # "skip", "back_off", "roll_back", "shorten", "keep_out", "warn" or "halt".
-    kind: str
-    reason: str  # The name of a `Reason`, in lower case; "" unless skipped.
-    leaf: str  # The first bad leaf; if all are finite, the one with the largest norm.
-    grad_norm: float
-    loss: float  # nan if no `value=` was passed.
-    lr_scale: float
-    member: int | None = None  # Of an ensemble; None for a single model.
-
-    def __str__(self) -> str:
-        why = f" ({self.reason.replace('_', ' ')})" if self.reason else ""
-        who = "" if self.member is None else f"member {self.member}, "
-        when = f"step {self.step}"
-        if self.until > self.step:
-            when = f"steps {self.step} to {self.until}"
-        return (
-            f"{who}{when}: {self.kind.replace('_', ' ')}{why}, "
-            f"leaf {self.leaf or '?'}, "
-            f"gradient norm {self.grad_norm:.3g}, loss {self.loss:.3g}, "
-            f"lr_scale {self.lr_scale:.3g}"
-        )
+LIMIT_NAME = re.compile(r"_limit(_\d+)?$")
 
 
 def guards(state: Any) -> list[GuardState]:
@@ -102,33 +74,10 @@ def numbers(guard_state: GuardState) -> dict[str, jax.Array]:
     return {**last, **extras, **totals_of(record)._asdict(), **layers}
 
 
-def events_of(record: Record, names: tuple[str, ...]) -> list[Event]:
-    """List the events of one guard, or of every member of an ensemble."""
-    codes, until, numbers = jax.tree.map(np.asarray, record.log)
-    listed = []
-    for *member, row in np.argwhere((codes[..., 0] >= 0) & (codes[..., 1] > 0)):
-        at = (*member, row)
-        step, kind, reason, leaf = codes[at].tolist()
-        grad_norm, loss, lr_scale = (float(decode(x)) for x in numbers[at])
-        listed.append(
-            Event(
-                step=step,
-                until=int(until[at]),
-                kind=EventKind(kind).name.lower(),
-                reason=Reason(reason).name.lower() if reason else "",
-                leaf=names[leaf] if 0 <= leaf < len(names) else "",
-                grad_norm=grad_norm,
-                loss=loss,
-                lr_scale=lr_scale,
-                member=_flat_index(member, codes.shape[:-2]),
-            )
-        )
-    return listed
-
-
-def _flat_index(member: list, shape: tuple[int, ...]) -> int | None:
-    """Return the number of an ensemble's member, None for a single model."""
-    return int(np.ravel_multi_index(member, shape)) if member else None
+def limit_names(guard_state: GuardState) -> tuple[str, ...]:
+    """Return the names of all limits, in the order of the thresholds."""
+    names = [key.split(" ", 2)[2] for key in sorted(guard_state.columns)]
+    return tuple(name for name in names if LIMIT_NAME.search(name))
 
 
 def last_step(guard_state: GuardState) -> LastStep:

@@ -73,7 +73,8 @@ RESPONSES = {
     "halt",
     "layer_health",
 }
-READERS = {"metrics", "events", "is_healthy", "raise_if_halted", "apply"}
+READERS = {"metrics", "scalars", "events", "is_healthy", "raise_if_halted", "apply"}
+FLIGHT_RECORDER = {"save_events", "load_events", "batches_to_leave_out", "history"}
 KEEPERS = {"keep_if_skipped", "unwrap", "adopt", "migrate"}
 BEFORE_TRAINING = {"critical_learning_rate", "learning_rate_range_test", "sharpness"}
 IN_NETWORKS = {"limit_gradient"}
@@ -158,7 +159,7 @@ def test_every_public_function_is_in_a_registry():
     functions = {name for name, _ in inspect.getmembers(sg, inspect.isfunction)}
     functions = {name for name in functions if not name.startswith("_")}
     others = PIECES | RESPONSES | READERS | KEEPERS | SCHEDULES
-    others |= BEFORE_TRAINING | IN_NETWORKS
+    others |= BEFORE_TRAINING | IN_NETWORKS | FLIGHT_RECORDER
     assert functions == set(TRANSFORMATIONS) | others
     pieces = {name for name, _ in inspect.getmembers(sg.structure, inspect.isfunction)}
     assert pieces == STRUCTURE

@@ -41,6 +41,7 @@ DOCUMENTED = {
     "trust_cuts",
     "trust_mismatch",
     "halted_steps",
+    "nonfinite_run",
     "consecutive_skips",
     "warned_steps",
 }

@@ -70,7 +70,8 @@ def test_it_needs_jax_jaxlib_and_optax_only():
     assert sorted(names) == ["jax", "jaxlib", "optax"]
     imported = set()
     for path in (ROOT / "stablegrad").rglob("*.py"):
-        if path.stem not in FLAX_LAYERS:
+        # What `__init__` never imports may import what it is made for.
+        if path.stem not in FLAX_LAYERS and "integrations" not in path.parts:
             text = path.read_text()
             found = re.findall(r"^\s*(?:import|from) (\w+)", text, re.MULTILINE)
             imported |= set(found)
@@ -122,9 +123,12 @@ ROOMS = (
     "presets",
     "learning_rate",
     "_reading",
+    "_events",
     "_account",
     "_observe",
+    "_scalars",
     "curvature",
+    "flight_recorder",
     "structure",
     "sweep",
     "integrations",

@@ -45,6 +45,7 @@ def guard(
     *responses: Response,
     axis_name: AxisName = None,
     averaged_gradients: bool = False,
+    record_norms: int = 0,
     exact_updates: bool | None = None,
 ) -> GuardedTransformation:
     """Run an optimizer so that no single step can harm it, and record what was done.
@@ -63,6 +64,9 @@ def guard(
     256th, where a leaf norm exceeds 1e12, and after a step that kept something out; a
     step that would break the state is then rejected.
 
+    An integer passed as `batch_id=`, at least 0 and the same on all devices, is kept
+    with the event if the guard intervenes: see `batches_to_leave_out`.
+
     Thresholds judge by past steps alone. They see the raw signals, and learn from every
     finite one, also in rejected steps; a norm of exactly zero teaches nothing.
 
@@ -77,6 +81,8 @@ def guard(
             otherwise every leaf counts as a shard. None: a device sees everything.
         averaged_gradients: Whether gradients are already averaged over `axis_name`, so
             that every device holds the whole of them. Then only the loss is averaged.
+        record_norms: Last steps, >= 0, of which the guard keeps the gradient norm of
+            each leaf, the loss and the limits for `history`: 4 bytes a leaf and step.
         exact_updates: Deprecated, without effect: norms are always exact.
 
     Returns:
@@ -89,9 +95,10 @@ def guard(
     Raises:
         TypeError: If `inner` is not an optax transformation, or a later argument is not
             a response.
-        ValueError: If a threshold judges units and there is an `axis_name`, or if there
-            are two `roll_back`. When a step
-            is traced, if `value=` or `params` is needed and missing, if the state is
+        ValueError: If a threshold judges units and there is an `axis_name`, if there
+            are two `roll_back` or `layer_health`, or if `record_norms` is negative.
+            When a step is traced, if `value=` or `params` is needed and missing, if
+            `batch_id=` is not one integer, if the state is
             not the guard's, or if the pytree has other leaves than the one given to
             `init`.
 
@@ -122,7 +129,8 @@ def guard(
             DeprecationWarning,
             stacklevel=2,
         )
-    step = GuardedStep(inner, responses, axes)
+    _checks.require_count("record_norms", record_norms, least=0)
+    step = GuardedStep(inner, responses, axes, record_norms)
     is_own = functools.partial(_checks.require_state, "guard", GuardState)
     checks = (is_own, step.check_leaves)
     update = compiled(step.update, *checks)

@@ -6,13 +6,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from .._norms import LARGEST
 from .._packing import Packed, Packing, decode, encode
 from .._trees import count_if
+from ._event_log import Cause, EventLog, Incident, init_log, log_incident
 
-EVENTS_KEPT = 64
 NO_LOSS: Any = np.float32(-LARGEST)  # The encoded loss of a step without one.
 # Fields of `LastStep` that may stand for a nan or an inf.
 ENCODED = ("grad_norm", "clipped_grad_norm", "loss_value")
@@ -61,26 +60,12 @@ class EventKind(IntEnum):
     WARN = 7
 
 
-class EventLog(NamedTuple):
-    """A ring of the last interventions, one row an event."""
-
-    codes: jax.Array  # int32 (EVENTS_KEPT, 4): see `CODES`.
-    until: jax.Array  # int32 (EVENTS_KEPT,): the last of the steps that it covers.
-    numbers: jax.Array  # float32 (EVENTS_KEPT, 3): see `NUMBERS`.
-
-
-CODES = ("step", "kind", "reason", "leaf")  # The first step; -1 where a row is empty.
-NUMBERS = ("grad_norm", "loss", "lr_scale")  # The first two are `encode`d.
-
-
 class Record(NamedTuple):
     """Everything that a guard remembers for its user, as vectors."""
 
     last_numbers: jax.Array  # float32: the float32 fields of `LastStep`.
     last_codes: jax.Array  # int32: the other fields of `LastStep`.
     totals: jax.Array  # int32: the fields of `Totals`.
-    events_logged: jax.Array  # int32, (): since `init`.
-    latest_event: jax.Array  # int32 (3,): kind, reason and last step of the last one.
     log: EventLog
     extra_numbers: jax.Array  # float32: limits and readings, as `column_names` says.
     extra_codes: jax.Array  # int32: readings that are int32 or bool.
@@ -164,13 +149,7 @@ def init_record(extras: dict[str, Any]) -> Record:
         jnp.array(values[: len(FLOATS)], jnp.float32),
         jnp.array(values[len(FLOATS) :], jnp.int32),
         jnp.zeros((len(Totals._fields),), jnp.int32),
-        jnp.zeros((), jnp.int32),
-        jnp.zeros((3,), jnp.int32),
-        EventLog(
-            jnp.full((EVENTS_KEPT, len(CODES)), -1, jnp.int32),
-            jnp.full((EVENTS_KEPT,), -1, jnp.int32),
-            jnp.zeros((EVENTS_KEPT, len(NUMBERS)), jnp.float32),
-        ),
+        init_log(),
         *_extra_vectors(extras),
     )
 
@@ -185,6 +164,8 @@ class Outcome(NamedTuple):
     rolled_back: jax.Array  # bool: a snapshot was restored.
     warned: jax.Array  # bool: a layer left what is usual for it.
     warned_leaf: jax.Array  # int32: the first leaf of that layer.
+    cause: Cause
+    batch: jax.Array  # int32: the id of the step's batch, or `NO_BATCH`.
 
 
 def after_step(record: Record, outcome: Outcome) -> Record:
@@ -217,42 +198,22 @@ def after_step(record: Record, outcome: Outcome) -> Record:
         (last.halted, EventKind.HALT),
     ):
         kind = jnp.where(flag, jnp.int32(own), kind)
+    bad = last.first_bad_leaf
+    leaf = jnp.where(bad >= 0, bad, last.largest_leaf)
+    incident = Incident(
+        kind,
+        last.skip_reason,
+        before.guarded_steps,
+        jnp.where(kind == EventKind.WARN, outcome.warned_leaf, leaf),
+        (last.grad_norm, last.loss_value, last.lr_scale),
+        outcome.cause,
+        outcome.batch,
+    )
     codes = [jnp.asarray(x).astype(jnp.int32) for x in last[len(FLOATS) :]]
     return Record(
         jnp.stack(last[: len(FLOATS)]),
         jnp.stack(codes),
         totals,
-        *_log_event(record, before.guarded_steps, last, kind, outcome.warned_leaf),
+        log_incident(record.log, incident),
         *_extra_vectors(outcome.extras),
-    )
-
-
-def _log_event(record: Record, step, last: LastStep, kind, warned_leaf):
-    """Log what happened in a step, if anything did.
-
-    Steps in a row of one kind and reason are one event. Clipping is counted, not
-    logged: it would push out what is rare.
-    """
-    events, log = record.events_logged, record.log
-    happened = kind > 0
-    same = jnp.stack([kind, last.skip_reason, step - 1])
-    goes_on = (events > 0) & jnp.all(record.latest_event == same)
-    begins = happened & ~goes_on
-    place = lax.iota(jnp.int32, EVENTS_KEPT)
-    written = begins & (place == events % EVENTS_KEPT)
-    latest = (events - 1) % EVENTS_KEPT
-    extended = happened & (written | (goes_on & (place == latest)))
-    this = jnp.stack([kind, last.skip_reason, step])
-    leaf = jnp.where(last.first_bad_leaf >= 0, last.first_bad_leaf, last.largest_leaf)
-    leaf = jnp.where(kind == EventKind.WARN, warned_leaf, leaf)
-    codes = jnp.stack([step, kind, last.skip_reason, leaf])[None]
-    numbers = jnp.stack([last.grad_norm, last.loss_value, last.lr_scale])[None]
-    return (
-        count_if(begins, events),
-        jnp.where(happened, this, record.latest_event),
-        EventLog(
-            jnp.where(written[:, None], codes, log.codes),
-            jnp.where(extended, step, log.until),
-            jnp.where(written[:, None], numbers, log.numbers),
-        ),
     )

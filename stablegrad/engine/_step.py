@@ -1,9 +1,6 @@
 """One guarded step, from the measurement to the record."""
 
-import functools
-import inspect
 import warnings
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -18,11 +15,11 @@ from ..responses._base import Response, Verdict
 from ..responses._layers import LayerNumbers
 from ..responses._reasons import first_reason, gradient_reason
 from ..responses.roll_back._snapshots import Written
-from . import _decide, _record
+from . import _decide, _history, _record
 from ._commit import checked_now, commit
 from ._decide import StepContext
 from ._families import Statistics
-from ._last_step import last_step
+from ._inner import Inner
 from ._layout import describe
 from ._line_search import forget_value
 from ._look_ahead import (
@@ -32,7 +29,10 @@ from ._look_ahead import (
     sight_of,
     update_scales,
 )
+from ._outcome import outcome_of
 from ._roll_back import RollBack, trouble_of
+
+NO_WARNING = (False, -1)
 
 
 class GuardState(NamedTuple):
@@ -46,6 +46,7 @@ class GuardState(NamedTuple):
     layout: dict[str, None] = {}  # noqa: RUF012  What is whose in the numbers.
     snapshots: tuple = ()  # Of `roll_back`, newest first.
     layers: LayerNumbers | tuple[()] = ()  # Of `layer_health`; () without one.
+    history: Any = ()  # float32 (steps, columns): the last steps; () unless asked for.
 
 
 class GuardedStep:
@@ -56,12 +57,13 @@ class GuardedStep:
         inner: optax.GradientTransformation,
         responses: tuple[Response, ...],
         axes: MappedAxes,
+        record_norms: int = 0,
     ):
         """Lay out the guard's numbers."""
-        self._inner = optax.with_extra_args_support(inner)
-        self._known = _known_arguments(self._inner.update)
+        self._inner = Inner(inner)
         self._responses = responses
         self._axes = axes
+        self._record_norms = record_norms
         self._warned = False
         self._statistics = Statistics(responses)
         self._roll_back = RollBack(responses)
@@ -73,14 +75,16 @@ class GuardedStep:
         # Some optimizers start with one buffer in two places, which cannot be donated.
         inner_state = _trees.distinct(_trees.strongly_typed(self._inner.init(params)))
         numbers = self._init_numbers(params)
+        names, limits = _trees.leaf_names(params), self._limit_names
         state = GuardState(
             inner_state,
             Packing(numbers).pack(numbers),
             _record.column_names(self._extras(None, numbers[1])),
-            _trees.encode_names(_trees.leaf_names(params)),
+            _trees.encode_names(names),
             describe(self._responses, self._statistics, params),
             (),
             self._layers.init(params) if self._layers else (),
+            _history.init_history(self._record_norms, len(names), len(limits)),
         )
         state = _trees.placed_like(state, params)
         kept = self._roll_back.init(params, state.guarded_inner, numbers[2])
@@ -141,15 +145,7 @@ class GuardedStep:
         )
         verdict = self._verdict(states, judgements, gradient)
 
-        def inner(updates, inner_state, params):
-            extra_args = self._known(extra)
-            try:
-                return self._inner.update(updates, inner_state, params, **extra_args)
-            except ValueError as error:
-                if params is None and "params" in str(error):
-                    raise _checks.missing_params("the guarded optimizer") from error
-                raise
-
+        inner = self._inner.given(extra)
         decision = decide_on_update(
             self._responses,
             inner,
@@ -160,10 +156,7 @@ class GuardedStep:
             verdict,
         )
         verdict = decision.verdict
-        layers, warning = (
-            state.layers,
-            (jnp.zeros((), bool), jnp.full((), -1, jnp.int32)),
-        )
+        layers, warning = state.layers, NO_WARNING
         if self._layers and layers:
             steps = _record.totals_of(record).guarded_steps
             sight = sight_of(inner, step, state.guarded_inner, gradient, decision)
@@ -206,17 +199,18 @@ class GuardedStep:
                 self._responses, rolled.states, decision.judgements, strict=True
             )
         )
-        verdict = verdict._replace(reason=rolled.reason)
-        last = last_step(step, gradient, decision._replace(verdict=verdict), trouble)
-        halted = [r.halts(s) for r, s in zip(self._responses, settled, strict=True)]
-        outcome = _record.Outcome(
-            last._replace(halted=functools.reduce(jnp.logical_or, halted, last.halted)),
+        decision = decision._replace(verdict=verdict._replace(reason=rolled.reason))
+        outcome = outcome_of(
+            self._responses,
+            step,
+            gradient,
+            decision,
+            (states, settled),
+            trouble,
+            warning,
             self._extras(decision, settled),
             backed_off=cut,
-            shortened=decision.ahead.alarm,
             rolled_back=rolled.rolled_back,
-            warned=warning[0],
-            warned_leaf=warning[1],
         )
         return rolled.written.result, GuardState(
             rolled.written.guarded_inner,
@@ -232,6 +226,13 @@ class GuardedStep:
             state.layout,
             rolled.snapshots,
             layers,
+            _history.after_step(
+                state.history,
+                _record.totals_of(record).guarded_steps,
+                gradient.leaf_norms,
+                [getattr(outcome.step, name) for name in _history.SERIES]
+                + [outcome.extras[name] for name in self._limit_names],
+            ),
         )
 
     def _warn_of_missing_value(self, extra: dict[str, Any]) -> None:
@@ -249,14 +250,3 @@ class GuardedStep:
         verdict = _decide.verdict_on(self._responses, states, judgements)
         bad = gradient_reason(gradient.norm)
         return verdict._replace(reason=first_reason((bad, verdict.reason)))
-
-
-def _known_arguments(update) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Return a filter of the arguments that an inner `update` takes.
-
-    A guard takes `value=`, which an optimizer without `**extra_args` would refuse.
-    """
-    parameters = inspect.signature(update).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return lambda extra: extra
-    return lambda extra: {k: v for k, v in extra.items() if k in parameters}

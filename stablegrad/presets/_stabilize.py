@@ -34,6 +34,7 @@ def stabilize(
     per: Granularity = "global",
     axis_name: AxisName = None,
     averaged_gradients: bool = False,
+    record_norms: int = 0,
     exact_updates: bool | None = None,
     clip_z: float | None = None,
     skip_z: float | None = None,
@@ -92,6 +93,7 @@ def stabilize(
             direction.
         axis_name: As for `guard`.
         averaged_gradients: As for `guard`.
+        record_norms: As for `guard`.
         exact_updates: As for `guard`.
         clip_z: Deprecated, without effect, as are `skip_z` and `back_off_z`: limits are
             those of `rarity`.
@@ -142,5 +144,6 @@ def stabilize(
         *responses,
         axis_name=axis_name,
         averaged_gradients=averaged_gradients,
+        record_norms=record_norms,
         exact_updates=exact_updates,
     )

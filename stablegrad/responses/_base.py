@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .._checks import described
 from .._scales import Scales, minimum
@@ -69,8 +70,12 @@ class Response(NamedTuple):
 
 
 def proceed(**changes) -> Verdict:
-    """Return the verdict that changes nothing, but for `changes`."""
-    one, none = jnp.ones((), jnp.float32), jnp.zeros((), jnp.int32)
+    """Return the verdict that changes nothing, but for `changes`.
+
+    NumPy's constants tell, while a step is traced, what a response never asks for.
+    """
+    one: Any = np.float32(1)
+    none: Any = np.int32(0)
     return Verdict(None, None, one, none)._replace(**changes)
 
 

@@ -50,4 +50,5 @@ def halt(after: int | jax.Array = 20) -> Response:
         return HaltState(run, run >= after)
 
     halts = lambda state: state.patience_over
-    return Response("halt", (), init, settle=settle, halts=halts)
+    readings = lambda state: {"nonfinite_run": state.nonfinite_run}
+    return Response("halt", (), init, settle=settle, halts=halts, readings=readings)

@@ -11,6 +11,7 @@ import cifar_resnet
 import classifiers
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import ranking
 import resnet_runs
@@ -32,8 +33,9 @@ def rows_of(folder):
 
 def saved(folder, run):
     """The newest state of a run, as a dict of arrays."""
-    checkpoints = Checkpoints(folder / "checkpoints", {}, resume=True)
-    return checkpoints.state(run, None)
+    runs = (folder / "checkpoints" / run).resolve().glob("[0-9]*")
+    newest = max(runs, key=lambda path: int(path.name))
+    return ocp.StandardCheckpointer().restore(newest / "state")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -227,16 +229,18 @@ def test_a_diverged_run_is_ranked_last():
     assert [*table.columns[2].cells] == ["-", "-", "-"]
 
 
-def test_checkpoints_keep_the_newest_and_what_was_told(tmp_path):
+def test_checkpoints_keep_the_newest_healthy_state_and_what_was_told(tmp_path):
     checkpoints = Checkpoints(tmp_path / "new", {"width": 4}, resume=False)
     assert checkpoints.told("run") is None
-    for epoch in (1, 2):
-        state = {"w": np.full(3, epoch, np.float32)}
-        checkpoints.save("run", epoch, state, {"epochs": epoch, "loss": math.nan})
+    for epoch in (1, 2, 3):
+        w = np.full(3, epoch if epoch < 3 else np.nan, np.float32)
+        state = classifiers.Trained({"w": w}, {}, ())
+        told = {"epochs": epoch, "loss": math.nan}
+        assert checkpoints.save("run", epoch, state, told) == (epoch < 3)
     again = Checkpoints(tmp_path / "new", {"width": 4}, resume=True)
     told = again.told("run")
     assert told["epochs"] == 2 and math.isnan(told["loss"])
-    np.testing.assert_array_equal(again.state("run", state)["w"], [2, 2, 2])
+    np.testing.assert_array_equal(again.state("run", state).params["w"], [2, 2, 2])
     with pytest.raises(ValueError, match="was begun with width 4, not 8"):
         Checkpoints(tmp_path / "new", {"width": 8}, resume=True)
     assert Checkpoints(tmp_path / "new", {}, resume=False).told("run") is None

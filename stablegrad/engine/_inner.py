@@ -1,0 +1,39 @@
+"""The inner optimizer, as a step calls it."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import optax
+
+from .. import _checks
+
+
+class Inner:
+    """An optimizer that is given the extra arguments that it takes, and no others."""
+
+    def __init__(self, inner: optax.GradientTransformation):
+        """Find the arguments of its `update`."""
+        inner = optax.with_extra_args_support(inner)
+        self.init, self._update = inner.init, inner.update
+        parameters = inspect.signature(inner.update).parameters
+        takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        self._names = None if takes_all else parameters.keys()
+
+    def given(self, extra: dict[str, Any]) -> Callable[[Any, Any, Any], tuple]:
+        """Return `update` of gradient, inner state and parameters in one step.
+
+        A guard takes `value=`, which an optimizer without `**extra_args` would refuse.
+        """
+        names = self._names
+        known = {k: v for k, v in extra.items() if names is None or k in names}
+
+        def update(updates, inner_state, params):
+            try:
+                return self._update(updates, inner_state, params, **known)
+            except ValueError as error:
+                if params is None and "params" in str(error):
+                    raise _checks.missing_params("the guarded optimizer") from error
+                raise
+
+        return update

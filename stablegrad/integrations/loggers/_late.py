@@ -1,0 +1,129 @@
+"""Numbers of a step, written once the next one is under way."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ... import _checks, _trees
+from ..._observe import metrics
+from ..._packing import Packed, Packing, decode, encode, on_host
+from ..._scalars import select_scalars
+from ...engine._record import column_names
+from ._writer import Writer
+
+OWN = "own "  # The user's numbers, among those of the guard.
+
+
+class _Waiting(NamedTuple):
+    step: int
+    columns: dict[str, None]  # Their dtypes and names.
+    packed: Packed  # On the device.
+    own: tuple[str, ...]  # Names of the user's numbers.
+
+
+class Late:
+    """Hand the numbers of each step to writers, one step late.
+
+    A step's numbers are set aside on the device when it is logged, and fetched when the
+    next one is. So the host always has a step in hand, and the device never waits for
+    it; a state that is donated to the next step can be logged. `with` writes the last
+    ones at its end, whatever happens.
+
+    Args:
+        *writers: What to write to: `CSV`, `JSONLines`, `TensorBoard`,
+            `WeightsAndBiases`, `MLflow`, `CLU`, or any `Writer`. In a run of several
+            processes, all of them must log, with writers in one of them alone.
+        interval: Every how many steps to log, >= 1; other steps cost nothing.
+        every: Whether to write all numbers, as for `stablegrad.scalars`.
+
+    Raises:
+        ValueError: If `interval` is not a positive integer.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> import jax.numpy as jnp, optax
+        >>> import stablegrad as sg
+        >>> from stablegrad.integrations import loggers
+        >>> tx = sg.stabilize(optax.sgd(0.1))
+        >>> params = jnp.ones(2)
+        >>> state = tx.init(params)
+        >>> path = pathlib.Path(tempfile.mkdtemp(), "run.csv")
+        >>> with loggers.Late(loggers.CSV(path)) as log:
+        ...     for step in range(3):
+        ...         loss, grads = jnp.sum(params**2), 2 * params
+        ...         params, state = sg.apply(tx, grads, state, params, value=loss)
+        ...         log(step, state, {"accuracy": jnp.array(0.5)})
+        >>> path.read_text().splitlines()[1].split(",")[:2]
+        ['0', '0.5']
+    """
+
+    def __init__(self, *writers: Writer, interval: int = 1, every: bool = False):
+        """Take the writers."""
+        _checks.require_count("interval", interval)
+        self._writers = writers
+        self._interval = interval
+        self._every = every
+        self._waiting: _Waiting | None = None
+
+    def __call__(
+        self, step: int, state: Any, numbers: Mapping[str, Any] | None = None
+    ) -> None:
+        """Set the numbers of a step aside, and write those of the one before.
+
+        Args:
+            step: The step, which the host counts.
+            state: A state that holds a guard's anywhere, as for `metrics`.
+            numbers: Further scalars by name, on the device or not.
+
+        Raises:
+            ValueError: If there is nothing to read in the state.
+        """
+        if step % self._interval:
+            return
+        own = {name: jnp.asarray(number) for name, number in (numbers or {}).items()}
+        columns, packed = _set_aside(_trees.without_variables(state), own)
+        for array in packed:
+            array.copy_to_host_async()
+        self.flush()
+        self._waiting = _Waiting(step, columns, packed, tuple(own))
+
+    def flush(self) -> None:
+        """Write what is set aside; it waits for that step."""
+        if self._waiting is None:
+            return
+        waiting, self._waiting = self._waiting, None
+        numbers = _unpacked(waiting.columns, waiting.packed)
+        own = {name: numbers.pop(OWN + name).item() for name in waiting.own}
+        told = {**own, **select_scalars(numbers, self._every)}
+        for writer in self._writers:
+            writer.write(waiting.step, told)
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *error) -> None:
+        """Write what is set aside."""
+        self.flush()
+
+
+@jax.jit
+def _set_aside(state, own: dict[str, jax.Array]) -> tuple[dict[str, None], Packed]:
+    """Return names and numbers in two small arrays, which outlive a donated state."""
+    own = {OWN + name: number for name, number in own.items()}
+    numbers = {
+        name: encode(x) if _trees.is_inexact(x) else x.astype(jnp.int32)
+        for name, x in sorted({**metrics(state), **own}.items())
+    }
+    return column_names(numbers), Packing(numbers).pack(numbers)
+
+
+def _unpacked(columns: dict[str, None], packed: Packed) -> dict[str, np.ndarray]:
+    described = [key.split(" ", 2)[1:] for key in sorted(columns)]
+    structs = {name: jax.ShapeDtypeStruct((), kind) for kind, name in described}
+    numbers = Packing(structs).unpack(on_host(packed))
+    floats = {name for kind, name in described if kind == "float32"}
+    return {n: decode(x) if n in floats else x for n, x in numbers.items()}

@@ -1,0 +1,242 @@
+"""Checkpoints by Orbax that keep a healthy state within reach."""
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from .. import _checks, _reading, _trees
+from ..engine._record import totals_of
+from ._checkpoint_folders import FORMAT, claim, described, differences
+
+
+class CheckpointError(RuntimeError):
+    """Raised if a checkpoint cannot be written or read; the others are untouched."""
+
+
+class Restored(NamedTuple):
+    """A checkpoint as it was saved."""
+
+    step: int
+    trees: Any
+    opt_state: Any
+    told: Any
+
+
+class HealthyCheckpoints:
+    """Save healthy states only, and never delete the last one from before a spike.
+
+    A thin layer on `orbax.checkpoint.CheckpointManager`. A state is *healthy* if no
+    guard has halted and all of `trees` is finite; no other is saved. It is *calm* if,
+    besides, no guard has intervened in the last `calm_steps` steps. The newest `keep`
+    checkpoints stay, and so does the newest calm one, however long a spike lasts. Older
+    ones are deleted once a newer one is whole. Everything that a guard knows is saved,
+    so a run that is restored amid a spike goes on bit for bit.
+
+    Args:
+        folder: For these checkpoints alone; it is made if it is missing.
+        keep: How many of the newest to keep, >= 1.
+        calm_steps: Steps without an event that make a state calm, >= 0.
+        asynchronous: Whether `save` returns before the disk is done. An error is then
+            raised by the next call, or by `close`.
+
+    Raises:
+        ValueError: If an argument is out of range, or if the folder holds something
+            else, or checkpoints of a newer version; nothing in it is touched.
+
+    Example:
+        >>> import tempfile
+        >>> import jax.numpy as jnp, optax
+        >>> import stablegrad as sg
+        >>> from stablegrad.integrations.orbax import HealthyCheckpoints
+        >>> params, tx = jnp.ones(2), sg.stabilize(optax.adam(0.1))
+        >>> state = tx.init(params)
+        >>> with HealthyCheckpoints(tempfile.mkdtemp()) as checkpoints:
+        ...     good = checkpoints.save(1, params, state, {"epoch": 3})
+        ...     bad = checkpoints.save(2, params * jnp.nan, state)
+        ...     found = checkpoints.restore(params, state)
+        >>> good, bad, found.step, found.told
+        (True, False, 1, {'epoch': 3})
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        *,
+        keep: int = 3,
+        calm_steps: int = 50,
+        asynchronous: bool = True,
+    ):
+        """Open the folder."""
+        _checks.require_count("keep", keep)
+        _checks.require_count("calm_steps", calm_steps, least=0)
+        self._folder, self._keep, self._calm_steps = Path(folder), keep, calm_steps
+        claim(self._folder)
+        # Without `max_to_keep`: Orbax does not know which ones are calm.
+        options = ocp.CheckpointManagerOptions(
+            enable_async_checkpointing=asynchronous, cleanup_tmp_directories=True
+        )
+        self._manager = ocp.CheckpointManager(
+            self._folder.resolve(),  # Orbax takes absolute paths only.
+            options=options,
+            item_handlers={
+                "state": ocp.StandardCheckpointHandler(),
+                "notes": ocp.JsonCheckpointHandler(),
+            },
+        )
+        self._calm: dict[int, bool] = {}
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps of all whole checkpoints, in order."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, trees: Any, opt_state: Any, told: Any = None) -> bool:
+        """Save a healthy state; say whether it was.
+
+        Args:
+            step: The number of the checkpoint, larger than all before.
+            trees: Parameters, batch statistics, and whatever else must be finite.
+            opt_state: The optimizer's state, guarded or not. It may hold an inf on
+                purpose, so of it only the guards are asked.
+            told: Anything for JSON: an epoch, a place in the data.
+
+        Raises:
+            CheckpointError: If this or the last one cannot be written; earlier ones
+                stay whole.
+        """
+        guards = _reading.search(_trees.without_variables(opt_state))
+        finite = [jnp.all(jnp.isfinite(x)) for x in _trees.inexact_leaves(trees)]
+        halted = any(np.any(_reading.last_step(own).halted) for own in guards)
+        if halted or not all(jax.device_get(finite)):
+            return False
+        calm = all(self._is_calm(own) for own in guards)
+        notes = {"format": FORMAT, "calm": calm, "told": told}
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave({"trees": trees, "opt_state": opt_state}),
+            notes=ocp.args.JsonSave(notes),
+        )
+        self.wait()
+        try:
+            self._manager.save(step, args=items)
+        except Exception as error:
+            raise self._failed(f"checkpoint {step} was not written", error) from error
+        self._calm[step] = calm
+        return True
+
+    def restore(
+        self, trees: Any, opt_state: Any, *, step: int | None = None
+    ) -> Restored | None:
+        """Read a checkpoint, the newest by default; None if there is none.
+
+        Args:
+            trees: A pytree like the one that was saved, for structure, shapes, dtypes
+                and devices.
+            opt_state: The same of the optimizer's state, such as `tx.init(params)`.
+            step: Which one, of `steps`.
+
+        Raises:
+            CheckpointError: If it is damaged, or of another model or optimizer: what
+                differs, and which others there are.
+        """
+        self.wait()
+        step = self._manager.latest_step() if step is None else step
+        if step is None:
+            return None
+        like = {"trees": trees, "opt_state": opt_state}
+        what = f"checkpoint {step} cannot be read"
+        try:
+            metadata = self._manager.item_metadata(step)["state"]
+            if metadata is None:
+                raise FileNotFoundError("its list of arrays is missing")
+            stored = described(metadata)
+        except Exception as error:
+            raise self._failed(what, error) from error
+        differing = differences(stored, described(like))
+        if differing:
+            raise self._failed(f"checkpoint {step} is of another run", differing)
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        items = ocp.args.Composite(
+            state=ocp.args.StandardRestore(abstract), notes=ocp.args.JsonRestore()
+        )
+        try:
+            found = self._manager.restore(step, args=items)
+        except Exception as error:
+            raise self._failed(what, error) from error
+        state = found["state"]
+        return Restored(
+            step, state["trees"], state["opt_state"], found["notes"]["told"]
+        )
+
+    def told(self, step: int | None = None) -> Any:
+        """Read what was told with a checkpoint, the newest by default; None if none.
+
+        Raises:
+            CheckpointError: If it is damaged.
+        """
+        step = self._manager.latest_step() if step is None else step
+        return None if step is None else self._notes(step)["told"]
+
+    def wait(self) -> None:
+        """Wait until the last one is whole, then delete what is no longer needed.
+
+        Raises:
+            CheckpointError: If it could not be written.
+        """
+        try:
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+        except Exception as error:
+            self._manager.reload()
+            raise self._failed("the last checkpoint was not written", error) from error
+        steps = self.steps
+        calm = [step for step in steps if self._calmness(step)]
+        for step in set(steps[: -self._keep]) - set(calm[-1:]):
+            self._manager.delete(step)
+
+    def close(self) -> None:
+        """Wait, and close the folder."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *error) -> None:
+        """Wait, and close the folder."""
+        self.close()
+
+    def _is_calm(self, guard_state) -> bool:
+        record, _ = _reading.record_of(guard_state)
+        kind, _, last = np.moveaxis(np.asarray(record.log.latest), -1, 0)
+        ago = np.asarray(totals_of(record).guarded_steps) - 1 - last
+        return bool(np.all((kind == 0) | (ago >= self._calm_steps)))
+
+    def _calmness(self, step: int) -> bool:
+        """Return whether a checkpoint is calm; one whose notes are damaged is not."""
+        if step not in self._calm:
+            try:
+                self._calm[step] = self._notes(step)["calm"]
+            except CheckpointError:
+                self._calm[step] = False
+        return self._calm[step]
+
+    def _notes(self, step: int) -> dict[str, Any]:
+        items = ocp.args.Composite(notes=ocp.args.JsonRestore())
+        try:
+            return self._manager.restore(step, args=items)["notes"]
+        except Exception as error:
+            raise self._failed(f"checkpoint {step} cannot be read", error) from error
+
+    def _failed(self, what: str, why: Any) -> CheckpointError:
+        return CheckpointError(
+            f"{self._folder}: {what}: {str(why)[:600]}\nNothing was changed; there are "
+            f"checkpoints {self.steps}."
+        )

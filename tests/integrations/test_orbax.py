@@ -1,0 +1,204 @@
+"""Tests for `HealthyCheckpoints`: what is saved, what stays, and damaged folders."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import stablegrad as sg
+from stablegrad.integrations.orbax import CheckpointError, HealthyCheckpoints
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+TX = sg.guard(
+    optax.adam(0.1),
+    sg.clip(sg.zscore(2.0, warmup_steps=5)),
+    sg.skip(),
+    sg.back_off(sg.zscore(3.0, of="value", warmup_steps=5)),
+    sg.halt(after=3),
+    record_norms=4,
+)
+PARAMS = {"w": jnp.arange(6.0).reshape(2, 3), "b": jnp.ones(3, jnp.bfloat16)}
+
+
+@jax.jit
+def step(carry, size):
+    params, state = carry
+    grads = jax.tree.map(lambda x: (x * size).astype(x.dtype), params)
+    return sg.apply(TX, grads, state, params, value=size)
+
+
+def train(carry, sizes):
+    for size in sizes:
+        carry = step(carry, jnp.float32(size))
+    return carry
+
+
+def start():
+    return PARAMS, TX.init(PARAMS)
+
+
+def same(one, other):
+    """Whether two trees are equal, bit for bit."""
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    return jax.tree.structure(one) == jax.tree.structure(other) and all(
+        x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes()
+        for x, y in pairs
+    )
+
+
+def files_of(folder):
+    found = {p: p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
+    return {str(path.relative_to(folder)): data for path, data in found.items()}
+
+
+def test_a_run_restored_amid_a_spike_goes_on_bit_for_bit(tmp_path):
+    spike = [1, 1.1, 0.9, 1, 1.05, 1, 50, np.nan, 70, 60, np.inf, 40, 1, 1, 0.9]
+    carry, whole = start(), train(start(), spike)
+    with HealthyCheckpoints(tmp_path / "new") as checkpoints:
+        assert checkpoints.restore(*start()) is None and checkpoints.told() is None
+        for i, size in enumerate(spike[:9]):
+            carry = train(carry, [size])
+            assert checkpoints.save(i, *carry, {"next": i + 1})
+    with HealthyCheckpoints(tmp_path / "new") as again:
+        found = again.restore(*start())
+    assert found.step == 8 and found.told == {"next": 9}
+    assert same((found.trees, found.opt_state), carry)
+    resumed = train((found.trees, found.opt_state), spike[found.told["next"] :])
+    assert same(resumed, whole)
+    assert int(sg.metrics(resumed[1])["skipped_steps"]) > 1
+
+
+def test_what_is_not_healthy_is_never_saved(tmp_path):
+    params, state = train(start(), [1, 1])
+    halted = train((params, state), [np.nan] * 3)
+    with HealthyCheckpoints(tmp_path, asynchronous=False) as checkpoints:
+        assert checkpoints.save(1, params, state)
+        poisoned = params | {"b": params["b"].at[1].set(jnp.inf)}
+        assert not checkpoints.save(2, poisoned, state)
+        assert not checkpoints.save(2, *halted)
+        assert checkpoints.save(3, *train(halted, [1]))  # It has recovered.
+        keyed = {**params, "key": jax.random.key(3)}
+        assert checkpoints.save(4, keyed, optax.adam(0.1).init(params))
+        found = checkpoints.restore(keyed, optax.adam(0.1).init(params))
+        assert found.trees["key"] == jax.random.key(3)
+        assert checkpoints.steps == [1, 3, 4]
+
+
+def test_the_last_one_from_before_a_spike_is_never_rotated_out(tmp_path):
+    carry = train(start(), [1] * 4)
+    with HealthyCheckpoints(tmp_path, keep=2, calm_steps=10) as checkpoints:
+        for i in (1, 2):
+            assert checkpoints.save(i, *carry)
+        for i in range(3, 9):
+            carry = train(carry, [1, np.nan])
+            assert checkpoints.save(i, *carry)
+        checkpoints.wait()
+        assert checkpoints.steps == [2, 7, 8]
+    carry = train(carry, [1] * 11)
+    with HealthyCheckpoints(tmp_path, keep=2, calm_steps=10) as checkpoints:
+        assert checkpoints.save(9, *carry)  # Calm again.
+        checkpoints.wait()
+        assert checkpoints.steps == [8, 9]
+
+
+def test_damaged_and_foreign_checkpoints_are_clear_errors_that_touch_nothing(tmp_path):
+    carry = train(start(), [1, 1])
+    with HealthyCheckpoints(tmp_path) as checkpoints:
+        for i in (1, 2):
+            checkpoints.save(i, *carry)
+    largest = max((tmp_path / "2").rglob("*"), key=lambda p: p.stat().st_size)
+    data = max((tmp_path / "2" / "state").rglob("d/*"), key=lambda p: p.stat().st_size)
+    for file in {largest, data}:
+        file.write_bytes(file.read_bytes()[:20])
+    before = files_of(tmp_path)
+    with HealthyCheckpoints(tmp_path) as checkpoints:
+        with pytest.raises(
+            CheckpointError, match=r"checkpoint 2 cannot.*[\s\S]*\[1, 2"
+        ):
+            checkpoints.restore(*start())
+        found = checkpoints.restore(*start(), step=1)
+        assert same((found.trees, found.opt_state), carry)
+        other = {**PARAMS, "w": jnp.zeros((2, 4))}
+        wrong = (
+            r"of another run: 1 leaves differ\s+trees.w: saved \(\(2, 3\), 'float32'"
+        )
+        with pytest.raises(CheckpointError, match=wrong):
+            checkpoints.restore(other, carry[1], step=1)
+        cast = {**PARAMS, "b": jnp.zeros(3)}  # Which Orbax would cast.
+        with pytest.raises(CheckpointError, match=r"'bfloat16'\), wanted .*'float32'"):
+            checkpoints.restore(cast, carry[1], step=1)
+        with pytest.raises(CheckpointError, match="of another run"):
+            checkpoints.restore(PARAMS, optax.adam(0.1).init(PARAMS), step=1)
+        with pytest.raises(CheckpointError, match="checkpoint 7 cannot be read"):
+            checkpoints.restore(*start(), step=7)
+    assert files_of(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"format": 2}', "A newer one wrote it"),
+        ('{"form', "is damaged"),
+        (None, "else"),
+    ],
+)
+def test_a_folder_of_something_else_is_left_alone(text, said, tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    if text:
+        (tmp_path / "stablegrad.json").write_text(text)
+    before = files_of(tmp_path)
+    with pytest.raises(ValueError, match=said):
+        HealthyCheckpoints(tmp_path)
+    assert files_of(tmp_path) == before
+
+
+FULL_DISK = """
+import resource, sys
+import jax, optax
+import stablegrad as sg
+from stablegrad.integrations.orbax import CheckpointError, HealthyCheckpoints
+
+params = {"w": jax.random.normal(jax.random.key(0), 300_000)}
+state = sg.stabilize(optax.sgd(0.1)).init(params)
+asynchronous = sys.argv[2] == "async"
+checkpoints = HealthyCheckpoints(sys.argv[1], keep=1, asynchronous=asynchronous)
+checkpoints.save(1, params, state)
+checkpoints.wait()
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+try:
+    checkpoints.save(2, {"w": params["w"] + 1}, state)
+    checkpoints.wait()
+    sys.exit("saved all the same")
+except CheckpointError as error:
+    print(error)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+found = checkpoints.restore(params, state)
+assert found.step == 1 and (found.trees["w"] == params["w"]).all()
+assert checkpoints.save(3, {"w": params["w"] + 2}, state)  # There is room again.
+checkpoints.wait()
+assert checkpoints.steps == [3], checkpoints.steps
+print("whole")
+"""
+
+
+@pytest.mark.parametrize("way", ["async", "sync"])
+def test_a_full_disk_leaves_the_last_checkpoint_whole(way, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(tmp_path / "new"), way],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "was not written" in done.stdout and done.stdout.endswith("whole\n")
