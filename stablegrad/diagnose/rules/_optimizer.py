@@ -1,0 +1,147 @@
+"""The optimizer: its rate, its epsilon, its memory."""
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from ._rule import Facts, Rule, Verdict
+
+EPSILON = {"warning": 0.5, "critical": 0.9}
+STALE = 2.3
+UPDATE = (1e-6, 0.3)
+
+
+def _leaves(facts: Facts, numbers) -> list[tuple[str, float]]:
+    return list(zip(facts.parameters, numbers, strict=True)) if numbers else []
+
+
+def rate(facts: Facts) -> Iterator[Verdict]:
+    found = facts.training
+    if found is None or not found.losses or found.calm_scale in (1.0, 0.0):
+        return
+    losses = np.asarray(found.losses)
+    finite = bool(np.isfinite(losses).all())
+    peak, start = float(np.nanmax(losses)), found.untrained[0]
+    scale = found.calm_scale
+    yield Verdict(
+        rule="rate",
+        severity="warning" if finite and peak < 2 * abs(start) + 1e-9 else "critical",
+        layer="",
+        finding=f"The learning rate is too high: within {len(losses) - 1} steps the "
+        f"loss goes from {start:.3g} to {peak if finite else math.nan:.3g}; the same "
+        f"steps at {scale:g} of the rate do not raise it.",
+        evidence={"start": start, "peak": peak, "calm_scale": scale},
+        threshold="10 % above the same batches without training",
+        source="measured; Kalra et al. (2026), https://arxiv.org/abs/2601.16979",
+        remedy=f"Multiply the learning rate by {scale / 2:g}, or measure the limit.",
+        formula="rate <= safe_start",
+        code="sg.critical_learning_rate(loss_fn, params, batch, tx).safe_start",
+        change={"rate": scale / 2},
+    )
+
+
+def epsilon(facts: Facts) -> Iterator[Verdict]:
+    found = facts.training
+    if found is None or not found.epsilon > 0:
+        return
+    leaves = _leaves(facts, found.below_epsilon)
+    sizes = [facts.parameters[name]["size"] for name, _ in leaves]
+    if not leaves:
+        return
+    share = float(np.average([x for _, x in leaves], weights=sizes))
+    reached = [name for name, limit in EPSILON.items() if share >= limit]
+    if reached:
+        roots = [
+            numbers["gradient"] for numbers in facts.parameters.values() if numbers["gradient"]
+        ]
+        right = 10.0 ** math.floor(math.log10(max(np.median(roots) if roots else 1, 1e-20)) - 3)
+        yield Verdict(
+            rule="epsilon",
+            severity=reached[-1],
+            layer="",
+            finding=f"Adam's epsilon of {found.epsilon:.2g} is larger than the gradient "
+            f"of {share:.0%} of the elements: they get a fraction of the rate.",
+            evidence={"share": share, "epsilon": found.epsilon},
+            threshold=f"{EPSILON[reached[-1]]:.0%} of the elements",
+            source="Wortsman et al. (2023), https://arxiv.org/abs/2309.14322",
+            remedy=f"Lower epsilon to {right:.0e}, or raise the gradients (a loss that "
+            "is a mean over fewer things).",
+            formula="|update| = rate |g| / (|g| + epsilon), epsilon << |g|",
+            code=f"optax.adamw(rate, eps={right:.0e})",
+            change={"epsilon": right},
+        )
+
+
+def stale_moment(facts: Facts) -> Iterator[Verdict]:
+    found = facts.training
+    if found is None or not found.staleness:
+        return
+    name, worst = max(_leaves(facts, found.staleness), key=lambda row: row[1])
+    middle = float(np.median(found.staleness))
+    if middle <= STALE:
+        return
+    right = min(0.95, found.b2)
+    yield Verdict(
+        rule="stale_moment",
+        severity="warning" if middle < 3 * STALE else "critical",
+        layer="",
+        finding=f"Adam's second moment is out of date: the gradient is {middle:.3g} "
+        f"times what it expects ({worst:.3g} in {name}). With b2 = {found.b2:.5g} it "
+        f"remembers {1 / max(1 - found.b2, 1e-9):.0f} steps.",
+        evidence={"ratio": middle, "worst": worst, "b2": found.b2},
+        threshold=f"sqrt(mean(g^2 / v)) of {STALE:g}",
+        source="Wortsman et al., StableAdamW (2023), https://arxiv.org/abs/2304.13013",
+        remedy=f"Lower b2 to {right:g}, or shrink such updates.",
+        formula="rate / max(1, sqrt(mean(g^2 / v)))",
+        code=f"optax.adamw(rate, b2={right:g}), or sg.clip_update_rms()",
+        change={"b2": right},
+    )
+
+
+def updates(facts: Facts) -> Iterator[Verdict]:
+    found = facts.training
+    if found is None:
+        return
+    rows = [
+        (name, size)
+        for name, size in _leaves(facts, found.updates)
+        if facts.parameters[name]["rms"] > 1e-6 and facts.parameters[name]["size"] > 64
+    ]
+    if not rows:
+        return
+    (low_name, low), (high_name, high) = min(rows, key=_size), max(rows, key=_size)
+    for name, size, is_high in (high_name, high, True), (low_name, low, False):
+        if (size > UPDATE[1]) if is_high else (0 < size < UPDATE[0]):
+            word = "large" if is_high else "small"
+            yield Verdict(
+                rule="updates",
+                severity="note",
+                layer=name,
+                finding=f"The first update of {name} is {word}: {size:.2g} of the "
+                "parameter.",
+                evidence={"update": size},
+                threshold=f"{UPDATE[0]:g} to {UPDATE[1]:g}; about 1e-3 is usual",
+                source="rule of thumb (Karpathy, 2022)",
+                remedy="Compare with the other layers; a rate for each group, or a "
+                "warm-up.",
+                formula="rms(update) / rms(parameter) = 1e-3",
+                code="optax.warmup_cosine_decay_schedule(...)",
+            )
+
+
+def _size(row) -> float:
+    return row[1]
+
+
+RULES = (
+    Rule(
+        "stale_moment",
+        "Is Adam's second moment up to date?",
+        stale_moment,
+        ("rate", "updates"),
+    ),
+    Rule("epsilon", "Is Adam's epsilon below the gradients?", epsilon),
+    Rule("rate", "Is the learning rate low enough?", rate, ("updates",)),
+    Rule("updates", "Are updates in proportion to parameters?", updates),
+)
