@@ -1,6 +1,7 @@
 """What the parts of a batch say: gradients of its shards, and its rows."""
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -41,10 +42,11 @@ def shards_in(examples: int) -> int:
     return max(counts, default=0)
 
 
+@functools.partial(jax.jit, static_argnames=("loss", "count"))
 def shard_gradients(loss, params, frozen, batch, count: int):
     """Return losses and squared gradient norms of shards, and that of their mean.
 
-    To be compiled: as many operations as one gradient of the whole batch.
+    As many operations as one gradient of the whole batch.
     """
     split = lambda x: x.reshape(count, x.shape[0] // count, *x.shape[1:])
 
@@ -64,6 +66,7 @@ def _norm(tree) -> jax.Array:
     return jnp.linalg.norm(jnp.stack(parts))
 
 
+@jax.jit
 def row_sizes(batch) -> list[tuple[jax.Array, jax.Array]]:
     """Return, for every floating-point array, RMS and finiteness of its rows."""
     found = []
@@ -95,10 +98,10 @@ def facts(loss, params, frozen, batch) -> BatchFacts:
     found = BatchFacts(examples=examples_in(batch))
     count = shards_in(found.examples)
     if found.examples:
-        _read_rows(found, jax.jit(row_sizes)(batch))
+        _read_rows(found, row_sizes(batch))
     if count:
-        run = jax.jit(lambda p, f, b: shard_gradients(loss, p, f, b, count))
-        losses, norms, mean = jax.device_get(run(params, frozen, batch))
+        run = shard_gradients(loss, params, frozen, batch, count)
+        losses, norms, mean = jax.device_get(run)
         found.losses = tuple(map(float, losses))
         found.norms = tuple(map(float, norms))
         found.noise_scale = noise_scale(norms, mean, found.examples)

@@ -1,17 +1,16 @@
 """The diagnosis: measure, judge, report."""
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
 
 from .. import _checks, _trees
 from ..curvature import _loss
-from . import _batch, _layers, _measure, _origin, _program, _sites, _taps, _training
+from . import _batch, _layers, _measure, _origin, _program, _sites, _training
 from ._report import Report
 from .rules import RULES, Facts, Rule, judge
 
@@ -86,20 +85,17 @@ def diagnose(
         raise ValueError(f"`steps` must be 0 without `tx`, got {steps}.")
     loss, trained, frozen = _loss.problem(loss_fn, params, widen=False)
     data = (frozen, batch)
-    program = _program.trace(loss, trained, data)
-    names = _trees.leaf_names(trained)
-    names = _short(names)
-    sites = _sites.find(program, names)
-    instrument = _measure.Instrument(program, sites)
-    run = jax.jit(lambda params, data: _measure.measure(instrument, params, data))
-    value, grads, stats, back = run(trained, data)
-    layers = _layers.assemble(
-        instrument, sites, *jax.device_get((stats, back)), names=names
-    )
+    names = _short(_trees.leaf_names(trained))
+    described, structure = jax.tree.flatten(jax.eval_shape(lambda x: x, (trained, data)))
+    avals = tuple((x.shape, x.dtype) for x in described)
+    program, sites, instrument, run = _prepared(loss, names, avals, structure)
+    value, grads, found = run(trained, data)
+    of_leaves, stats, back = jax.device_get(found)
+    layers = _layers.assemble(instrument, sites, stats, back, names)
     facts = Facts(
         loss=float(value),
         layers=layers,
-        parameters=_parameters(names, trained, grads),
+        parameters=_parameters(names, trained, of_leaves),
         batch=_batch.facts(loss, trained, frozen, batch),
         events=tuple(events),
     )
@@ -114,6 +110,17 @@ def diagnose(
     return Report(facts, judge(facts, rules), tuple(rules))
 
 
+@functools.lru_cache(maxsize=16)
+def _prepared(loss, names, avals, structure):
+    """Trace and instrument a loss; compiled once for arguments of the same shapes."""
+    arguments = [jax.ShapeDtypeStruct(*aval) for aval in avals]
+    program = _program.trace(loss, *jax.tree.unflatten(structure, arguments))
+    sites = _sites.find(program, names)
+    instrument = _measure.Instrument(program, sites)
+    run = jax.jit(functools.partial(_measure.measure, instrument))
+    return program, sites, instrument, run
+
+
 def _short(names: Sequence[str]) -> tuple[str, ...]:
     """Leave out Linen's collection if all parameters are in one."""
     if len(names) > 1 and all(name.startswith("params.") for name in names):
@@ -121,24 +128,11 @@ def _short(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _parameters(names, params, grads) -> dict[str, dict[str, float]]:
-    @jax.jit
-    def of(params, grads):
-        return [
-            (_taps.rms(p), _taps.rms(g), jnp.sum(~jnp.isfinite(p)))
-            for p, g in zip(jax.tree.leaves(params), jax.tree.leaves(grads), strict=True)
-        ]
-
+def _parameters(names, params, of_leaves) -> dict[str, dict[str, float]]:
+    rows = zip(names, jax.tree.leaves(params), of_leaves, strict=True)
     return {
-        name: {
-            "rms": float(rms),
-            "gradient": float(gradient),
-            "nonfinite": float(bad),
-            "size": float(np.size(leaf)),
-        }
-        for name, (rms, gradient, bad), leaf in zip(
-            names, jax.device_get(of(params, grads)), jax.tree.leaves(params), strict=True
-        )
+        name: {**{key: float(x) for key, x in numbers.items()}, "size": float(leaf.size)}
+        for name, leaf, numbers in rows
     }
 
 

@@ -51,6 +51,7 @@ class Layer:
     epsilon: float = NAN  # Share of elements smaller than Adam's epsilon.
     nonfinite: float = 0.0
     input_nonfinite: float = 0.0
+    output_nonfinite: float = 0.0  # After the activation.
     gradient_nonfinite: float = 0.0
     over16: float = NAN
     lost16: float = NAN
@@ -148,6 +149,7 @@ def _layer(site: Site, picked: _Picked, names: Sequence[str]) -> Layer:
     layer.input_rms = value("in", "rms", root_mean_square)
     layer.input_nonfinite = value("in", "nonfinite", np.sum, 0.0)
     layer.output_rms = value("post", "rms", root_mean_square, layer.rms)
+    layer.output_nonfinite = value("post", "nonfinite", np.sum, layer.nonfinite)
     layer.weight_rms = value("weight", "rms", root_mean_square)
     layer.leaf = names[site.leaf] if site.leaf >= 0 else ""
     layer.normalised, layer.ends_branch = site.normalised, site.branch

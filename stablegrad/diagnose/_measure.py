@@ -161,7 +161,7 @@ class Instrument:
 
 
 def measure(instrument: Instrument, params, data):
-    """Return loss, gradient, and statistics of values and of their gradients.
+    """Return loss, gradient, and statistics: of parameters, of values, of gradients.
 
     To be compiled: one forward and one backward pass.
     """
@@ -174,4 +174,12 @@ def measure(instrument: Instrument, params, data):
 
     both = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
     (value, stats), (grads, back) = both(leaves, instrument.probes())
-    return value, structure.unflatten(grads), stats, back
+    of_leaves = [
+        {
+            "rms": _taps.rms(leaf),
+            "gradient": _taps.rms(grad),
+            "nonfinite": jnp.sum(~jnp.isfinite(leaf)),
+        }
+        for leaf, grad in zip(leaves, grads, strict=True)
+    ]
+    return value, structure.unflatten(grads), (of_leaves, stats, back)

@@ -1,6 +1,7 @@
 """What the optimizer does with the gradient: its constants, and some real steps."""
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -29,7 +30,7 @@ class TrainingFacts:
     updates: tuple[float, ...] = ()  # RMS of each leaf's update over the leaf's.
     below_epsilon: tuple[float, ...] = ()  # Share of a leaf's elements, zeros aside.
     staleness: tuple[float, ...] = ()  # sqrt(mean(g^2 / v)) of each leaf.
-    losses: tuple[float, ...] = ()  # Before each step, and after the last.
+    losses: tuple[float, ...] = ()  # Before each step, and after all of them.
     untrained: tuple[float, ...] = ()  # Of the same batches, without any step.
     calm_scale: float = NAN  # Largest factor on the updates at which the loss is calm.
     labels_seen: float = NAN  # By how many deviations labels beat shuffled ones, ...
@@ -43,7 +44,7 @@ def moments_in(state) -> Any:
     return found[0] if found and jax.tree.leaves(found[0].nu) else None
 
 
-def constants(tx, params) -> tuple[float, float, float]:
+def constants(tx, params) -> jax.Array:
     """Return b1, b2 and epsilon of an Adam-like optimizer, read off what it does.
 
     A gradient of zeros after one step shrinks the moments by b1 and b2. The first
@@ -52,95 +53,91 @@ def constants(tx, params) -> tuple[float, float, float]:
     """
     zeros = jax.tree.map(jnp.zeros_like, params)
     like = lambda size: jax.tree.map(lambda p: jnp.full_like(p, size), params)
+    state = tx.init(zeros)
+    large, after = tx.update(like(1e-4), state, zeros, value=1.0)
+    small, _ = tx.update(like(1e-6), state, zeros, value=1.0)
+    _, last = tx.update(zeros, after, zeros, value=1.0)
+    one, two = moments_in(after), moments_in(last)
+    if one is None:
+        return jnp.full(3, jnp.nan)
+    first = lambda tree: jnp.ravel(jax.tree.leaves(tree)[0])[0].astype(jnp.float32)
+    ratio = first(large) / first(small)
+    epsilon = jnp.maximum(1e-4 * (ratio - 1) / (100.0 - ratio), 0.0)
+    b1, b2 = first(two.mu) / first(one.mu), first(two.nu) / first(one.nu)
+    return jnp.stack([b1, b2, jnp.where(epsilon < 1e3, epsilon, jnp.nan)])
 
-    @jax.jit
-    def tried():
-        state = tx.init(zeros)
-        large, after = tx.update(like(1e-4), state, zeros, value=1.0)
-        small, _ = tx.update(like(1e-6), state, zeros, value=1.0)
-        _, last = tx.update(zeros, after, zeros, value=1.0)
-        one, two = moments_in(after), moments_in(last)
-        first = lambda tree: jnp.ravel(jax.tree.leaves(tree)[0])[0].astype(jnp.float32)
-        if one is None:
-            return jnp.full(3, jnp.nan)
-        ratio = first(large) / first(small)
-        epsilon = 1e-4 * (ratio - 1) / (100.0 - ratio)
-        return jnp.stack(
-            [first(two.mu) / first(one.mu), first(two.nu) / first(one.nu), epsilon]
-        )
 
-    with jax.numpy_dtype_promotion("standard"):
-        b1, b2, epsilon = map(float, tried())
-    return b1, b2, max(epsilon, 0.0) if epsilon < 1e3 else NAN
+@functools.partial(jax.jit, static_argnames="tx")
+def one_update(tx, params, state, grads, value):
+    """Return the constants, and for each leaf what an update and the moments are."""
+    constant = constants(tx, params)
+    updates, after = tx.update(grads, state, params, value=value)
+    ratio = lambda u, p: _taps.rms(u) / jnp.maximum(_taps.rms(p), 1e-30)
+    sizes = jax.tree.leaves(jax.tree.map(ratio, updates, params))
+    return constant, sizes, *_against_moments(grads, after, constant[1], constant[2])
 
 
 def facts(loss, tx, params, state, grads, value, data, steps, more) -> TrainingFacts:
     """Measure an optimizer on a gradient, and on some steps if asked."""
     found = TrainingFacts()
-    found.b1, found.b2, found.epsilon = constants(tx, params)
-    state = tx.init(params) if state is None else _trees.without_variables(state)
-
-    @jax.jit
-    def first(params, state, grads, value):
-        updates, after = tx.update(grads, state, params, value=value)
-        sizes = jax.tree.map(
-            lambda u, p: _taps.rms(u) / jnp.maximum(_taps.rms(p), 1e-30), updates, params
-        )
-        return jax.tree.leaves(sizes), _against_moments(grads, after, found)
-
     with jax.numpy_dtype_promotion("standard"):
-        sizes, (below, stale) = first(params, state, grads, value)
-        found.updates = tuple(map(float, sizes))
-        found.below_epsilon = tuple(map(float, below))
-        found.staleness = tuple(map(float, stale))
+        state = tx.init(params) if state is None else _trees.without_variables(state)
+        measured = jax.device_get(one_update(tx, params, state, grads, value))
+        constant, *of_leaves = measured
+        found.b1, found.b2, found.epsilon = map(float, constant)
+        updates, below, stale = (tuple(map(float, numbers)) for numbers in of_leaves)
+        found.updates, found.below_epsilon, found.staleness = updates, below, stale
         if steps:
             _take_steps(found, loss, tx, params, state, data, steps, more)
     return found
 
 
-def _against_moments(grads, after, found: TrainingFacts):
+def _against_moments(grads, after, b2, epsilon):
     """Compare the gradient of each leaf with Adam's epsilon and second moment."""
-    grads = [g.astype(jnp.float32) for g in jax.tree.leaves(grads)]
     node = moments_in(after)
-    if node is None or not math.isfinite(found.b2):
-        return [], []
-    count = jnp.asarray(getattr(node, "count", 1), jnp.float32)
-    nus = [nu.astype(jnp.float32) for nu in jax.tree.leaves(node.nu)]
+    grads = [g.astype(jnp.float32) for g in jax.tree.leaves(grads)]
+    nus = [] if node is None else jax.tree.leaves(node.nu)
     if len(nus) != len(grads):
         return [], []
-    nus = [nu / (1 - found.b2**count) for nu in nus]
+    count = jnp.asarray(getattr(node, "count", 1), jnp.float32)
     below, stale = [], []
     for g, nu in zip(grads, nus, strict=True):
+        nu = nu.astype(jnp.float32) / (1 - b2**count)
         known = nu > 0
+        counted = jnp.maximum(jnp.sum(known), 1)
         size = jnp.where(known, jnp.sqrt(nu), 1.0)
-        share = jnp.sum(known & (size < found.epsilon)) / jnp.maximum(known.sum(), 1)
-        below.append(share)
+        below.append(jnp.sum(known & (size < epsilon)) / counted)
         ratio = jnp.where(known, jnp.square(g / size), 0.0)
-        stale.append(jnp.sqrt(jnp.sum(ratio) / jnp.maximum(known.sum(), 1)))
+        stale.append(jnp.sqrt(jnp.sum(ratio) / counted))
     return below, stale
+
+
+@functools.partial(jax.jit, static_argnames=("loss", "tx", "steps"))
+def take_steps(loss, tx, params, state, frozen, stacked, scale, steps: int):
+    """Return the losses of some steps on stacked batches in turn, and where they end.
+
+    Updates are multiplied by `scale`.
+    """
+    batches = jax.tree.leaves(stacked)[0].shape[0]
+    at = lambda i: (frozen, jax.tree.map(lambda x: x[i], stacked))
+
+    def step(carry, i):
+        params, state = carry
+        value, grads = jax.value_and_grad(loss)(params, at(i % batches))
+        updates, state = tx.update(grads, state, params, value=value)
+        updates = optax.tree.scale(scale, updates)
+        return (optax.apply_updates(params, updates), state), value
+
+    (after, _), losses = jax.lax.scan(step, (params, state), jnp.arange(steps + 1))
+    return losses, after
 
 
 def _take_steps(found, loss, tx, params, state, data, steps: int, more) -> None:
     frozen, batch = data
     batches = [batch, *more]
     stacked = jax.tree.map(lambda *xs: jnp.stack([jnp.asarray(x) for x in xs]), *batches)
-    order = jnp.arange(steps) % len(batches)
-
-    @jax.jit
-    def run(params, state, stacked, scale):
-        def step(carry, i):
-            params, state = carry
-            now = (frozen, jax.tree.map(lambda x: x[i], stacked))
-            value, grads = jax.value_and_grad(loss)(params, now)
-            updates, state = tx.update(grads, state, params, value=value)
-            updates = optax.tree.scale(scale, updates)
-            return (optax.apply_updates(params, updates), state), value
-
-        (after, _), losses = jax.lax.scan(step, (params, state), order)
-        first = (frozen, jax.tree.map(lambda x: x[0], stacked))
-        return jnp.append(losses, loss(after, first)), after
-
-    losses_at = lambda scale: np.asarray(run(params, state, stacked, scale)[0], float)
+    run = functools.partial(take_steps, loss, tx, params, state, frozen, steps=steps)
+    losses_at = lambda scale: np.asarray(run(stacked, scale)[0], float)
     found.untrained = tuple((untrained := losses_at(0.0)).tolist())
     found.calm_scale = 0.0
     for scale in SCALES:
@@ -150,7 +147,7 @@ def _take_steps(found, loss, tx, params, state, data, steps: int, more) -> None:
         if is_calm(losses, untrained):
             found.calm_scale = scale
             break
-    _try_labels(found, run, loss, params, state, data)
+    _try_labels(found, run, loss, data)
 
 
 def is_calm(losses: np.ndarray, untrained: np.ndarray) -> bool:
@@ -159,28 +156,27 @@ def is_calm(losses: np.ndarray, untrained: np.ndarray) -> bool:
     return bool(np.isfinite(losses).all() and rise <= CALM_RISE)
 
 
-def _try_labels(found: TrainingFacts, run, loss, params, state, data) -> None:
+def _try_labels(found: TrainingFacts, run, loss, data) -> None:
     """Train on half of the examples, and shuffle the second array on both halves."""
     frozen, batch = data
     leaves, structure = jax.tree.flatten(batch)
     examples = examples_in(batch)
     if len(leaves) != 2 or examples < 32 or not found.calm_scale > 0:
         return
-    halves = [[jnp.asarray(x)[k : examples // 2 * 2 : 2] for x in leaves] for k in (0, 1)]
+    half = examples // 2
+    halves = [[jnp.asarray(x)[k : 2 * half : 2] for x in leaves] for k in (0, 1)]
     trained_on = structure.unflatten([x[None] for x in halves[0]])
-    _, after = run(params, state, trained_on, found.calm_scale)
+    _, after = run(trained_on, found.calm_scale)
     chance = np.random.default_rng(0)
-    orders = np.stack([chance.permutation(examples // 2) for _ in range(SHUFFLES)])
-
-    @jax.jit
-    def compare(after, inputs, labels):
-        of = lambda y: loss(after, (frozen, structure.unflatten([inputs, y])))
-        return of(labels), jax.lax.map(lambda order: of(labels[order]), orders)
-
-    for (inputs, labels), name in zip(
-        halves, ("labels_seen", "labels_unseen"), strict=True
-    ):
-        own, shuffled = (np.asarray(x, float) for x in compare(after, inputs, labels))
-        spread = float(shuffled.std())
+    orders = np.stack([chance.permutation(half) for _ in range(SHUFFLES)])
+    for pair, name in zip(halves, ("labels_seen", "labels_unseen"), strict=True):
+        own, shuffled = _shuffled(loss, after, frozen, structure, *pair, orders)
+        spread = float(np.std(shuffled))
         if math.isfinite(spread) and spread > 0:
-            setattr(found, name, float((shuffled.mean() - own) / spread))
+            setattr(found, name, float((np.mean(shuffled) - own) / spread))
+
+
+@functools.partial(jax.jit, static_argnames=("loss", "structure"))
+def _shuffled(loss, params, frozen, structure, inputs, labels, orders):
+    of = lambda y: loss(params, (frozen, structure.unflatten([inputs, y])))
+    return of(labels), jax.lax.map(lambda order: of(labels[order]), orders)

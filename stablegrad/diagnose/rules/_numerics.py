@@ -33,20 +33,23 @@ def nonfinite_values(facts: Facts) -> Iterator[Verdict]:
     for layer in facts.layers:
         if layer.input_nonfinite and clean == "the batch" and not layer.nonfinite:
             return
-        if not layer.nonfinite:
+        count = layer.nonfinite or layer.output_nonfinite
+        if not count:
             if math.isfinite(layer.rms):
                 clean = layer.name
             continue
+        after = "" if layer.nonfinite else f" (after {layer.activation})"
         half = layer.dtype == "float16"
         at = f", first in {facts.origin}" if facts.origin else ""
-        where = f"{layer.name} is the shallowest bad tensor, {clean} the last clean one"
+        where = f"{layer.name}{after} is the shallowest bad tensor, {clean} the last"
+        where += " clean one"
         rule = "overflow16" if half else "nonfinite_values"
         yield Verdict(
             rule=rule,
             severity="critical",
             layer=layer.name,
-            finding=f"{layer.nonfinite:.0f} values are not finite: {where}{at}.",
-            evidence={"values": layer.nonfinite, "input_rms": layer.input_rms},
+            finding=f"{count:.0f} values are not finite: {where}{at}.",
+            evidence={"values": count, "input_rms": layer.input_rms},
             threshold=f"|x| <= {HALF_LARGEST:.0f}" if half else "0 values",
             source="IEEE 754 binary16" if half else "definition",
             remedy=f"Compute {layer.name} in bfloat16 or float32, or scale its weights."
@@ -161,7 +164,15 @@ RULES = (
         "nonfinite_values",
         "Is every tensor of the forward pass finite?",
         nonfinite_values,
-        ("nonfinite_gradients", "rate", "overflow16", "dead_units", "vanishing"),
+        (
+            "nonfinite_gradients",
+            "rate",
+            "overflow16",
+            "underflow16",
+            "dead_units",
+            "vanishing",
+            "odd_shard",
+        ),
     ),
     Rule(
         "nonfinite_gradients",
