@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 from .. import _checks, _trees
@@ -105,7 +106,8 @@ def diagnose(
     if tx is not None:
         tx = _loss.optimizer(tx, "diagnose")
         asked = (loss, tx, trained, opt_state, grads, value, data, steps)
-        facts.training = _training.facts(*asked, list(more_batches))
+        spread = float(np.std(facts.batch.losses)) if facts.batch.losses else 0.0
+        facts.training = _training.facts(*asked, list(more_batches), spread)
         _per_layer(layers, names, facts.training)
     return Report(facts, judge(facts, rules), tuple(rules))
 

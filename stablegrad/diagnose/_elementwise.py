@@ -36,6 +36,7 @@ _FROM_LITERALS = frozenset(
 # Steps of an activation's slope defeat Gauss-Hermite; no node lies on 0, where ReLU's is.
 NODES = np.linspace(-6.0, 6.0, 1200)
 WEIGHTS = np.exp(-0.5 * NODES**2) / np.exp(-0.5 * NODES**2).sum()
+STEEPEST = 50.0
 GRID = np.linspace(-8.0, 8.0, 401, dtype=np.float32)
 
 
@@ -158,7 +159,9 @@ def _measure(activation: Activation) -> None:
 
     activation.call = call
     f, slope = call(GRID)
-    if not (np.isfinite(f).all() and np.isfinite(slope).all()) or np.ptp(slope) < 1e-3:
+    finite = np.isfinite(f).all() and np.isfinite(slope).all()
+    # Slopes of hundreds are the exponential of a softmax, not an activation's.
+    if not finite or np.ptp(slope) < 1e-3 or np.abs(slope).max() > STEEPEST:
         activation.name = ""
         return
     activation.slope = float(np.abs(slope).max())
@@ -205,4 +208,5 @@ def moments(activation: Activation | None, mean: float, deviation: float):
     if activation is None:
         return mean**2 + deviation**2, 1.0
     f, slope = activation.call(mean + deviation * NODES)
-    return float(WEIGHTS @ f.astype(float) ** 2), float(WEIGHTS @ slope**2.0)
+    f, slope = f.astype(float), slope.astype(float)
+    return float(WEIGHTS @ f**2), float(WEIGHTS @ slope**2)

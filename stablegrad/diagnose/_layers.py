@@ -55,6 +55,7 @@ class Layer:
     gradient_nonfinite: float = 0.0
     over16: float = NAN
     lost16: float = NAN
+    recurrent: bool = False
     normalised: bool = False
     ends_branch: bool = False
     beside_stream: bool = False
@@ -139,7 +140,7 @@ def root_mean_square(array) -> float:
 
 def _layer(site: Site, picked: _Picked, names: Sequence[str]) -> Layer:
     value, activation = picked.value, site.activation
-    layer = Layer(site.name, site.kind, dtype=str(site.value.aval.dtype))
+    layer = Layer(site.name, site.kind, dtype=site.dtype, recurrent=site.recurrent)
     layer.rms = value("out", "rms", root_mean_square)
     layer.mean = value("out", "mean", np.mean)
     layer.largest = value("out", "largest")

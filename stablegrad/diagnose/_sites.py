@@ -33,6 +33,8 @@ class Site:
     within: bool = False  # Whether it lies beside a residual stream.
     feeds: list["Site"] = dataclasses.field(default_factory=list)
     parents: list["Site"] = dataclasses.field(default_factory=list)
+    dtype: str = ""  # Of the operation, before any cast of its result.
+    recurrent: bool = False  # Whether it takes what an iteration hands to the next.
     sliced: tuple[bool, ...] = ()  # For each scan around it: over layers, not time.
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -51,7 +53,9 @@ def _in_program(program: Program, path, sliced, known) -> list[Site]:
         if op.body is not None:
             over_layers = any(value.sliced for value in op.body.ins)
             inner = (*sliced, over_layers)
-            deeper += _in_program(op.body, (*path, op.outs[0].order), inner, known)
+            found = _in_program(op.body, (*path, op.outs[0].order), inner, known)
+            _mark_recurrent(op, found)
+            deeper += found
         elif site := _layer(op):
             layers.append(site)
     linear = [site for site in layers if site.kind != "norm"]
@@ -65,8 +69,20 @@ def _in_program(program: Program, path, sliced, known) -> list[Site]:
     _connect(program, layers, sums)
     own = [*layers, *sums, *softmaxes]
     for site in own:
+        site.dtype = site.dtype or str(site.value.aval.dtype)
         site.path, site.sliced = (*path, site.value.order), sliced
     return sorted([*own, *deeper], key=lambda site: site.path)
+
+
+def _mark_recurrent(op: Op, sites: list[Site]) -> None:
+    """Find the layers of a scan's body that take what is carried."""
+    assert op.body is not None
+    fixed, carried = op.eqn.params["num_consts"], op.eqn.params["num_carry"]
+    state = op.body.ins[fixed : fixed + carried]
+    own = set(op.body.values())
+    for site in sites:
+        if site.source in own and any(site.source.comes_from(x) for x in state):
+            site.recurrent = True
 
 
 def _layer(op: Op) -> Site | None:
@@ -105,6 +121,7 @@ def _layer(op: Op) -> Site | None:
         site = Site("norm", "", (), out, source, weight)
     else:
         return None
+    site.dtype = str(out.aval.dtype)
     site.value, site.unit_axis = _after_bias(site.value, site.unit_axis % out.aval.ndim)
     if site.kind == "norm":
         site.value = _after_shift(out)

@@ -17,7 +17,7 @@ from ._batch import examples_in
 NAN = math.nan
 SCALES = (1.0, 1 / 4, 1 / 16, 1 / 64)
 SHUFFLES = 16
-CALM_RISE = 0.1
+CALM_RISE, CALM_SPREADS = 0.1, 3.0
 
 
 @dataclasses.dataclass
@@ -27,7 +27,7 @@ class TrainingFacts:
     b1: float = NAN
     b2: float = NAN
     epsilon: float = NAN
-    updates: tuple[float, ...] = ()  # RMS of each leaf's update over the leaf's.
+    updates: tuple[float, ...] = ()  # RMS of each leaf's update over its own; nan: zeros.
     below_epsilon: tuple[float, ...] = ()  # Share of a leaf's elements, zeros aside.
     staleness: tuple[float, ...] = ()  # sqrt(mean(g^2 / v)) of each leaf.
     losses: tuple[float, ...] = ()  # Before each step, and after all of them.
@@ -72,13 +72,18 @@ def one_update(tx, params, state, grads, value):
     """Return the constants, and for each leaf what an update and the moments are."""
     constant = constants(tx, params)
     updates, after = tx.update(grads, state, params, value=value)
-    ratio = lambda u, p: _taps.rms(u) / jnp.maximum(_taps.rms(p), 1e-30)
+    ratio = lambda u, p: jnp.where(_taps.rms(p) > 0, _taps.rms(u) / _taps.rms(p), jnp.nan)
     sizes = jax.tree.leaves(jax.tree.map(ratio, updates, params))
     return constant, sizes, *_against_moments(grads, after, constant[1], constant[2])
 
 
-def facts(loss, tx, params, state, grads, value, data, steps, more) -> TrainingFacts:
-    """Measure an optimizer on a gradient, and on some steps if asked."""
+def facts(
+    loss, tx, params, state, grads, value, data, steps, more, spread
+) -> TrainingFacts:
+    """Measure an optimizer on a gradient, and on some steps if asked.
+
+    `spread` is the standard deviation of the losses of parts of the batch.
+    """
     found = TrainingFacts()
     with jax.numpy_dtype_promotion("standard"):
         state = tx.init(params) if state is None else _trees.without_variables(state)
@@ -88,33 +93,46 @@ def facts(loss, tx, params, state, grads, value, data, steps, more) -> TrainingF
         updates, below, stale = (tuple(map(float, numbers)) for numbers in of_leaves)
         found.updates, found.below_epsilon, found.staleness = updates, below, stale
         if steps:
-            _take_steps(found, loss, tx, params, state, data, steps, more)
+            _take_steps(found, loss, tx, params, state, data, steps, more, spread)
     return found
 
 
 def _against_moments(grads, after, b2, epsilon):
     """Compare the gradient of each leaf with Adam's epsilon and second moment."""
+    below = []
+    for _, size, known in _sizes(grads, after, b2):
+        few = known & (size < epsilon)
+        below.append(jnp.sum(few) / jnp.maximum(jnp.sum(known), 1))
+    return below, _staleness(grads, after, b2)
+
+
+def _staleness(grads, after, b2) -> list[jax.Array]:
+    """Return sqrt(mean(g^2 / v)) of each leaf."""
+    found = []
+    for g, size, known in _sizes(grads, after, b2):
+        ratio = jnp.sum(jnp.where(known, jnp.square(g / size), 0.0))
+        found.append(jnp.sqrt(ratio / jnp.maximum(jnp.sum(known), 1)))
+    return found
+
+
+def _sizes(grads, after, b2):
+    """Return each leaf's gradient, sqrt(v) and where that is known."""
     node = moments_in(after)
-    grads = [g.astype(jnp.float32) for g in jax.tree.leaves(grads)]
     nus = [] if node is None else jax.tree.leaves(node.nu)
-    if len(nus) != len(grads):
-        return [], []
+    leaves = [g.astype(jnp.float32) for g in jax.tree.leaves(grads)]
+    if len(nus) != len(leaves):
+        return []
     count = jnp.asarray(getattr(node, "count", 1), jnp.float32)
-    below, stale = [], []
-    for g, nu in zip(grads, nus, strict=True):
+    rows = []
+    for g, nu in zip(leaves, nus, strict=True):
         nu = nu.astype(jnp.float32) / (1 - b2**count)
-        known = nu > 0
-        counted = jnp.maximum(jnp.sum(known), 1)
-        size = jnp.where(known, jnp.sqrt(nu), 1.0)
-        below.append(jnp.sum(known & (size < epsilon)) / counted)
-        ratio = jnp.where(known, jnp.square(g / size), 0.0)
-        stale.append(jnp.sqrt(jnp.sum(ratio) / counted))
-    return below, stale
+        rows.append((g, jnp.where(nu > 0, jnp.sqrt(nu), 1.0), nu > 0))
+    return rows
 
 
 @functools.partial(jax.jit, static_argnames=("loss", "tx", "steps"))
-def take_steps(loss, tx, params, state, frozen, stacked, scale, steps: int):
-    """Return the losses of some steps on stacked batches in turn, and where they end.
+def take_steps(loss, tx, params, state, frozen, b2, stacked, scale, steps: int):
+    """Return losses and staleness of steps on stacked batches, and where they end.
 
     Updates are multiplied by `scale`.
     """
@@ -126,34 +144,45 @@ def take_steps(loss, tx, params, state, frozen, stacked, scale, steps: int):
         value, grads = jax.value_and_grad(loss)(params, at(i % batches))
         updates, state = tx.update(grads, state, params, value=value)
         updates = optax.tree.scale(scale, updates)
-        return (optax.apply_updates(params, updates), state), value
+        params = optax.apply_updates(params, updates)
+        stale = _staleness(grads, state, b2)
+        return (params, state), (value, jnp.stack(stale) if stale else jnp.zeros(0))
 
-    (after, _), losses = jax.lax.scan(step, (params, state), jnp.arange(steps + 1))
-    return losses, after
+    start = (params, state)
+    (after, _), (losses, stale) = jax.lax.scan(step, start, jnp.arange(steps + 1))
+    return losses, stale, after
 
 
-def _take_steps(found, loss, tx, params, state, data, steps: int, more) -> None:
+def _take_steps(
+    found, loss, tx, params, state, data, steps: int, more, spread: float
+) -> None:
     frozen, batch = data
     batches = [batch, *more]
     stacked = jax.tree.map(lambda *xs: jnp.stack([jnp.asarray(x) for x in xs]), *batches)
-    run = functools.partial(take_steps, loss, tx, params, state, frozen, steps=steps)
+    run = functools.partial(
+        take_steps, loss, tx, params, state, frozen, found.b2, steps=steps
+    )
     losses_at = lambda scale: np.asarray(run(stacked, scale)[0], float)
-    found.untrained = tuple((untrained := losses_at(0.0)).tolist())
+    losses, stale, _ = run(stacked, 0.0)
+    untrained = np.asarray(losses, float)
+    found.untrained = tuple(untrained.tolist())
+    # One batch may be a spike: the median of several is what the moments expect.
+    found.staleness = tuple(np.median(stale[: len(batches)], axis=0).tolist())
     found.calm_scale = 0.0
     for scale in SCALES:
         losses = losses_at(scale)
         if scale == 1.0:
             found.losses = tuple(losses.tolist())
-        if is_calm(losses, untrained):
+        if is_calm(losses, untrained, spread):
             found.calm_scale = scale
             break
     _try_labels(found, run, loss, data)
 
 
-def is_calm(losses: np.ndarray, untrained: np.ndarray) -> bool:
-    """Whether the loss is finite, and no batch's 10 % worse than without training."""
-    rise = (losses - untrained).max() / max(float(np.abs(untrained).mean()), 1e-30)
-    return bool(np.isfinite(losses).all() and rise <= CALM_RISE)
+def is_calm(losses: np.ndarray, untrained: np.ndarray, spread: float) -> bool:
+    """Whether no batch's loss rises by more than 10 % and the spread of its parts."""
+    allowed = CALM_RISE * float(np.abs(untrained).mean()) + CALM_SPREADS * spread
+    return bool(np.isfinite(losses).all() and (losses - untrained).max() <= allowed)
 
 
 def _try_labels(found: TrainingFacts, run, loss, data) -> None:
@@ -166,7 +195,7 @@ def _try_labels(found: TrainingFacts, run, loss, data) -> None:
     half = examples // 2
     halves = [[jnp.asarray(x)[k : 2 * half : 2] for x in leaves] for k in (0, 1)]
     trained_on = structure.unflatten([x[None] for x in halves[0]])
-    _, after = run(trained_on, found.calm_scale)
+    *_, after = run(trained_on, found.calm_scale)
     chance = np.random.default_rng(0)
     orders = np.stack([chance.permutation(half) for _ in range(SHUFFLES)])
     for pair, name in zip(halves, ("labels_seen", "labels_unseen"), strict=True):

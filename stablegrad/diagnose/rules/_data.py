@@ -9,7 +9,7 @@ from .._batch import ODD_ROW
 from ._rule import Facts, Rule, Verdict
 
 INPUT_RMS = 20.0
-ODD_SHARD = 12.0
+ODD_SHARD, ODD_SHARD_GAP = 12.0, 8.0
 SEEN, UNSEEN = 8.0, 2.0
 
 
@@ -47,7 +47,9 @@ def odd_shard(facts: Facts) -> Iterator[Verdict]:
     if len(norms) < 4 or not np.isfinite(norms).all() or np.median(norms) <= 0:
         return
     ratio = float(norms.max() / np.median(norms))
-    if ratio > ODD_SHARD:
+    # Examples that are fitted have no gradient, so others stand out, but not one alone.
+    alone = norms.max() > ODD_SHARD_GAP * np.sort(norms)[-2]
+    if ratio > ODD_SHARD and alone:
         at, size = int(norms.argmax()), batch.examples // len(norms)
         rows = tuple(range(at * size, (at + 1) * size))
         where = f"the gradient of examples {rows[0]} to {rows[-1]} is {ratio:.3g} "

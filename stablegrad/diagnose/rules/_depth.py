@@ -11,6 +11,7 @@ from ._rule import Facts, Rule, Verdict
 GROWTH = {"warning": 30.0, "critical": 1e4}
 BRANCH, BRANCH_AGAINST_PEERS = 4.0, 3.0
 STREAM = 30.0
+WEAK_CHI = 0.5  # Of an activation that no initialisation makes up for.
 TIME = {"warning": 100.0, "critical": 1e6}
 ALIKE, ALIKE_OF_INPUTS = 0.98, 0.05
 SOURCE = "Schoenholz et al. (2017), https://arxiv.org/abs/1611.01232"
@@ -191,7 +192,8 @@ def _through(facts: Facts, rule: str, sign: int) -> Iterator[Verdict]:
             "activation whose chi is 1, with its gain.",
             formula="chi = fan_out rms(W)^2 E[f'(z)^2] = 1: ReLU with gain 1.41",
             code="x = x + block(nnx.LayerNorm(...)(x))",
-            change={"architecture": "normalise"},
+            change={"architecture": "normalise"}
+            | ({"activation": "relu"} if mean(theory) < WEAK_CHI else {}),
         )
         return
     severity = _severity(forward) if forward * sign > 0 else ""
@@ -216,7 +218,7 @@ def _through(facts: Facts, rule: str, sign: int) -> Iterator[Verdict]:
 
 def through_time(facts: Facts) -> Iterator[Verdict]:
     for layer in facts.weighted:
-        if layer.times < 4 or not layer.time_gain > 0:
+        if not (layer.recurrent and layer.time_gain > 0):
             continue
         log_growth = math.log(layer.time_gain) * layer.times
         severity = _severity(log_growth, TIME)

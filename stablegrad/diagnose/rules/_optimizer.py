@@ -32,7 +32,7 @@ def rate(facts: Facts) -> Iterator[Verdict]:
         f"loss goes from {start:.3g} to {peak if finite else math.nan:.3g}; the same "
         f"steps at {scale:g} of the rate do not raise it.",
         evidence={"start": start, "peak": peak, "calm_scale": scale},
-        threshold="10 % above the same batches without training",
+        threshold="10 % and 3 deviations of its parts above the same batch untrained",
         source="measured; Kalra et al. (2026), https://arxiv.org/abs/2601.16979",
         remedy=f"Multiply the learning rate by {scale / 2:g}, or measure the limit.",
         formula="rate <= safe_start",
