@@ -95,107 +95,239 @@ def faults() -> list[Case]:
         _layer("mlp_tanh", *large, "layers.1", "layers.1.w", times(10), seed=1),
         _layer("mlp_tanh", *small, "layers.6", "layers.6.w", times(0.1)),
         _layer("mlp_tanh", *large, "head", "head.w", times(10)),
-        _layer("mlp_tanh", "saturated", "saturated", "layers.3", "layers.3.b", scattered(5)),
+        _layer(
+            "mlp_tanh", "saturated", "saturated", "layers.3", "layers.3.b", scattered(5)
+        ),
         Case(
-            "mlp_tanh", "all weights x0.3", "gain",
+            "mlp_tanh",
+            "all weights x0.3",
+            "gain",
             edits=tuple((f"layers.{i}.w", times(0.3)) for i in range(8)),
         ),
-        Case("mlp_tanh", "sigmoid", "vanishing", options=_with("mlp_tanh", activation="sigmoid")),
+        Case(
+            "mlp_tanh",
+            "sigmoid",
+            "vanishing",
+            options=_with("mlp_tanh", activation="sigmoid"),
+        ),
         Case("mlp_tanh", "inputs x100", "input_size", batch=_large_inputs),
         Case("mlp_tanh", "rate x30", "rate", adam=(("rate", 0.1),)),
         Case("mlp_tanh", "epsilon", "epsilon", adam=(("eps", 0.1),)),
         # Equinox ReLU network.
         _layer("mlp_relu", *large, "layers.3", "layers.3.weight", times(10)),
         _layer("mlp_relu", *small, "layers.2", "layers.2.weight", times(0.1)),
-        _layer("mlp_relu", "dead units", "dead_units", "layers.2", "layers.2.bias", plus(-8)),
+        _layer(
+            "mlp_relu",
+            "dead units",
+            "dead_units",
+            "layers.2",
+            "layers.2.bias",
+            plus(-8),
+        ),
         Case(
-            "mlp_relu", "all weights x4", "gain",
+            "mlp_relu",
+            "all weights x4",
+            "gain",
             edits=tuple((f"layers.{i}.weight", times(4)) for i in range(6)),
         ),
         Case("mlp_relu", "labels shuffled", "labels", batch=_shuffled_labels),
         Case("mlp_relu", "nan examples", "bad_examples", batch=_nan_rows),
         Case("mlp_relu", "rate x30", "rate", adam=(("rate", 0.1),)),
         Case(
-            "mlp_relu", "b2 too large", "stale_moment", adam=(("b2", 0.9999),), warm=100,
+            "mlp_relu",
+            "b2 too large",
+            "stale_moment",
+            adam=(("b2", 0.9999),),
+            warm=100,
             loss_scale=30.0,
         ),
         # Linen convolutions.
         _layer("conv_net", *large, "Conv_2", "Conv_2.kernel", times(10)),
         _layer("conv_net", *small, "Conv_1", "Conv_1.kernel", times(0.1)),
-        _layer("conv_net", "dead units", "dead_units", "Conv_1", "Conv_1.bias", plus(-8)),
+        _layer(
+            "conv_net", "dead units", "dead_units", "Conv_1", "Conv_1.bias", plus(-8)
+        ),
         Case(
-            "conv_net", "float16 overflow", "overflow16", ("Conv_2",),
+            "conv_net",
+            "float16 overflow",
+            "overflow16",
+            ("Conv_2",),
             options=_with("conv_net", half=2, half_scale=3e4),
         ),
         Case("conv_net", "bad shard", "odd_rows", batch=_bad_shard),
         _layer(
-            "conv_net", "nan weight", "nonfinite_parameters", "Conv_3.kernel", "Conv_3.kernel",
-            lambda leaf: np.where(np.arange(leaf.size).reshape(leaf.shape) == 7, np.nan, leaf),
+            "conv_net",
+            "nan weight",
+            "nonfinite_parameters",
+            "Conv_3.kernel",
+            "Conv_3.kernel",
+            lambda leaf: np.where(
+                np.arange(leaf.size).reshape(leaf.shape) == 7, np.nan, leaf
+            ),
         ),
         Case("conv_net", "rate x30", "rate", adam=(("rate", 0.1),)),
         Case("conv_net", "labels shuffled", "labels", batch=_shuffled_labels),
         # NNX ResNet with BatchNorm.
-        _layer("resnet", "norm scale x10", "norm_scale", "blocks.1.bn1", "blocks.1.bn1.scale", times(10)),
-        _layer("resnet", "norm scale x10", "norm_scale", "blocks.2.bn2", "blocks.2.bn2.scale", times(10)),
+        _layer(
+            "resnet",
+            "norm scale x10",
+            "norm_scale",
+            "blocks.1.bn1",
+            "blocks.1.bn1.scale",
+            times(10),
+        ),
+        _layer(
+            "resnet",
+            "norm scale x10",
+            "norm_scale",
+            "blocks.2.bn2",
+            "blocks.2.bn2.scale",
+            times(10),
+        ),
         _layer("resnet", *large, "head", "head.kernel", times(10)),
         Case(
-            "resnet", "branch x20", "residual", ("blocks.2.bn2",),
+            "resnet",
+            "branch x20",
+            "residual",
+            ("blocks.2.bn2",),
             options=_with("resnet", branches=(1.0, 1.0, 20.0)),
         ),
         Case("resnet", "nan examples", "bad_examples", batch=_nan_rows),
         Case("resnet", "epsilon", "epsilon", adam=(("eps", 0.1),)),
         Case("resnet", "labels shuffled", "labels", batch=_shuffled_labels),
         # NNX pre-norm transformer.
-        _layer("gpt", "queries x20", "attention", "blocks.1.attn", "blocks.1.attn.query.kernel", times(20)),
-        _layer("gpt", "keys x20", "attention", "blocks.2.attn", "blocks.2.attn.key.kernel", times(20)),
+        _layer(
+            "gpt",
+            "queries x20",
+            "attention",
+            "blocks.1.attn",
+            "blocks.1.attn.query.kernel",
+            times(20),
+        ),
+        _layer(
+            "gpt",
+            "keys x20",
+            "attention",
+            "blocks.2.attn",
+            "blocks.2.attn.key.kernel",
+            times(20),
+        ),
         _layer("gpt", *large, "blocks.0.down", "blocks.0.down.kernel", times(10)),
         _layer("gpt", *large, "head", "head.kernel", times(10)),
-        _layer("gpt", "norm scale x10", "norm_scale", "blocks.1.norm2", "blocks.1.norm2.scale", times(10)),
+        _layer(
+            "gpt",
+            "norm scale x10",
+            "norm_scale",
+            "blocks.1.norm2",
+            "blocks.1.norm2.scale",
+            times(10),
+        ),
         Case(
-            "gpt", "branch x20", "residual", ("blocks.1.down",),
+            "gpt",
+            "branch x20",
+            "residual",
+            ("blocks.1.down",),
             options=_with("gpt", branches=(1.0, 1.0, 1.0, 20.0)),
         ),
         Case("gpt", "rate x30", "rate", adam=(("rate", 0.1),)),
         Case("gpt", "epsilon", "epsilon", adam=(("eps", 0.01),)),
         # Linen post-norm transformer.
-        _layer("post_norm", "queries x20", "attention", "block1.attn", "block1.attn.query.kernel", times(20)),
-        _layer("post_norm", "keys x20", "attention", "block0.attn", "block0.attn.key.kernel", times(20)),
+        _layer(
+            "post_norm",
+            "queries x20",
+            "attention",
+            "block1.attn",
+            "block1.attn.query.kernel",
+            times(20),
+        ),
+        _layer(
+            "post_norm",
+            "keys x20",
+            "attention",
+            "block0.attn",
+            "block0.attn.key.kernel",
+            times(20),
+        ),
         Case(
-            "post_norm", "branch x20", "residual", ("block1.down",),
+            "post_norm",
+            "branch x20",
+            "residual",
+            ("block1.down",),
             options=_with("post_norm", branches=(1.0, 1.0, 1.0, 20.0)),
         ),
         _layer("post_norm", *large, "head", "head.kernel", times(10)),
         Case(
-            "post_norm", "float16 overflow", "overflow16", ("block1.up",),
+            "post_norm",
+            "float16 overflow",
+            "overflow16",
+            ("block1.up",),
             options=_with("post_norm", half=1, half_scale=6e4),
         ),
         Case("post_norm", "rate x30", "rate", adam=(("rate", 0.1),)),
         Case(
-            "post_norm", "b2 too large", "stale_moment", adam=(("b2", 0.9999),), warm=100,
+            "post_norm",
+            "b2 too large",
+            "stale_moment",
+            adam=(("b2", 0.9999),),
+            warm=100,
             loss_scale=30.0,
         ),
         # Recurrent network.
-        _layer("rnn", "recurrent x2", "through_time", "recurrent", "recurrent", times(2), options=_with("rnn", activation="relu")),
+        _layer(
+            "rnn",
+            "recurrent x2",
+            "through_time",
+            "recurrent",
+            "recurrent",
+            times(2),
+            options=_with("rnn", activation="relu"),
+        ),
         _layer("rnn", *large, "inputs", "inputs", times(20)),
         _layer("rnn", *small, "recurrent", "recurrent", times(0.1)),
         Case("rnn", "nan examples", "bad_examples", batch=_nan_rows),
         Case("rnn", "rate x30", "rate", adam=(("rate", 0.3),)),
         # Equinox mixture of experts.
-        _layer("mixture", "router one-sided", "router", "routers.1", "routers.1.bias", first(12.0)),
+        _layer(
+            "mixture",
+            "router one-sided",
+            "router",
+            "routers.1",
+            "routers.1.bias",
+            first(12.0),
+        ),
         _layer("mixture", *large, "experts.1.2.up", "experts.1.2.up.weight", times(10)),
-        _layer("mixture", "dead units", "dead_units", "experts.0.1.up", "experts.0.1.up.bias", plus(-9)),
+        _layer(
+            "mixture",
+            "dead units",
+            "dead_units",
+            "experts.0.1.up",
+            "experts.0.1.up.bias",
+            plus(-9),
+        ),
         Case("mixture", "inputs x100", "input_size", batch=_large_inputs),
         Case("mixture", "bad shard", "odd_rows", batch=_bad_shard),
         Case(
-            "mixture", "branch x20", "residual", ("experts.1.0.down", "experts.1.1.down", "experts.1.2.down", "experts.1.3.down"),
+            "mixture",
+            "branch x20",
+            "residual",
+            (
+                "experts.1.0.down",
+                "experts.1.1.down",
+                "experts.1.2.down",
+                "experts.1.3.down",
+            ),
             options=_with("mixture", branches=(1.0, 20.0)),
         ),
-    ]  # fmt: skip
+    ]
 
 
 def healthy() -> list[Case]:
-    """Each architecture as it is, with another seed, and after some training."""
+    """Each architecture as it is, and after some training."""
     cases = [Case(name, "healthy") for name in BUILDERS]
-    cases += [Case(name, "healthy", seed=3) for name in BUILDERS]
-    cases += [Case(name, "healthy", warm=200, seed=4) for name in BUILDERS]
-    return cases
+    return cases + [Case(name, "healthy, trained", warm=200) for name in BUILDERS]
+
+
+def cases(seed: int) -> list[Case]:
+    """All of them from one seed of weights and batches."""
+    every = [*faults(), *healthy()]
+    return [dataclasses.replace(case, seed=seed + case.seed) for case in every]

@@ -6,6 +6,7 @@ remedy applied, and returns `(loss_fn, model)` for a batch `(inputs, labels)`.
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -55,7 +56,7 @@ def cross_entropy(logits, labels):
 
 
 def _halved(x, w, options: Options, i: int):
-    """x @ w; in float16, where asked, times a factor that is taken out again."""
+    """X @ w; in float16, where asked, times a factor that is taken out again."""
     if i != options.half:
         return x @ w
     scaled = (x * options.half_scale).astype(jnp.float16) @ w.astype(jnp.float16)
@@ -74,7 +75,7 @@ def mlp_tanh(key, options: Options):
     normal = lambda i, a, b, g: g * jax.random.normal(keys[i], (a, b)) / math.sqrt(a)
     layers = [
         {"w": normal(i, a, b, gain), "b": jnp.zeros(b)}
-        for i, (a, b) in enumerate(zip(sizes, sizes[1:], strict=False))
+        for i, (a, b) in enumerate(itertools.pairwise(sizes))
     ]
     head = {"w": normal(-1, WIDTH, CLASSES, 1.0), "b": jnp.zeros(CLASSES)}
 
@@ -162,7 +163,10 @@ class _ResBlock(nnx.Module):
     def __init__(self, width, rngs):
         conv = functools.partial(nnx.Conv, width, width, (3, 3), use_bias=False)
         self.conv1, self.conv2 = conv(rngs=rngs), conv(rngs=rngs)
-        self.bn1, self.bn2 = nnx.BatchNorm(width, rngs=rngs), nnx.BatchNorm(width, rngs=rngs)
+        self.bn1, self.bn2 = (
+            nnx.BatchNorm(width, rngs=rngs),
+            nnx.BatchNorm(width, rngs=rngs),
+        )
 
     def __call__(self, x, scale):
         h = nnx.relu(self.bn1(self.conv1(x)))
@@ -197,7 +201,10 @@ def resnet(key, options: Options):
 
 class _Block(nnx.Module):
     def __init__(self, width, rngs):
-        self.norm1, self.norm2 = nnx.LayerNorm(width, rngs=rngs), nnx.LayerNorm(width, rngs=rngs)
+        self.norm1, self.norm2 = (
+            nnx.LayerNorm(width, rngs=rngs),
+            nnx.LayerNorm(width, rngs=rngs),
+        )
         self.attn = nnx.MultiHeadAttention(
             4, width, decode=False, use_bias=False, rngs=rngs
         )
@@ -215,7 +222,9 @@ class _Block(nnx.Module):
 class _GPT(nnx.Module):
     def __init__(self, rngs, options: Options):
         self.embed = nnx.Embed(ALPHABET, WIDTH, rngs=rngs)
-        self.position = nnx.Param(0.02 * jax.random.normal(rngs.params(), (CONTEXT, WIDTH)))
+        self.position = nnx.Param(
+            0.02 * jax.random.normal(rngs.params(), (CONTEXT, WIDTH))
+        )
         self.blocks = nnx.List([_Block(WIDTH, rngs) for _ in range(3)])
         self.norm = nnx.LayerNorm(WIDTH, rngs=rngs)
         self.head = nnx.Linear(WIDTH, ALPHABET, use_bias=False, rngs=rngs)
@@ -258,9 +267,9 @@ class _PostNorm(nn.Module):
 
     @nn.compact
     def __call__(self, tokens):
-        x = nn.Embed(ALPHABET, WIDTH, name="embed", embedding_init=nn.initializers.normal(0.5))(
-            tokens
-        )
+        x = nn.Embed(
+            ALPHABET, WIDTH, name="embed", embedding_init=nn.initializers.normal(0.5)
+        )(tokens)
         for i in range(3):
             x = _PostBlock(self.options, i, name=f"block{i}")(x)
         return nn.Dense(ALPHABET, name="head")(x)
@@ -320,11 +329,16 @@ class _Mixture(eqx.Module):
 
     def __init__(self, key, options: Options):
         keys = iter(jax.random.split(key, 64))
-        linear = lambda a, b, gain: _he(eqx.nn.Linear(a, b, key=next(keys)), next(keys), gain)
+        linear = lambda a, b, gain: _he(
+            eqx.nn.Linear(a, b, key=next(keys)), next(keys), gain
+        )
         self.stem = linear(64, WIDTH, 1.0)
         self.routers = [linear(WIDTH, 4, 0.3) for _ in range(2)]
         self.experts = [
-            [_Expert(linear(WIDTH, WIDTH, 2**0.5), linear(WIDTH, WIDTH, 1.0)) for _ in range(4)]
+            [
+                _Expert(linear(WIDTH, WIDTH, 2**0.5), linear(WIDTH, WIDTH, 1.0))
+                for _ in range(4)
+            ]
             for _ in range(2)
         ]
         self.head = linear(WIDTH, CLASSES, 1.0)
@@ -332,7 +346,9 @@ class _Mixture(eqx.Module):
 
     def __call__(self, x):
         x = self.stem(x)
-        for i, (router, experts) in enumerate(zip(self.routers, self.experts, strict=True)):
+        for i, (router, experts) in enumerate(
+            zip(self.routers, self.experts, strict=True)
+        ):
             share = jax.nn.softmax(router(x))
             given = jnp.stack([expert(x) for expert in experts])
             x = x + self.options.branch(i) * share @ given

@@ -3,9 +3,6 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,9 +66,9 @@ class Data:
         self._labels = digits.labels.astype(np.int32)
         self._text = np.minimum(text.train, models.ALPHABET - 1).astype(np.int32)
 
-    def batch(self, network: str, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the i-th batch of a network, always the same."""
-        chance = np.random.default_rng(1000 + i)
+    def batch(self, case: Case, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the i-th batch of a case, always the same."""
+        network, chance = case.network, np.random.default_rng((case.seed, i))
         if network in models.TEXT:
             starts = chance.integers(0, len(self._text) - models.CONTEXT - 1, SEQUENCES)
             rows = starts[:, None] + np.arange(models.CONTEXT + 1)
@@ -116,24 +113,23 @@ def _train(loss_fn, tx, static, rest, model, state, batches):
     return others.unflatten(trained), state, losses
 
 
-def train(data: Data, case: Case, loss_fn, model, tx, steps: int, change=None, state=None):
+def train(
+    data: Data, case: Case, loss_fn, model, tx, steps: int, change=None, state=None
+):
     """Train; return the model, the moments, and the mean of the last ten losses."""
     given, static = _pure(model)
     graphdef, rest = static if static is not None else (None, None)
-    numbers, back = _arrays(given)
-    batches = [data.batch(case.network, i) for i in range(steps)]
+    batches = [data.batch(case, i) for i in range(steps)]
     batches = [change(b) if change else b for b in batches]
     stacked = jax.tree.map(lambda *xs: np.stack(xs), *batches)
-    state = tx.init(jax.tree.leaves(numbers)) if state is None else state
-    trained, state, losses = _train(loss_fn, tx, graphdef, rest, numbers, state, stacked)
-    model = back(trained)
+    state = tx.init(jax.tree.leaves(given)) if state is None else state
+    trained, state, losses = _train(
+        loss_fn, tx, graphdef, rest, numbers, state, stacked
+    )
+    model = trained
     if static is not None:
         model = nnx.merge(graphdef, model, rest, copy=True)
     return model, state, float(jnp.mean(losses[-10:]))
-
-
-def _arrays(model) -> tuple[Any, Callable]:
-    return model, lambda trained: trained
 
 
 def run(data: Data, case: Case, remedies: bool = True) -> Result:
@@ -146,9 +142,9 @@ def run(data: Data, case: Case, remedies: bool = True) -> Result:
     model = models.edited(model, dict(case.edits)) if case.edits else model
     if case.loss_scale != 1:
         loss_fn = models.scaled(loss_fn, case.loss_scale)
-    batch = data.batch(case.network, 0)
+    batch = data.batch(case, 0)
     batch = case.batch(batch) if case.batch else batch
-    more = [data.batch(case.network, i) for i in (1, 2, 3)]
+    more = [data.batch(case, i) for i in (1, 2, 3)]
     more = [case.batch(one) if case.batch else one for one in more]
     asked = _like_params(state, model) if state is not None else None
     report = sg.diagnose(loss_fn, model, batch, tx, asked, steps=20, more_batches=more)
@@ -173,7 +169,10 @@ def _remedy(result: Result, data, loss_fn, model, settings, state, verdict) -> N
     case, change = result.case, verdict.change
     options, healed, batch_change = case.built, model, case.batch
     after = dict(settings)
-    edits = {name: (lambda leaf, f=f: f * leaf) for name, f in change.get("multiply", {}).items()}
+    edits = {
+        name: (lambda leaf, f=f: f * leaf)
+        for name, f in change.get("multiply", {}).items()
+    }
     if "zero_bias" in change:
         parent, _, weight = change["zero_bias"].rpartition(".")
         bias = {"w": "b"}.get(weight, "bias")
@@ -213,6 +212,10 @@ def _remedy(result: Result, data, loss_fn, model, settings, state, verdict) -> N
         fixed_loss = models.scaled(fixed_loss, case.loss_scale)
     run_one = functools.partial(train, data, case)
     common = dict(change=case.batch, state=state)
-    _, _, result.faulty_loss = run_one(loss_fn, model, optimizer(**settings), STEPS, **common)
+    _, _, result.faulty_loss = run_one(
+        loss_fn, model, optimizer(**settings), STEPS, **common
+    )
     common = dict(change=batch_change, state=state)
-    _, _, result.remedied_loss = run_one(fixed_loss, healed, optimizer(**after), STEPS, **common)
+    _, _, result.remedied_loss = run_one(
+        fixed_loss, healed, optimizer(**after), STEPS, **common
+    )

@@ -87,7 +87,9 @@ def diagnose(
     loss, trained, frozen = _loss.problem(loss_fn, params, widen=False)
     data = (frozen, batch)
     names = _short(_trees.leaf_names(trained))
-    described, structure = jax.tree.flatten(jax.eval_shape(lambda x: x, (trained, data)))
+    described, structure = jax.tree.flatten(
+        jax.eval_shape(lambda x: x, (trained, data))
+    )
     avals = tuple((x.shape, x.dtype) for x in described)
     program, sites, instrument, run = _prepared(loss, names, avals, structure)
     value, grads, found = run(trained, data)
@@ -133,7 +135,10 @@ def _short(names: Sequence[str]) -> tuple[str, ...]:
 def _parameters(names, params, of_leaves) -> dict[str, dict[str, float]]:
     rows = zip(names, jax.tree.leaves(params), of_leaves, strict=True)
     return {
-        name: {**{key: float(x) for key, x in numbers.items()}, "size": float(leaf.size)}
+        name: {
+            **{key: float(x) for key, x in numbers.items()},
+            "size": float(leaf.size),
+        }
         for name, leaf, numbers in rows
     }
 

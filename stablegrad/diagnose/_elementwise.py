@@ -25,15 +25,70 @@ PASSING = (
     "optimization_barrier",
 )
 _ELEMENTWISE = frozenset(
-    "abs add and atan2 ceil clamp convert_element_type cos copy div eq erf erf_inv "
-    "erfc exp exp2 expm1 floor ge gt integer_pow is_finite le log log1p logistic lt "
-    "max min mul ne neg not or pow rsqrt select_n sign sin sqrt square sub tanh "
-    "custom_jvp_call stop_gradient copy_p".split()
+    [
+        "abs",
+        "add",
+        "and",
+        "atan2",
+        "ceil",
+        "clamp",
+        "convert_element_type",
+        "cos",
+        "copy",
+        "div",
+        "eq",
+        "erf",
+        "erf_inv",
+        "erfc",
+        "exp",
+        "exp2",
+        "expm1",
+        "floor",
+        "ge",
+        "gt",
+        "integer_pow",
+        "is_finite",
+        "le",
+        "log",
+        "log1p",
+        "logistic",
+        "lt",
+        "max",
+        "min",
+        "mul",
+        "ne",
+        "neg",
+        "not",
+        "or",
+        "pow",
+        "rsqrt",
+        "select_n",
+        "sign",
+        "sin",
+        "sqrt",
+        "square",
+        "sub",
+        "tanh",
+        "custom_jvp_call",
+        "stop_gradient",
+        "copy_p",
+    ]
 )
 _FROM_LITERALS = frozenset(
-    "broadcast_in_dim convert_element_type neg mul add sub div exp sqrt copy".split()
+    [
+        "broadcast_in_dim",
+        "convert_element_type",
+        "neg",
+        "mul",
+        "add",
+        "sub",
+        "div",
+        "exp",
+        "sqrt",
+        "copy",
+    ]
 )
-# Steps of an activation's slope defeat Gauss-Hermite; no node lies on 0, where ReLU's is.
+# Steps in a slope defeat Gauss-Hermite; no node lies on 0, where ReLU's step is.
 NODES = np.linspace(-6.0, 6.0, 1200)
 WEIGHTS = np.exp(-0.5 * NODES**2) / np.exp(-0.5 * NODES**2).sum()
 STEEPEST = 50.0
@@ -69,7 +124,9 @@ class Activation:
         parts = [str(self.root.aval)]
         for op in self.ops:
             names = [
-                f"{value.literal}" if value.literal is not None else f"v{numbers[value]}"
+                f"{value.literal}"
+                if value.literal is not None
+                else f"v{numbers[value]}"
                 for value in op.ins
             ]
             for out in op.outs:

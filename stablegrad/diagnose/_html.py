@@ -140,7 +140,9 @@ def _profile(report: "Report") -> str:
             f'style="fill:{colour}">RMS of {name}</text>'
         )
         for place, (a, b) in enumerate(drawn):
-            title = f"{layers[place].name}: {_table.number(series[name, colour][place])}"
+            title = (
+                f"{layers[place].name}: {_table.number(series[name, colour][place])}"
+            )
             parts.append(
                 f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{colour}">'
                 f"<title>{escape(title)}</title></circle>"

@@ -9,7 +9,7 @@ import numpy as np
 
 from . import _elementwise
 from ._measure import Instrument, key_of
-from ._sites import Site
+from ._site import Site
 
 NAN = math.nan
 
@@ -75,9 +75,10 @@ def assemble(instrument: Instrument, sites: Sequence[Site], stats, back, names):
         counts = [n if s else 1 for n, s in zip(lengths, site.sliced, strict=True)]
         for index in np.ndindex(*counts):
             picked = _Picked(instrument, stats, back, site, index)
-            order = tuple(
-                x for pair in zip(site.path, index, strict=False) for x in pair
-            ) + site.path[len(index) :]
+            order = (
+                tuple(x for pair in zip(site.path, index, strict=False) for x in pair)
+                + site.path[len(index) :]
+            )
             layer = _layer(site, picked, names)
             which = [i for i, s in zip(index, site.sliced, strict=True) if s]
             layer.name += "".join(f"[{i}]" for i in which)
@@ -119,8 +120,10 @@ class _Picked:
 
     def value(self, what: str, name: str, over=np.max, default=NAN) -> float:
         found = self._at(what, self._stats)
-        return default if found is None or name not in found else _over(
-            over, self._take(found[name])
+        return (
+            default
+            if found is None or name not in found
+            else _over(over, self._take(found[name]))
         )
 
     def gradients(self, what: str) -> np.ndarray | None:
@@ -200,9 +203,7 @@ def _time_gain(rms: np.ndarray) -> float:
 
 def _link(site: Site, index, layer: Layer, found, rows) -> None:
     """Fill in what a layer shares with others."""
-    suffix = "".join(
-        f"[{i}]" for i, s in zip(index, site.sliced, strict=True) if s
-    )
+    suffix = "".join(f"[{i}]" for i, s in zip(index, site.sliced, strict=True) if s)
     layer.parents = tuple(parent.name + suffix for parent in site.parents)
     following = [found.get((id(other), index)) for other in site.feeds]
     layer.feeds = tuple(other.name for other in following if other is not None)

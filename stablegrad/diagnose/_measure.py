@@ -9,7 +9,7 @@ from jax import lax
 
 from . import _taps
 from ._program import Op, Program, Value
-from ._sites import Site
+from ._site import Site
 
 Statistics = dict[str, dict[str, jax.Array]]
 
@@ -133,7 +133,7 @@ class Instrument:
                 write(value, array)
         return list(map(read, program.outs)), stats
 
-    @functools.lru_cache(maxsize=None)  # noqa: B019 - as long-lived as the programs.
+    @functools.cache  # noqa: B019 - as long-lived as the programs.
     def _inside(self, program: Program) -> bool:
         """Whether anything is measured in a program."""
         if any(value in self._plans for value in program.values()):

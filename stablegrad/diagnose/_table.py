@@ -81,7 +81,10 @@ def text(report: "Report") -> str:
     head = f"loss {number(facts.loss)}, {len(report.layers)} layers, {summary(report)}"
     lines = [head, ""]
     titles = "".join(f" {title:>8}" for title in COLUMNS)
-    lines += [f"  {'layer, in order of depth':{NAME}}{titles}", "  " + "─" * (WIDTH - 2)]
+    lines += [
+        f"  {'layer, in order of depth':{NAME}}{titles}",
+        "  " + "─" * (WIDTH - 2),
+    ]
     marks = {}
     for verdict in reversed(report.verdicts):
         marks[verdict.layer] = MARKS[verdict.severity]
@@ -159,6 +162,7 @@ def _verdict(i: int, verdict: Verdict) -> list[str]:
 def wrapped(line: str, indent: str) -> list[str]:
     """Return lines of at most `WIDTH` columns."""
     return textwrap.wrap(
-        line, WIDTH, initial_indent=indent, subsequent_indent=indent + "  " * bool(indent),
+        line, WIDTH, initial_indent=indent,
+        subsequent_indent=indent + "  " * bool(indent),
         break_long_words=False, break_on_hyphens=False,
     )  # fmt: skip

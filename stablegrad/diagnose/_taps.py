@@ -110,7 +110,11 @@ def of_attention(logits: jax.Array, weights: jax.Array) -> dict[str, jax.Array]:
     keys = jnp.sum(allowed, axis=axis).astype(jnp.float32)
     entropy = -jnp.sum(jnp.where(p > 0, p * jnp.log(jnp.maximum(p, 1e-30)), 0), axis)
     counted = (keys > 1).reshape(entropy.shape) if keys.size == entropy.size else None
-    keys = keys.reshape(entropy.shape) if counted is not None else p.shape[-1] + 0 * entropy
+    keys = (
+        keys.reshape(entropy.shape)
+        if counted is not None
+        else p.shape[-1] + 0 * entropy
+    )
     counted = keys > 1
     share = jnp.where(counted, entropy / jnp.log(jnp.maximum(keys, 2.0)), 0.0)
     return {

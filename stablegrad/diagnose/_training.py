@@ -22,16 +22,20 @@ CALM_RISE, CALM_SPREADS = 0.1, 3.0
 
 @dataclasses.dataclass
 class TrainingFacts:
-    """An optimizer in numbers; nan or empty where it was not asked or does not apply."""
+    """An optimizer in numbers; nan or empty where it was not asked."""
 
     b1: float = NAN
     b2: float = NAN
     epsilon: float = NAN
-    updates: tuple[float, ...] = ()  # RMS of each leaf's update over its own; nan: zeros.
+    updates: tuple[
+        float, ...
+    ] = ()  # RMS of each leaf's update over its own; nan: zeros.
     below_epsilon: tuple[float, ...] = ()  # Share of a leaf's elements, zeros aside.
     staleness: tuple[float, ...] = ()  # sqrt(mean(g^2 / v)) of each leaf.
     losses: tuple[float, ...] = ()  # Before each step, and after all of them.
     untrained: tuple[float, ...] = ()  # Of the same batches, without any step.
+    ends: tuple[float, ...] = ()  # Mean of the last losses, at each of `SCALES`.
+    is_new: bool = True  # Whether the optimizer state is that before the first step.
     calm_scale: float = NAN  # Largest factor on the updates at which the loss is calm.
     labels_seen: float = NAN  # By how many deviations labels beat shuffled ones, ...
     labels_unseen: float = NAN  # ... on examples trained on, and on others.
@@ -72,7 +76,9 @@ def one_update(tx, params, state, grads, value):
     """Return the constants, and for each leaf what an update and the moments are."""
     constant = constants(tx, params)
     updates, after = tx.update(grads, state, params, value=value)
-    ratio = lambda u, p: jnp.where(_taps.rms(p) > 0, _taps.rms(u) / _taps.rms(p), jnp.nan)
+    ratio = lambda u, p: jnp.where(
+        _taps.rms(p) > 0, _taps.rms(u) / _taps.rms(p), jnp.nan
+    )
     sizes = jax.tree.leaves(jax.tree.map(ratio, updates, params))
     return constant, sizes, *_against_moments(grads, after, constant[1], constant[2])
 
@@ -84,7 +90,7 @@ def facts(
 
     `spread` is the standard deviation of the losses of parts of the batch.
     """
-    found = TrainingFacts()
+    found = TrainingFacts(is_new=state is None)
     with jax.numpy_dtype_promotion("standard"):
         state = tx.init(params) if state is None else _trees.without_variables(state)
         measured = jax.device_get(one_update(tx, params, state, grads, value))
@@ -158,7 +164,9 @@ def _take_steps(
 ) -> None:
     frozen, batch = data
     batches = [batch, *more]
-    stacked = jax.tree.map(lambda *xs: jnp.stack([jnp.asarray(x) for x in xs]), *batches)
+    stacked = jax.tree.map(
+        lambda *xs: jnp.stack([jnp.asarray(x) for x in xs]), *batches
+    )
     run = functools.partial(
         take_steps, loss, tx, params, state, frozen, found.b2, steps=steps
     )
@@ -168,14 +176,11 @@ def _take_steps(
     found.untrained = tuple(untrained.tolist())
     # One batch may be a spike: the median of several is what the moments expect.
     found.staleness = tuple(np.median(stale[: len(batches)], axis=0).tolist())
-    found.calm_scale = 0.0
-    for scale in SCALES:
-        losses = losses_at(scale)
-        if scale == 1.0:
-            found.losses = tuple(losses.tolist())
-        if is_calm(losses, untrained, spread):
-            found.calm_scale = scale
-            break
+    runs = [losses_at(scale) for scale in SCALES]
+    calm = [is_calm(losses, untrained, spread) for losses in runs]
+    found.losses = tuple(runs[0].tolist())
+    found.ends = tuple(float(losses[-len(batches) :].mean()) for losses in runs)
+    found.calm_scale = max(np.multiply(SCALES, calm).tolist())
     _try_labels(found, run, loss, data)
 
 

@@ -1,6 +1,15 @@
 """The rules, causes before their symptoms."""
 
-from . import _activations, _attention, _data, _depth, _numerics, _optimizer, _weights
+from . import (
+    _activations,
+    _attention,
+    _data,
+    _depth,
+    _numerics,
+    _optimizer,
+    _streams,
+    _weights,
+)
 from ._rule import (
     SEVERITIES as SEVERITIES,
     Facts as Facts,
@@ -15,8 +24,10 @@ RULES: tuple[Rule, ...] = (
     *_weights.RULES,
     *_attention.RULES,
     *_depth.CAUSES,
+    *_streams.CAUSES,
     *_activations.RULES,
     *_depth.SYMPTOMS,
+    *_streams.SYMPTOMS,
     *_optimizer.RULES,
     *_data.OTHERS,
 )

@@ -4,8 +4,10 @@ import math
 from collections.abc import Iterator
 
 from ._rule import Facts, Rule, Verdict
+from ._weights import peers
 
 ENTROPY, LOGIT, CRITICAL_LOGIT = 0.35, 30.0, 1000.0
+ENTROPY_OF_ODD, PEERS = 0.5, 4.0  # Where queries or keys outweigh other layers.
 BUSIEST, ROUTER_ENTROPY = 0.7, 0.6
 
 
@@ -14,11 +16,16 @@ def attention(facts: Facts) -> Iterator[Verdict]:
         if layer.kind != "attention":
             continue
         sharp = layer.entropy < ENTROPY and layer.logit > LOGIT
-        if not (sharp or layer.logit > CRITICAL_LOGIT):
+        sources = [facts.layer(name) for name in layer.parents]
+        odd = any(x.gain > PEERS * peers(x, facts.weighted) for x in sources)
+        odd &= layer.entropy < ENTROPY_OF_ODD
+        if not (sharp or odd or layer.logit > CRITICAL_LOGIT):
             continue
         factor = math.sqrt(min(1.0, 8.0 / layer.logit))
         leaves = {
-            facts.layer(name).leaf: (factor**2 if len(set(layer.parents)) == 1 else factor)
+            facts.layer(name).leaf: (
+                factor**2 if len(set(layer.parents)) == 1 else factor
+            )
             for name in layer.parents
         }
         yield Verdict(
@@ -29,7 +36,8 @@ def attention(facts: Facts) -> Iterator[Verdict]:
             f"reach {layer.logit:.3g}, the entropy is {layer.entropy:.0%} of that of "
             "equal weights.",
             evidence={"logit": layer.logit, "entropy": layer.entropy},
-            threshold=f"entropy below {ENTROPY:.0%} at logits above {LOGIT:g}, or "
+            threshold=f"entropy below {ENTROPY:.0%} at logits above {LOGIT:g}, below "
+            f"{ENTROPY_OF_ODD:.0%} at {PEERS:g} times the gain of other layers, or "
             f"logits above {CRITICAL_LOGIT:g}",
             source="Zhai et al. (2023), https://arxiv.org/abs/2303.06296; Wortsman et "
             "al. (2023), https://arxiv.org/abs/2309.14322",
@@ -57,8 +65,8 @@ def router(facts: Facts) -> Iterator[Verdict]:
             threshold=f"{ROUTER_ENTROPY:.0%} of the entropy of equal loads",
             source="Fedus et al., Switch Transformer (2022), "
             "https://arxiv.org/abs/2101.03961",
-            remedy="Start the router near zero without a bias, and add a load-balancing "
-            "loss.",
+            remedy="Start the router near zero without a bias, and add a loss that "
+            "balances the load.",
             formula="loss + 0.01 E sum_e load_e mean_weight_e",
             code="kernel_init=jax.nn.initializers.normal(1e-2), bias = 0",
             change={

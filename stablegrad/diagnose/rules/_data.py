@@ -20,8 +20,8 @@ def bad_examples(facts: Facts) -> Iterator[Verdict]:
             rule="bad_examples",
             severity="critical",
             layer="",
-            finding=f"{len(rows)} of {facts.batch.examples} examples hold a nan or inf: "
-            f"{_listed(rows)}.",
+            finding=f"{len(rows)} of {facts.batch.examples} examples hold a nan or an "
+            f"inf: {_listed(rows)}.",
             evidence={"examples": float(len(rows)), "first": float(rows[0])},
             threshold="0 examples",
             source="definition",
@@ -120,7 +120,9 @@ def labels(facts: Facts) -> Iterator[Verdict]:
 def noise(facts: Facts) -> Iterator[Verdict]:
     size, scale = facts.batch.examples, facts.batch.noise_scale
     if size and scale > 10 * size:
-        shown = "beyond what this batch can tell" if math.isinf(scale) else f"{scale:.0f}"
+        shown = (
+            "beyond what this batch can tell" if math.isinf(scale) else f"{scale:.0f}"
+        )
         yield Verdict(
             rule="noise",
             severity="note",

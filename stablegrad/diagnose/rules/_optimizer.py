@@ -5,10 +5,12 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from .._training import SCALES
 from ._rule import Facts, Rule, Verdict
 
 EPSILON = {"warning": 0.5, "critical": 0.9}
 STALE = 2.3
+SLOWER, LEAST_GAP = 0.15, 0.05
 UPDATE = (1e-6, 0.3)
 
 
@@ -18,21 +20,41 @@ def _leaves(facts: Facts, numbers) -> list[tuple[str, float]]:
 
 def rate(facts: Facts) -> Iterator[Verdict]:
     found = facts.training
-    if found is None or not found.losses or found.calm_scale in (1.0, 0.0):
+    if found is None or not found.losses or found.calm_scale == 0:
         return
     losses = np.asarray(found.losses)
     finite = bool(np.isfinite(losses).all())
-    peak, start = float(np.nanmax(losses)), found.untrained[0]
-    scale = found.calm_scale
+    start, steps = found.untrained[0], len(losses) - 1
+    evidence = {"start": start, "end": found.ends[0]}
+    if found.calm_scale < 1:
+        scale, peak = found.calm_scale, float(losses.max()) if finite else math.inf
+        evidence |= {"peak": peak, "calm_scale": scale}
+        what = (
+            f"within {steps} steps the loss goes from {start:.3g} to {peak:.3g}; the "
+        )
+        what += f"same steps at {scale:g} of the rate do not raise it"
+        severity = "critical" if peak > 2 * abs(start) else "warning"
+        threshold = "10 % and 3 deviations of its parts above the same batch untrained"
+    else:
+        best = int(np.argmin(found.ends))
+        gap, fall = found.ends[0] - found.ends[best], start - found.ends[best]
+        # Later in a run a lower rate always gains at first: it averages noise away.
+        if not (found.is_new and gap > SLOWER * fall and gap > LEAST_GAP * abs(start)):
+            return
+        scale, severity = SCALES[best], "warning"
+        evidence |= {"better_scale": scale, "better_end": found.ends[best]}
+        what = (
+            f"{steps} steps end at a loss of {found.ends[0]:.3g}, and the same steps "
+        )
+        what += f"at {scale:g} of the rate at {found.ends[best]:.3g}"
+        threshold = f"{SLOWER:.0%} less progress than at a lower rate"
     yield Verdict(
         rule="rate",
-        severity="warning" if finite and peak < 2 * abs(start) + 1e-9 else "critical",
+        severity=severity,
         layer="",
-        finding=f"The learning rate is too high: within {len(losses) - 1} steps the "
-        f"loss goes from {start:.3g} to {peak if finite else math.nan:.3g}; the same "
-        f"steps at {scale:g} of the rate do not raise it.",
-        evidence={"start": start, "peak": peak, "calm_scale": scale},
-        threshold="10 % and 3 deviations of its parts above the same batch untrained",
+        finding=f"The learning rate is too high: {what}.",
+        evidence=evidence,
+        threshold=threshold,
         source="measured; Kalra et al. (2026), https://arxiv.org/abs/2601.16979",
         remedy=f"Multiply the learning rate by {scale / 2:g}, or measure the limit.",
         formula="rate <= safe_start",
@@ -53,15 +75,19 @@ def epsilon(facts: Facts) -> Iterator[Verdict]:
     reached = [name for name, limit in EPSILON.items() if share >= limit]
     if reached:
         roots = [
-            numbers["gradient"] for numbers in facts.parameters.values() if numbers["gradient"]
+            numbers["gradient"]
+            for numbers in facts.parameters.values()
+            if numbers["gradient"]
         ]
-        right = 10.0 ** math.floor(math.log10(max(np.median(roots) if roots else 1, 1e-20)) - 3)
+        right = 10.0 ** math.floor(
+            math.log10(max(np.median(roots) if roots else 1, 1e-20)) - 3
+        )
         yield Verdict(
             rule="epsilon",
             severity=reached[-1],
             layer="",
-            finding=f"Adam's epsilon of {found.epsilon:.2g} is larger than the gradient "
-            f"of {share:.0%} of the elements: they get a fraction of the rate.",
+            finding=f"Adam's epsilon of {found.epsilon:.2g} exceeds the gradient of "
+            f"{share:.0%} of the elements: they get a fraction of the rate.",
             evidence={"share": share, "epsilon": found.epsilon},
             threshold=f"{EPSILON[reached[-1]]:.0%} of the elements",
             source="Wortsman et al. (2023), https://arxiv.org/abs/2309.14322",

@@ -62,7 +62,9 @@ class Facts:
 
     def is_head(self, layer: Layer) -> bool:
         """Whether it is the last of the linear layers, and nothing follows it."""
-        return bool(self.weighted) and layer is self.weighted[-1] and not layer.activation
+        return (
+            bool(self.weighted) and layer is self.weighted[-1] and not layer.activation
+        )
 
 
 @dataclasses.dataclass(frozen=True)

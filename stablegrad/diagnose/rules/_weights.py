@@ -23,7 +23,9 @@ def peers(layer: Layer, layers: Sequence[Layer]) -> float:
 
 
 def queries_and_keys(facts: Facts) -> set[str]:
-    return {name for layer in facts.layers for name in layer.parents if layer.logit >= 0}
+    return {
+        name for layer in facts.layers for name in layer.parents if layer.logit >= 0
+    }
 
 
 def weights_large(facts: Facts) -> Iterator[Verdict]:
