@@ -80,7 +80,8 @@ def main(argv=None) -> int:
         cost = whole_report / gradient
         timed = (
             f"GPT of 10.6 million parameters, batch 4: a gradient {gradient:.2f} s, a "
-            f"report {whole_report:.2f} s, the first one {first:.0f} s with compilation. "
+            f"report {whole_report:.2f} s, the first one {first:.0f} s, compilation "
+            "included. "
         )
     results = measured(wanted, remedies=True)
     about = (

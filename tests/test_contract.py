@@ -68,6 +68,7 @@ READERS = {"metrics", "events", "is_healthy", "raise_if_halted", "apply"}
 KEEPERS = {"keep_if_skipped", "unwrap"}
 BEFORE_TRAINING = {"critical_learning_rate", "learning_rate_range_test", "sharpness"}
 IN_NETWORKS = {"limit_gradient"}
+REPORTS = {"diagnose"}
 SCHEDULES = {"explosion_aware_schedule", "observe_metric"}
 
 every = pytest.mark.parametrize("name", TRANSFORMATIONS)
@@ -129,7 +130,7 @@ def test_every_public_function_is_in_a_registry():
     functions = {name for name, _ in inspect.getmembers(sg, inspect.isfunction)}
     functions = {name for name in functions if not name.startswith("_")}
     others = PIECES | RESPONSES | READERS | KEEPERS | SCHEDULES
-    others |= BEFORE_TRAINING | IN_NETWORKS
+    others |= BEFORE_TRAINING | IN_NETWORKS | REPORTS
     assert functions == set(TRANSFORMATIONS) | others
 
 

@@ -123,6 +123,7 @@ ROOMS = (
     "_reading",
     "_observe",
     "curvature",
+    "diagnose",
     "structure",
     "sweep",
     "integrations",

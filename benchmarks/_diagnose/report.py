@@ -119,9 +119,7 @@ def misses(results: Sequence[Result]) -> list[str]:
             )
         elif case.rule and r.helps is False and case.layers:
             losses = f"{r.faulty_loss:.3g} to {r.remedied_loss:.3g}"
-            lines.append(
-                f"{case.network}, {case.kind}: the remedy takes the loss from {losses}"
-            )
+            lines.append(f"{case.network}, {case.kind}: with the remedy {losses}")
         elif not case.rule and r.causes:
             lines.append(f"{case.network}, {case.kind}: {said}")
     return lines
@@ -140,9 +138,9 @@ def markdown(results: Sequence[Result], cost: float | None, about: str) -> str:
             "# Planted faults, and what a diagnosis says of them",
             "Each fault is planted in a small network; the first cause of the report "
             "must be the planted one, at the planted layer. `said of others`: cases "
-            "without that fault whose report names it as a cause of its own. The remedy "
-            "is applied as `Verdict.change` says, and the network trained for 60 steps "
-            "of Adam with and without it.",
+            "without that fault whose report names it as a cause of its own. The remedy is "
+            "applied as `Verdict.change` says, and the network trained for 60 steps of "
+            "Adam with and without it.",
             _table(HEADERS, rows(results)),
             _table(
                 ["network", "right cause", "right layer", "alarms when healthy"],
@@ -150,10 +148,10 @@ def markdown(results: Sequence[Result], cost: float | None, about: str) -> str:
             ),
             "## Goals",
             _table(["goal", "found", "met"], met),
-            f"Thresholds were set on {', '.join(TUNED_ON)}. {judged} were looked at for "
-            "defects of the measurement, with other seeds than those shown here; one rule "
-            "(queries or keys that outweigh other layers) was added after a miss on "
-            "post_norm.",
+            f"Thresholds were set on {', '.join(TUNED_ON)}, with other seeds than those "
+            f"shown here. On {judged} defects of the measurement were found and repaired, "
+            "also with other seeds, and one rule was added after a miss on post_norm: "
+            "queries or keys that outweigh the other layers.",
             "## What went wrong",
             listed,
             about,

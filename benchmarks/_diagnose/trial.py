@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,9 +62,9 @@ class Data:
 
     def __init__(self, digits, text):
         """Standardise the pixels."""
-        images = digits.images.reshape(len(digits.images), -1).astype(np.float32)
+        images = digits.data.astype(np.float32)
         self._images = (images - images.mean()) / images.std()
-        self._labels = digits.labels.astype(np.int32)
+        self._labels = digits.target.astype(np.int32)
         self._text = np.minimum(text.train, models.ALPHABET - 1).astype(np.int32)
 
     def batch(self, case: Case, i: int) -> tuple[np.ndarray, np.ndarray]:
@@ -123,13 +124,10 @@ def train(
     batches = [change(b) if change else b for b in batches]
     stacked = jax.tree.map(lambda *xs: np.stack(xs), *batches)
     state = tx.init(jax.tree.leaves(given)) if state is None else state
-    trained, state, losses = _train(
-        loss_fn, tx, graphdef, rest, numbers, state, stacked
-    )
-    model = trained
+    trained, state, losses = _train(loss_fn, tx, graphdef, rest, given, state, stacked)
     if static is not None:
-        model = nnx.merge(graphdef, model, rest, copy=True)
-    return model, state, float(jnp.mean(losses[-10:]))
+        trained = nnx.merge(graphdef, trained, rest, copy=True)
+    return trained, state, float(jnp.mean(losses[-10:]))
 
 
 def run(data: Data, case: Case, remedies: bool = True) -> Result:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
+from jax.core import eval_jaxpr
 from jax.extend import core
 
 INLINED = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint")
@@ -53,6 +54,7 @@ class Op:
     """One operation; `body` is the program of a scan."""
 
     eqn: Any
+    parent: Any  # The jaxpr that it is in.
     name: str
     ins: list[Value]
     outs: list[Value]
@@ -65,14 +67,24 @@ class Op:
         for atom, value in zip(self.eqn.invars, self.ins, strict=True):
             if not isinstance(atom, core.Literal):
                 places.setdefault(atom, value)
-        outs = list(self.eqn.outvars)
-        jaxpr = core.Jaxpr((), list(places), outs, [self.eqn], self.eqn.effects)
+        ins, outs = list(places), list(self.eqn.outvars)
+        about = self.parent.debug_info._replace(
+            arg_names=("",) * len(ins), result_paths=("",) * len(outs)
+        )
+        jaxpr = self.parent.replace(
+            constvars=[],
+            invars=ins,
+            outvars=outs,
+            eqns=[self.eqn],
+            effects=self.eqn.effects,
+            debug_info=about,
+        )
         return jaxpr, list(places.values())
 
     def run(self, read) -> list[Any]:
         """Evaluate it on `read(value)` of its inputs."""
         jaxpr, values = self._alone
-        return jax.core.eval_jaxpr(jaxpr, (), *map(read, values))
+        return eval_jaxpr(jaxpr, (), *map(read, values))
 
     def where(self) -> str:
         """The user's line of code that made it, as `file.py:12`."""
@@ -149,17 +161,17 @@ def _inline(program: Program, jaxpr, consts, ins: Sequence[Value]) -> list[Value
             inner_consts = getattr(inner, "consts", ())
             outs = _inline(program, open_one, inner_consts, arguments)
         else:
-            outs = _append(program, eqn, name, arguments)
+            outs = _append(program, eqn, jaxpr, name, arguments)
         env.update(zip(eqn.outvars, outs, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _append(program: Program, eqn, name: str, ins: list[Value]) -> list[Value]:
+def _append(program: Program, eqn, parent, name: str, ins: list[Value]) -> list[Value]:
     is_data = any(value.is_data for value in ins)
     leaves = frozenset() if is_data else frozenset().union(*(v.leaves for v in ins))
     sliced = any(value.sliced for value in ins)
     outs = [Value(var.aval, is_data, leaves, sliced) for var in eqn.outvars]
-    op = Op(eqn, name, ins, outs)
+    op = Op(eqn, parent, name, ins, outs)
     for value in ins:
         value.users.append(op)
     for value in outs:
