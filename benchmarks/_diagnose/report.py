@@ -138,9 +138,9 @@ def markdown(results: Sequence[Result], cost: float | None, about: str) -> str:
             "# Planted faults, and what a diagnosis says of them",
             "Each fault is planted in a small network; the first cause of the report "
             "must be the planted one, at the planted layer. `said of others`: cases "
-            "without that fault whose report names it as a cause of its own. The remedy is "
-            "applied as `Verdict.change` says, and the network trained for 60 steps of "
-            "Adam with and without it.",
+            "without that fault whose report names it as a cause of its own. The "
+            "remedy is applied as `Verdict.change` says, and the network trained for "
+            "60 steps of Adam with and without it.",
             _table(HEADERS, rows(results)),
             _table(
                 ["network", "right cause", "right layer", "alarms when healthy"],
@@ -148,10 +148,10 @@ def markdown(results: Sequence[Result], cost: float | None, about: str) -> str:
             ),
             "## Goals",
             _table(["goal", "found", "met"], met),
-            f"Thresholds were set on {', '.join(TUNED_ON)}, with other seeds than those "
-            f"shown here. On {judged} defects of the measurement were found and repaired, "
-            "also with other seeds, and one rule was added after a miss on post_norm: "
-            "queries or keys that outweigh the other layers.",
+            f"Thresholds were set on {', '.join(TUNED_ON)}, with other seeds than "
+            f"those shown here. On {judged} defects of the measurement were found and "
+            "repaired, also with other seeds, and one rule was added after a miss on "
+            "post_norm: queries or keys that outweigh the other layers.",
             "## What went wrong",
             listed,
             about,
@@ -161,4 +161,5 @@ def markdown(results: Sequence[Result], cost: float | None, about: str) -> str:
 
 def _table(headers: list[str], lines: list[list[str]]) -> str:
     rule = ["---"] * len(headers)
-    return "\n".join("| " + " | ".join(row) + " |" for row in [headers, rule, *lines])
+    table = [headers, rule, *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in table)

@@ -1,13 +1,13 @@
 """Activation functions, found as chains of elementwise operations on one array."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ._known import GRID, named
 from ._program import Op, Program, Value
 
 # Those that move, cast or label elements without changing what they are.
@@ -92,7 +92,6 @@ _FROM_LITERALS = frozenset(
 NODES = np.linspace(-6.0, 6.0, 1200)
 WEIGHTS = np.exp(-0.5 * NODES**2) / np.exp(-0.5 * NODES**2).sum()
 STEEPEST = 50.0
-GRID = np.linspace(-8.0, 8.0, 401, dtype=np.float32)
 
 
 @dataclasses.dataclass(eq=False)
@@ -224,40 +223,7 @@ def _measure(activation: Activation) -> None:
     activation.slope = float(np.abs(slope).max())
     ends = np.abs(slope[[0, -1]])
     activation.bounded = bool((ends < 0.01 * activation.slope).all())
-    activation.name = _named(f) or f"{activation.ops[-1].name}(...)"
-
-
-_KNOWN = {
-    "relu": jax.nn.relu,
-    "tanh": jnp.tanh,
-    "sigmoid": jax.nn.sigmoid,
-    "gelu": jax.nn.gelu,
-    "gelu ": lambda x: jax.nn.gelu(x, approximate=False),
-    "silu": jax.nn.silu,
-    "softplus": jax.nn.softplus,
-    "elu": jax.nn.elu,
-    "selu": jax.nn.selu,
-    "leaky_relu": jax.nn.leaky_relu,
-    "relu6": jax.nn.relu6,
-    "mish": jax.nn.mish,
-    "square": jnp.square,
-    "sin": jnp.sin,
-}
-
-
-def _named(f: np.ndarray) -> str:
-    """Return the name of a function, whatever it is multiplied by."""
-    scaled = f / np.abs(f).max()
-    for name, known in _tables().items():
-        if np.allclose(scaled, known / np.abs(known).max(), atol=1e-3):
-            return name.strip()
-    return ""
-
-
-@functools.cache
-def _tables() -> dict[str, np.ndarray]:
-    both = jax.jit(lambda x: {name: f(x) for name, f in _KNOWN.items()})
-    return jax.device_get(both(GRID))
+    activation.name = named(f) or f"{activation.ops[-1].name}(...)"
 
 
 def moments(activation: Activation | None, mean: float, deviation: float):
