@@ -1,9 +1,11 @@
 """The profile by depth: signal forward, gradient backward, verdicts marked."""
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..curvature._figure import new_figure
+from ._layers import Layer
 from ._table import shortened
 
 if TYPE_CHECKING:
@@ -11,6 +13,15 @@ if TYPE_CHECKING:
 
 COLOURS = {"note": "#6b7280", "warning": "#b45309", "critical": "#b91c1c"}
 SIGNAL, GRADIENT = "#1d4ed8", "#0f766e"
+
+
+def shown_places(layers: Sequence[Layer]) -> dict[str, int]:
+    """Place layers among those with an RMS; attention lies at the layer before it."""
+    places, last = {}, -1
+    for layer in layers:
+        last += math.isfinite(layer.rms)
+        places[layer.name] = max(last, 0)
+    return places
 
 
 def profile(report: "Report") -> Any:
@@ -31,7 +42,7 @@ def profile(report: "Report") -> Any:
         axes.set_ylabel(label)
         axes.grid(True, axis="y", color="#e5e7eb", lw=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-    names = {layer.name: i for i, layer in enumerate(layers)}
+    names = shown_places(report.layers)
     marked = [v for v in report.verdicts if v.layer in names and not v.follows]
     for i, verdict in enumerate(marked):
         place, colour = names[verdict.layer], COLOURS[verdict.severity]

@@ -5,7 +5,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from . import _table
-from ._figure import COLOURS, GRADIENT, SIGNAL
+from ._figure import COLOURS, GRADIENT, SIGNAL, shown_places
 
 if TYPE_CHECKING:
     from ._report import Report
@@ -121,7 +121,7 @@ def _profile(report: "Report") -> str:
             'stroke="currentColor" stroke-opacity=".15"/>'
             f'<text x="0" y="{y(tick) + 4:.1f}">1e{tick}</text>'
         )
-    places = {layer.name: i for i, layer in enumerate(layers)}
+    places = shown_places(report.layers)
     for verdict in report.verdicts:
         if verdict.layer in places and not verdict.follows:
             x, colour = at(places[verdict.layer]), COLOURS[verdict.severity]

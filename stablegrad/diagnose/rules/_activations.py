@@ -74,6 +74,6 @@ def saturated(facts: Facts) -> Iterator[Verdict]:
 
 _SYMPTOMS = ("vanishing", "exploding", "rank_collapse", "rate", "updates", "epsilon")
 RULES = (
-    Rule("dead_units", "Do units never react?", dead_units, _SYMPTOMS),
-    Rule("saturated", "Do activations saturate?", saturated, _SYMPTOMS),
+    Rule("dead_units", "Do units never react?", dead_units, _SYMPTOMS, forward=True),
+    Rule("saturated", "Do activations saturate?", saturated, _SYMPTOMS, forward=True),
 )

@@ -82,6 +82,7 @@ RULES = (
         "Does attention look at more than one key?",
         attention,
         ("vanishing", "exploding", "rate", "rank_collapse", "updates"),
+        forward=True,
     ),
-    Rule("router", "Do all experts get work?", router, ("rate",)),
+    Rule("router", "Do all experts get work?", router, ("rate",), forward=True),
 )

@@ -120,12 +120,13 @@ def _through(facts: Facts, rule: str, sign: int) -> Iterator[Verdict]:
         where = f"at {name}" if single else f"over {len(path)} layers"
         word = "grows" if sign > 0 else "shrinks"
         size = math.exp(min(abs(backward), 700))
+        why = f"; {kind} gives chi {mean(theory):.3g}" if theory else ""
         yield Verdict(
             rule=rule,
             severity=severity,
             layer=name if single else "",
             finding=f"The gradient {word} by {size:.2g} on the way to the first layer, "
-            f"{where}; {kind} gives chi {mean(theory):.3g}.",
+            f"{where}{why}.",
             evidence={
                 "growth": math.exp(max(min(backward, 700), -700)),
                 "chi": mean(chis),

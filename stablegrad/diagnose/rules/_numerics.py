@@ -180,6 +180,8 @@ RULES = (
         nonfinite_gradients,
         ("rate",),
     ),
-    Rule("overflow16", "Do values fit into float16?", overflow16, ("rate",)),
+    Rule(
+        "overflow16", "Do values fit into float16?", overflow16, ("rate",), forward=True
+    ),
     Rule("underflow16", "Do gradients fit into float16?", underflow16, ()),
 )

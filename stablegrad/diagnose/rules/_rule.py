@@ -49,6 +49,11 @@ class Facts:
         """Return a layer by name."""
         return next(layer for layer in self.layers if layer.name == name)
 
+    def depth(self, name: str) -> int:
+        """Return the place of a layer or of its weight; of another name, the end."""
+        places = (i for i, x in enumerate(self.layers) if name in (x.name, x.leaf))
+        return next(places, len(self.layers)) if name else len(self.layers)
+
     @property
     def path(self) -> list[Layer]:
         """The layers and residual sums that no residual stream goes around."""
@@ -71,20 +76,26 @@ class Facts:
 class Rule:
     """A question to the facts.
 
-    `explains` are the rules whose verdicts are symptoms of this one's.
+    `explains` are the rules whose verdicts are symptoms of this one's. What goes
+    `forward`, such as a saturated layer, has its cause in that layer or before.
     """
 
     name: str
     question: str
     judge: Callable[[Facts], Iterable[Verdict]]
     explains: tuple[str, ...] = ()
+    forward: bool = False
+
+
+def _others(rule: Rule) -> tuple[str, ...]:
+    return tuple(name for name in rule.explains if name != rule.name)
 
 
 def judge(facts: Facts, rules: Sequence[Rule]) -> tuple[Verdict, ...]:
     """Ask all rules, causes before symptoms; the gravest root cause comes first."""
     roots: list[Verdict] = []
     symptoms: list[Verdict] = []
-    explained: dict[str, str] = {}
+    causes: list[tuple[Rule, int]] = []
     for rule in rules:
         for verdict in rule.judge(facts):
             if verdict.severity not in SEVERITIES:
@@ -92,14 +103,19 @@ def judge(facts: Facts, rules: Sequence[Rule]) -> tuple[Verdict, ...]:
                     f"a verdict's severity must be one of {SEVERITIES}, got "
                     f"{verdict.severity!r} from the rule {rule.name!r}."
                 )
-            if rule.name in explained:
-                follows = explained[rule.name]
+            depth = facts.depth(verdict.layer)
+            before = [
+                cause.name
+                for cause, place in causes
+                if rule.name in cause.explains and not (rule.forward and place > depth)
+            ]
+            if before:
+                follows = before[0]
                 symptoms.append(dataclasses.replace(verdict, follows=follows))
                 continue
             roots.append(verdict)
             if verdict.severity != "note":
-                for name in rule.explains:
-                    if name != rule.name:
-                        explained.setdefault(name, rule.name)
+                cause = dataclasses.replace(rule, explains=_others(rule))
+                causes.append((cause, -1 if depth == len(facts.layers) else depth))
     gravity = lambda verdict: -SEVERITIES.index(verdict.severity)
     return (*sorted(roots, key=gravity), *sorted(symptoms, key=gravity))

@@ -137,6 +137,9 @@ CAUSES = (
         "Do residual branches add no more than they are given?",
         residual,
         ("exploding", "vanishing", "rank_collapse", "overflow16", "rate", "updates"),
+        forward=True,
     ),
 )
-SYMPTOMS = (Rule("rank_collapse", "Do examples stay apart?", rank_collapse),)
+SYMPTOMS = (
+    Rule("rank_collapse", "Do examples stay apart?", rank_collapse, forward=True),
+)
