@@ -336,6 +336,10 @@ def test_attention_is_measured_without_its_mask(attention):
     params = {**params, "query": 40 * params["query"]}
     (cause, *_) = sg.diagnose(loss_fn, params, x).causes
     assert cause.rule == "attention" and "query" in cause.change["multiply"]
+    # A layer after it explains what goes back through it, but not its logits.
+    params["head"] = 30 * params["head"]
+    found = {v.rule: v.follows for v in sg.diagnose(loss_fn, params, x).verdicts}
+    assert found["weights_large"] == "" and found["attention"] == ""
 
 
 @pytest.mark.slow
