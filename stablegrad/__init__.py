@@ -27,6 +27,7 @@ from .clipping._zscore import clip_by_zscore as clip_by_zscore
 from .curvature._critical import critical_learning_rate as critical_learning_rate
 from .curvature._range_test import learning_rate_range_test as learning_rate_range_test
 from .curvature._sharpness import sharpness as sharpness
+from .diagnose._diagnose import diagnose as diagnose
 from .engine._apply import apply as apply
 from .engine._guard import (
     GuardedTransformation as GuardedTransformation,

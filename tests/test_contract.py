@@ -98,6 +98,7 @@ STRUCTURE = {
     "soft_cap",
     "z_loss",
 }
+REPORTS = {"diagnose"}
 SCHEDULES = {"explosion_aware_schedule", "observe_metric"}
 
 every = pytest.mark.parametrize("name", TRANSFORMATIONS)
@@ -159,7 +160,7 @@ def test_every_public_function_is_in_a_registry():
     functions = {name for name, _ in inspect.getmembers(sg, inspect.isfunction)}
     functions = {name for name in functions if not name.startswith("_")}
     others = PIECES | RESPONSES | READERS | KEEPERS | SCHEDULES
-    others |= BEFORE_TRAINING | IN_NETWORKS | FLIGHT_RECORDER
+    others |= BEFORE_TRAINING | IN_NETWORKS | FLIGHT_RECORDER | REPORTS
     assert functions == set(TRANSFORMATIONS) | others
     pieces = {name for name, _ in inspect.getmembers(sg.structure, inspect.isfunction)}
     assert pieces == STRUCTURE

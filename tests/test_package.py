@@ -129,6 +129,7 @@ ROOMS = (
     "_scalars",
     "curvature",
     "flight_recorder",
+    "diagnose",
     "structure",
     "sweep",
     "integrations",

@@ -51,12 +51,16 @@ class Loss:
         )
 
 
-def problem(loss_fn: Callable, params) -> tuple[Loss, Any, tuple]:
+def problem(
+    loss_fn: Callable, params, *, widen: bool = True
+) -> tuple[Loss, Any, tuple]:
     """Separate the leaves that an optimizer updates from all others.
 
-    Return the loss; the floating-point parameters, in float32 or wider, with None for
-    the other leaves; and the frozen arrays, which the loss takes beside the batch.
+    Return the loss; the floating-point parameters, in float32 or wider if `widen`, with
+    None for the other leaves; and the frozen arrays, which the loss takes beside the
+    batch.
     """
+    as_trained = _widened if widen else jnp.asarray
     if not callable(loss_fn):
         kind = type(loss_fn).__name__
         raise TypeError(f"`loss_fn` must be a function of (params, batch), got {kind}.")
@@ -72,7 +76,7 @@ def problem(loss_fn: Callable, params) -> tuple[Loss, Any, tuple]:
         # Python integers and flags may be settings of a module: they stay constants.
         is_array = hasattr(leaf, "dtype") or isinstance(leaf, float | complex)
         is_trained = is_array and _trees.is_inexact(leaf)
-        trained.append(_widened(leaf) if is_trained else None)
+        trained.append(as_trained(leaf) if is_trained else None)
         frozen.append(leaf if is_array and not is_trained else None)
         constants.append(None if is_array else leaf)
     if all(leaf is None for leaf in trained):

@@ -1,0 +1,1 @@
+"""Planted faults, healthy networks, and what a diagnosis says of them."""

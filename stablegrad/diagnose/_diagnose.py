@@ -1,0 +1,160 @@
+"""The diagnosis: measure, judge, report."""
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from .. import _checks, _trees
+from ..curvature import _loss
+from . import _batch, _layers, _measure, _origin, _program, _sites, _training
+from ._report import Report
+from .rules import RULES, Facts, Rule, judge
+
+
+def diagnose(
+    loss_fn: Callable,
+    params: Any,
+    batch: Any,
+    tx: optax.GradientTransformation | None = None,
+    opt_state: Any = None,
+    *,
+    steps: int = 0,
+    more_batches: Iterable[Any] = (),
+    events: Sequence[Any] = (),
+    rules: Sequence[Rule] = RULES,
+) -> Report:
+    """Find the layers that explode, vanish, die or saturate, why, and what to do.
+
+    The loss is traced once. Layers are the operations that combine data with a
+    parameter, in forward order, named after the parameter; so that Flax NNX, Linen,
+    Equinox and plain functions need no change, nor do models under `jax.jit`,
+    `jax.vmap`, `jax.checkpoint` or `jax.lax.scan`. With z the result of a layer, f its
+    activation and W the weights of the layer that takes f(z),
+
+        chi = rms(dL/dz)^2 / rms(dL/dz')^2,  in theory  fan_out rms(W)^2 E[f'(z)^2]
+
+    for z' = W f(z) + b, the expectation by quadrature for a normal z. One forward and
+    one backward pass give it, one more of both the gradients of parts of the batch, and
+    each of the `steps` one more. No argument is modified.
+
+    Args:
+        loss_fn: `loss_fn(params, batch)`, a deterministic scalar: freeze dropout keys,
+            and keep batch normalisation in training mode.
+        params: A pytree, an Equinox module, or a Flax NNX module. Those of a halted run
+            serve as well as those of a new one.
+        batch: Pytree of arrays for `loss_fn`, with examples along the first axis.
+        tx: The optimizer, at its own rate; for what it makes of the gradient.
+        opt_state: Its state in the run. None: `tx.init(params)`.
+        steps: Optimizer steps to try from here, at the given and lower rates, >= 0. 20
+            show a rate that is too high, and labels that do not belong to the inputs.
+        more_batches: Further batches of the same shape for these steps, in turn.
+        events: What happened in a run, from `sg.events(state)`; listed with the layers.
+        rules: The questions to ask: `stablegrad.diagnose.RULES`, and your own.
+
+    Returns:
+        A `Report`: `print` it, `report.verdicts`, `report.layers`, `report.to_html`,
+        `report.figure`, `report.to_json`. A nan or infinite loss is a finding.
+
+    Raises:
+        TypeError: If `loss_fn` does not return a real scalar, or `tx` is no
+            transformation.
+        ValueError: If `steps` is out of range or given without `tx`, or `params` has no
+            floating-point leaf.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> import stablegrad as sg
+        >>> x = jax.random.normal(jax.random.key(0), (64, 8))
+        >>> params = {"first": 3.0 * jnp.eye(8), "last": 0.4 * jnp.ones((8, 1))}
+        >>> def loss_fn(params, x):
+        ...     return jnp.mean((jnp.tanh(x @ params["first"]) @ params["last"]) ** 2)
+        >>> report = sg.diagnose(loss_fn, params, x)
+        >>> report.verdicts[0].rule, report.verdicts[0].layer
+        ('saturated', 'first')
+
+    Reference:
+        Chi: Schoenholz et al. (2017), https://arxiv.org/abs/1611.01232. Every verdict
+        names the source of its threshold.
+    """
+    _checks.require_count("steps", steps, 0)
+    if steps and tx is None:
+        raise ValueError(f"`steps` must be 0 without `tx`, got {steps}.")
+    loss, trained, frozen = _loss.problem(loss_fn, params, widen=False)
+    data = (frozen, batch)
+    names = _short(_trees.leaf_names(trained))
+    described, structure = jax.tree.flatten(
+        jax.eval_shape(lambda x: x, (trained, data))
+    )
+    avals = tuple((x.shape, x.dtype) for x in described)
+    program, sites, instrument, run = _prepared(loss, names, avals, structure)
+    value, grads, found = run(trained, data)
+    of_leaves, stats, back = jax.device_get(found)
+    layers = _layers.assemble(instrument, sites, stats, back, names)
+    facts = Facts(
+        loss=float(value),
+        layers=layers,
+        parameters=_parameters(names, trained, of_leaves),
+        batch=_batch.facts(loss, trained, frozen, batch),
+        events=tuple(events),
+    )
+    if not math.isfinite(facts.loss):
+        bad = _origin.first_bad(program, jax.tree.leaves((trained, data)))
+        facts.origin = _described(bad)
+    if tx is not None:
+        tx = _loss.optimizer(tx, "diagnose")
+        asked = (loss, tx, trained, opt_state, grads, value, data, steps)
+        spread = float(np.std(facts.batch.losses)) if facts.batch.losses else 0.0
+        facts.training = _training.facts(*asked, list(more_batches), spread)
+        _per_layer(layers, names, facts.training)
+    return Report(facts, judge(facts, rules), tuple(rules))
+
+
+@functools.lru_cache(maxsize=16)
+def _prepared(loss, names, avals, structure):
+    """Trace and instrument a loss; compiled once for arguments of the same shapes."""
+    arguments = [jax.ShapeDtypeStruct(*aval) for aval in avals]
+    program = _program.trace(loss, *jax.tree.unflatten(structure, arguments))
+    sites = _sites.find(program, names)
+    instrument = _measure.Instrument(program, sites)
+    run = jax.jit(functools.partial(_measure.measure, instrument))
+    return program, sites, instrument, run
+
+
+def _short(names: Sequence[str]) -> tuple[str, ...]:
+    """Leave out Linen's collection if all parameters are in one."""
+    if len(names) > 1 and all(name.startswith("params.") for name in names):
+        return tuple(name.removeprefix("params.") for name in names)
+    return tuple(names)
+
+
+def _parameters(names, params, of_leaves) -> dict[str, dict[str, float]]:
+    rows = zip(names, jax.tree.leaves(params), of_leaves, strict=True)
+    return {
+        name: {
+            **{key: float(x) for key, x in numbers.items()},
+            "size": float(leaf.size),
+        }
+        for name, leaf, numbers in rows
+    }
+
+
+def _per_layer(layers, names, training: _training.TrainingFacts) -> None:
+    """Give layers the numbers of their weights; stacked ones share theirs."""
+    updates = dict(zip(names, training.updates, strict=True))
+    below = dict(zip(names, training.below_epsilon, strict=False))
+    for layer in layers:
+        layer.update = updates.get(layer.leaf, math.nan)
+        layer.epsilon = below.get(layer.leaf, math.nan)
+
+
+def _described(op) -> str:
+    if op is None:
+        return ""
+    name, where = op.eqn.params.get("name", op.name), op.where()
+    name = name if isinstance(name, str) else op.name
+    return f"`{name}` at {where}" if where else f"`{name}`"

@@ -1,0 +1,106 @@
+"""Following a value through operations that change little."""
+
+import jax.numpy as jnp
+
+from ._elementwise import PASSING
+from ._program import Value
+
+
+def after_bias(value: Value, axis: int) -> tuple[Value, int]:
+    """Follow a result through casts and through sums with parameters."""
+    while len(value.users) == 1:
+        (op,) = value.users
+        others = [v for v in op.ins if v is not value]
+        out = op.outs[0]
+        if op.name == "transpose":
+            axis = list(op.eqn.params["permutation"]).index(axis)
+        elif op.name in PASSING and out.aval.size == value.aval.size:
+            if out.aval.shape != value.aval.shape:
+                kept = out.aval.shape[-1:] == value.aval.shape[-1:]
+                if axis != value.aval.ndim - 1 or not kept:
+                    break
+                axis = out.aval.ndim - 1
+        elif not (op.name in ("add", "sub", "mul") and _all_parameters(others)):
+            break
+        if not jnp.issubdtype(out.aval.dtype, jnp.inexact):
+            break
+        value = out
+    return value, axis
+
+
+def _all_parameters(values: list[Value]) -> bool:
+    return len(values) == 1 and values[0].is_parameter
+
+
+def after_shift(value: Value) -> Value:
+    """Follow a scaled result to the sum with the shift, or to the last product."""
+    last = value
+    for _ in range(8):
+        if len(value.users) != 1:
+            break
+        (op,) = value.users
+        others = [v for v in op.ins if v is not value]
+        if op.name in ("add", "sub"):
+            return op.outs[0] if _all_parameters(others) else last
+        if op.name not in (*PASSING, "mul", "div"):
+            break
+        value = op.outs[0]
+        if value.aval.size >= last.aval.size:
+            last = value
+    return last
+
+
+def walk_back(value: Value, stop: Value | None = None) -> Value:
+    """Follow logits back through masks, scales and casts."""
+    through = (*PASSING, "mul", "div", "add", "select_n", "tanh", "where", "max")
+    while value is not stop and value.maker is not None:
+        if value.maker.name not in through:
+            break
+        before = [v for v in value.maker.ins if v.is_data and v.aval.dtype != bool]
+        if len(before) != 1:
+            break
+        value = before[0]
+    return value
+
+
+def is_passed_on(value: Value, target: Value) -> bool:
+    while value is not target:
+        if value.maker is None or value.maker.name not in PASSING:
+            return False
+        before = [v for v in value.maker.ins if v.is_data]
+        if len(before) != 1:
+            return False
+        value = before[0]
+    return True
+
+
+_NEAR = frozenset(
+    [
+        "add",
+        "sub",
+        "mul",
+        "div",
+        "slice",
+        "split",
+        "concatenate",
+        "select_n",
+        "dynamic_slice",
+        "pad",
+        "max",
+        "reduce_window_max",
+        "reduce_window_sum",
+    ]
+) | frozenset(PASSING)
+
+
+def is_near(value: Value, source: Value) -> bool:
+    """Whether a value is a sum or a piece of `source`."""
+    seen, frontier = set(), [value]
+    while frontier:
+        value = frontier.pop()
+        if value is source:
+            return True
+        if value.maker is not None and value.maker.name in _NEAR and value not in seen:
+            seen.add(value)
+            frontier += [v for v in value.maker.ins if v.is_data]
+    return False

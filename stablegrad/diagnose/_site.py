@@ -1,0 +1,40 @@
+"""A place of a program to look at."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from ._elementwise import Activation
+from ._program import Value
+
+
+@dataclasses.dataclass(eq=False)
+class Site:
+    """A place; what it measures is told apart by `kind`."""
+
+    kind: str  # linear, conv, embed, norm, sum, attention or router
+    name: str
+    path: tuple[int, ...]  # Its order, within each of the scans that hold it.
+    value: Value  # Its result, after the bias.
+    source: Value | None = None  # What it is applied to.
+    weight: Value | None = None
+    leaf: int = -1  # The parameter that it is named after.
+    fan_in: int = 1
+    fan_out: int = 1
+    unit_axis: int = -1
+    activation: Activation | None = None
+    normalised: bool = False  # Whether a normalisation takes the result.
+    branch: bool = False  # Whether the result is added to a residual stream.
+    within: bool = False  # Whether it lies beside a residual stream.
+    feeds: list["Site"] = dataclasses.field(default_factory=list)
+    parents: list["Site"] = dataclasses.field(default_factory=list)
+    dtype: str = ""  # Of the operation, before any cast of its result.
+    recurrent: bool = False  # Whether it takes what an iteration hands to the next.
+    sliced: tuple[bool, ...] = ()  # For each scan around it: over layers, not time.
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def last_layer(value: Value, layers: Sequence[Site]) -> Site | None:
+    """Return the deepest layer that a value is made of."""
+    before = [site for site in layers if value.comes_from(site.value)]
+    return max(before, key=lambda site: site.value.order, default=None)

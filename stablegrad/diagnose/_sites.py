@@ -1,0 +1,173 @@
+"""The places of a program to look at: layers, residual sums, attention, routers."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from . import _elementwise
+from ._follow import after_bias, after_shift, is_near, is_passed_on
+from ._program import Op, Program, Value
+from ._site import Site, last_layer
+from ._softmaxes import softmaxes
+from ._streams import mark_normalised, residual_sums
+
+
+def find(program: Program, names: Sequence[str]) -> list[Site]:
+    """List the sites of a program and of its scans, in forward order."""
+    sites = _in_program(program, (), (), {})
+    _name(sites, names)
+    return sites
+
+
+def _in_program(program: Program, path, sliced, known) -> list[Site]:
+    layers: list[Site] = []
+    deeper: list[Site] = []
+    for op in program.ops:
+        if op.body is not None:
+            over_layers = any(value.sliced for value in op.body.ins)
+            inner = (*sliced, over_layers)
+            found = _in_program(op.body, (*path, op.outs[0].order), inner, known)
+            _mark_recurrent(op, found)
+            deeper += found
+        elif site := _layer(op):
+            layers.append(site)
+    linear = [site for site in layers if site.kind != "norm"]
+    bits = 0
+    for site in linear:
+        bits |= 1 << site.value.order
+    sums = residual_sums(program, bits, layers)
+    mixed = softmaxes(program, linear)
+    mark_normalised(program, layers, sums)
+    _attach_activations(program, [*layers, *sums], known)
+    _connect(program, layers, sums)
+    own = [*layers, *sums, *mixed]
+    for site in own:
+        site.dtype = site.dtype or str(site.value.aval.dtype)
+        site.path, site.sliced = (*path, site.value.order), sliced
+    return sorted([*own, *deeper], key=lambda site: site.path)
+
+
+def _mark_recurrent(op: Op, sites: list[Site]) -> None:
+    """Find the layers of a scan's body that take what is carried."""
+    assert op.body is not None
+    fixed, carried = op.eqn.params["num_consts"], op.eqn.params["num_carry"]
+    state = op.body.ins[fixed : fixed + carried]
+    own = set(op.body.values())
+    for site in sites:
+        if site.source in own and any(site.source.comes_from(x) for x in state):
+            site.recurrent = True
+
+
+def _layer(op: Op) -> Site | None:
+    """Return the layer that an operation of data with parameters is."""
+    data = [value for value in op.ins if value.is_data]
+    weights = [value for value in op.ins if value.is_parameter]
+    if len(data) != 1 or len(weights) != 1:
+        return None
+    (source,), (weight,) = data, weights
+    out = op.outs[0]
+    if op.name == "dot_general":
+        (left, right), batched = op.eqn.params["dimension_numbers"]
+        is_left = op.ins[0] is weight
+        contracted, batch = (left, batched[0]) if is_left else (right, batched[1])
+        shape = weight.aval.shape
+        fan_in = int(np.prod([shape[i] for i in contracted]))
+        outer = int(np.prod([shape[i] for i in batch]))
+        fan_out = int(np.prod(shape)) // max(fan_in * outer, 1)
+        free = weight.aval.ndim - len(contracted) - len(batch)
+        axis = len(batch) + free - 1 if is_left else out.aval.ndim - 1
+        site = Site("linear", "", (), out, source, weight, -1, fan_in, fan_out, axis)
+    elif op.name == "conv_general_dilated":
+        spec = op.eqn.params["dimension_numbers"]
+        shape = weight.aval.shape
+        window = [shape[i] for i in spec.rhs_spec[2:]]
+        fan_in = int(shape[spec.rhs_spec[1]] * np.prod(window))
+        strides = int(np.prod(op.eqn.params["window_strides"]))
+        fan_out = max(int(shape[spec.rhs_spec[0]] * np.prod(window)) // strides, 1)
+        axis = spec.out_spec[1]
+        site = Site("conv", "", (), out, source, weight, -1, fan_in, fan_out, axis)
+    elif op.name == "gather":
+        site = Site("embed", "", (), out, None, weight, -1, 1, weight.aval.shape[-1])
+    elif op.name == "mul":
+        site = Site("norm", "", (), out, source, weight)
+    else:
+        return None
+    site.dtype = str(out.aval.dtype)
+    site.value, site.unit_axis = after_bias(site.value, site.unit_axis % out.aval.ndim)
+    if site.kind == "norm":
+        site.value = after_shift(out)
+    return site
+
+
+def _attach_activations(program: Program, sites: list[Site], known) -> None:
+    """Give every activation to the layer that comes right before it."""
+    at: Callable = {site.value: site for site in sites}.get
+    inside: set[Value] = set()
+    for value in program.values():
+        if not value.is_data or value in inside or not value.users:
+            continue
+        site = at(value)
+        before = site or last_layer(value, sites)
+        if before is None or (site is None and before.activation is not None):
+            continue
+        if site is None and not is_near(value, before.value):
+            continue
+        found = _elementwise.find(program, value)
+        if found is None or not _elementwise.describe(found, known):
+            continue
+        feeds_layer = any(s.source and s.source.comes_from(found.out) for s in sites)
+        if not feeds_layer and not _goes_on(found.out, program):
+            continue
+        before.activation = found
+        inside.update(out for op in found.ops for out in op.outs)
+
+
+def _goes_on(value: Value, program: Program) -> bool:
+    """Whether a value is carried on to the next iteration."""
+    return any(out.comes_from(value) and out.aval.ndim > 0 for out in program.outs)
+
+
+def _connect(program: Program, layers: list[Site], sums: list[Site]) -> None:
+    """Note which layer takes the result of which, with nothing but casts between."""
+    for site in layers:
+        out = site.activation.out if site.activation else site.value
+        for other in layers:
+            if other.kind == "norm" or other.source is None:
+                continue
+            if is_passed_on(other.source, out):
+                site.feeds.append(other)
+
+
+def _name(sites: list[Site], names: Sequence[str]) -> None:
+    """Name layers after the module of their weight, the others after their layers."""
+    own = [site for site in sites if site.weight is not None]
+    for site in own:
+        sized = sorted(site.weight.leaves) if site.weight else []
+        site.leaf = sized[0]
+    weights: dict[str, set[int]] = {}
+    for site in own:
+        weights.setdefault(names[site.leaf].rpartition(".")[0], set()).add(site.leaf)
+    uses: dict[str, int] = {}
+    for site in own:
+        parent = names[site.leaf].rpartition(".")[0]
+        alone = parent and len(weights[parent]) == 1
+        name = parent if alone else names[site.leaf]
+        uses[name] = uses.get(name, 0) + 1
+        site.name = name if uses[name] == 1 else f"{name} (use {uses[name]})"
+    for site in sites:
+        if site.weight is None:
+            shared = _common([parent.name for parent in site.parents])
+            site.name = f"{shared} ({site.kind})"
+
+
+def _common(names: list[str]) -> str:
+    """Return the module that holds all of these."""
+    if len(set(names)) == 1:
+        return names[0]
+    parts = [name.split(".") for name in names]
+    shared = []
+    for column in zip(*parts, strict=False):
+        if len(set(column)) > 1:
+            break
+        shared.append(column[0])
+    return ".".join(shared) or names[0]

@@ -1,0 +1,133 @@
+"""Statistics of an array and of the gradient that comes back to it."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# What comes back through a probe, in this order.
+GRADIENT = ("rms", "largest", "nonfinite", "lost16")
+HALF_LARGEST, HALF_SMALLEST = 65504.0, 2.0**-24  # Of float16; below half of it: zero.
+
+
+@jax.custom_vjp
+def tap(array: jax.Array, probe: jax.Array) -> jax.Array:
+    """Return the array; the gradient of the probe is the statistics of its gradient."""
+    del probe
+    return array
+
+
+def _forward(array, probe):
+    return array, jnp.zeros((), probe.dtype)
+
+
+def _backward(_, gradient):
+    found = of_gradient(gradient)
+    return gradient, jnp.stack([found[name] for name in GRADIENT])
+
+
+tap.defvjp(_forward, _backward)
+
+
+def probes(shape: tuple[int, ...] = ()) -> jax.Array:
+    """Return what to differentiate by, one for each iteration of the scans around."""
+    return jnp.zeros((*shape, len(GRADIENT)), jnp.float32)
+
+
+def rms(array: jax.Array) -> jax.Array:
+    """Root of the mean square, float32; no square overflows or vanishes."""
+    x = jnp.abs(array.astype(jnp.float32))
+    peak = jnp.max(x, initial=0.0)
+    unit = jnp.where((peak > 0) & jnp.isfinite(peak), peak, 1.0)
+    return unit * jnp.sqrt(jnp.mean(jnp.square(x / unit)))
+
+
+def of_gradient(gradient: jax.Array) -> dict[str, jax.Array]:
+    """Statistics of a gradient; `lost16`: share of elements that float16 makes zero."""
+    x = jnp.abs(gradient.astype(jnp.float32))
+    lost = (x > 0) & (x < 0.5 * HALF_SMALLEST)
+    return {
+        "rms": rms(gradient),
+        "largest": jnp.max(x, initial=0.0),
+        "nonfinite": jnp.sum(~jnp.isfinite(x)).astype(jnp.float32),
+        "lost16": jnp.mean(lost.astype(jnp.float32)),
+    }
+
+
+def of_values(array: jax.Array) -> dict[str, jax.Array]:
+    """Statistics of what a layer gives; `over16`: share beyond float16's largest."""
+    x = array.astype(jnp.float32)
+    return {
+        "rms": rms(x),
+        "mean": jnp.mean(x),
+        "largest": jnp.max(jnp.abs(x), initial=0.0),
+        "nonfinite": jnp.sum(~jnp.isfinite(x)).astype(jnp.float32),
+        "over16": jnp.mean((jnp.abs(x) > HALF_LARGEST).astype(jnp.float32)),
+    }
+
+
+def alikeness(array: jax.Array, by_example: bool) -> jax.Array:
+    """Mean cosine between pairs of rows: of examples, or of all but the last axis."""
+    x = array.astype(jnp.float32)
+    if x.ndim < 2:
+        return jnp.full((), jnp.nan)
+    rows = x.reshape(x.shape[0], -1) if by_example else x.reshape(-1, x.shape[-1])
+    count = rows.shape[0]
+    if count < 2 or rows.shape[1] < 2:
+        return jnp.full((), jnp.nan)
+    unit = rows / jnp.maximum(jnp.linalg.norm(rows, axis=1, keepdims=True), 1e-30)
+    total = jnp.sum(jnp.square(jnp.sum(unit, axis=0)))
+    return (total - jnp.sum(jnp.square(unit))) / (count * (count - 1))
+
+
+def of_activation(activation: Any, array: jax.Array, axis: int) -> dict[str, jax.Array]:
+    """Share of dead units and of saturated elements before an activation.
+
+    A unit is dead if the slope is below 0.1 % of the largest for every example. An
+    element is saturated if it is below 6 %, which is |tanh| > 0.97.
+    """
+    _, slope = jax.jvp(activation.on, (array,), (jnp.ones_like(array),))
+    slope = jnp.abs(slope.astype(jnp.float32)) / activation.slope
+    others = tuple(i for i in range(slope.ndim) if i != axis % slope.ndim)
+    dead = jnp.max(slope, axis=others) < 1e-3
+    return {
+        "dead": jnp.mean(dead.astype(jnp.float32)),
+        "saturated": jnp.mean((slope < 0.06).astype(jnp.float32)),
+    }
+
+
+def of_attention(logits: jax.Array, weights: jax.Array) -> dict[str, jax.Array]:
+    """Largest unmasked logit, and the mean entropy of rows over that of equal weights.
+
+    Rows with one key only do not count.
+    """
+    x = logits.astype(jnp.float32)
+    allowed = x > -1e8
+    largest = jnp.max(jnp.where(allowed, jnp.abs(x), 0.0), initial=0.0)
+    axis = -1
+    p = weights.astype(jnp.float32)
+    keys = jnp.sum(allowed, axis=axis).astype(jnp.float32)
+    entropy = -jnp.sum(jnp.where(p > 0, p * jnp.log(jnp.maximum(p, 1e-30)), 0), axis)
+    counted = (keys > 1).reshape(entropy.shape) if keys.size == entropy.size else None
+    keys = (
+        keys.reshape(entropy.shape)
+        if counted is not None
+        else p.shape[-1] + 0 * entropy
+    )
+    counted = keys > 1
+    share = jnp.where(counted, entropy / jnp.log(jnp.maximum(keys, 2.0)), 0.0)
+    return {
+        "largest": largest,
+        "entropy": jnp.sum(share) / jnp.maximum(jnp.sum(counted), 1),
+    }
+
+
+def of_router(weights: jax.Array) -> dict[str, jax.Array]:
+    """Load of the busiest expert over its equal share, and entropy of the mean load."""
+    p = weights.astype(jnp.float32).reshape(-1, weights.shape[-1])
+    experts = p.shape[-1]
+    first = jnp.mean(jax.nn.one_hot(jnp.argmax(p, axis=-1), experts), axis=0)
+    mean = jnp.mean(p, axis=0)
+    entropy = -jnp.sum(mean * jnp.log(jnp.maximum(mean, 1e-30))) / np.log(experts)
+    return {"busiest": experts * jnp.max(first), "entropy": entropy}

@@ -1,0 +1,216 @@
+"""What the optimizer does with the gradient: its constants, and some real steps."""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from .. import _trees
+from . import _taps
+from ._batch import examples_in
+
+NAN = math.nan
+SCALES = (1.0, 1 / 4, 1 / 16, 1 / 64)
+SHUFFLES = 16
+CALM_RISE, CALM_SPREADS = 0.1, 3.0
+
+
+@dataclasses.dataclass
+class TrainingFacts:
+    """An optimizer in numbers; nan or empty where it was not asked."""
+
+    b1: float = NAN
+    b2: float = NAN
+    epsilon: float = NAN
+    updates: tuple[
+        float, ...
+    ] = ()  # RMS of each leaf's update over its own; nan: zeros.
+    below_epsilon: tuple[float, ...] = ()  # Share of a leaf's elements, zeros aside.
+    staleness: tuple[float, ...] = ()  # sqrt(mean(g^2 / v)) of each leaf.
+    losses: tuple[float, ...] = ()  # Before each step, and after all of them.
+    untrained: tuple[float, ...] = ()  # Of the same batches, without any step.
+    ends: tuple[float, ...] = ()  # Mean of the last losses, at each of `SCALES`.
+    is_new: bool = True  # Whether the optimizer state is that before the first step.
+    calm_scale: float = NAN  # Largest factor on the updates at which the loss is calm.
+    labels_seen: float = NAN  # By how many deviations labels beat shuffled ones, ...
+    labels_unseen: float = NAN  # ... on examples trained on, and on others.
+
+
+def moments_in(state) -> Any:
+    """Return the node of an optimizer state with Adam's moments, or None."""
+    is_adam = lambda node: hasattr(node, "mu") and hasattr(node, "nu")
+    found = _trees.nodes(state, is_adam)
+    return found[0] if found and jax.tree.leaves(found[0].nu) else None
+
+
+def constants(tx, params) -> jax.Array:
+    """Return b1, b2 and epsilon of an Adam-like optimizer, read off what it does.
+
+    A gradient of zeros after one step shrinks the moments by b1 and b2. The first
+    update is proportional to g / (|g| + epsilon); two sizes of g give epsilon. Both
+    sizes are too small for any clipping.
+    """
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    like = lambda size: jax.tree.map(lambda p: jnp.full_like(p, size), params)
+    state = tx.init(zeros)
+    large, after = tx.update(like(1e-4), state, zeros, value=1.0)
+    small, _ = tx.update(like(1e-6), state, zeros, value=1.0)
+    _, last = tx.update(zeros, after, zeros, value=1.0)
+    one, two = moments_in(after), moments_in(last)
+    if one is None:
+        return jnp.full(3, jnp.nan)
+    first = lambda tree: jnp.ravel(jax.tree.leaves(tree)[0])[0].astype(jnp.float32)
+    ratio = first(large) / first(small)
+    epsilon = jnp.maximum(1e-4 * (ratio - 1) / (100.0 - ratio), 0.0)
+    b1, b2 = first(two.mu) / first(one.mu), first(two.nu) / first(one.nu)
+    return jnp.stack([b1, b2, jnp.where(epsilon < 1e3, epsilon, jnp.nan)])
+
+
+@functools.partial(jax.jit, static_argnames="tx")
+def one_update(tx, params, state, grads, value):
+    """Return the constants, and for each leaf what an update and the moments are."""
+    constant = constants(tx, params)
+    updates, after = tx.update(grads, state, params, value=value)
+    ratio = lambda u, p: jnp.where(
+        _taps.rms(p) > 0, _taps.rms(u) / _taps.rms(p), jnp.nan
+    )
+    sizes = jax.tree.leaves(jax.tree.map(ratio, updates, params))
+    return constant, sizes, *_against_moments(grads, after, constant[1], constant[2])
+
+
+def facts(
+    loss, tx, params, state, grads, value, data, steps, more, spread
+) -> TrainingFacts:
+    """Measure an optimizer on a gradient, and on some steps if asked.
+
+    `spread` is the standard deviation of the losses of parts of the batch.
+    """
+    found = TrainingFacts(is_new=state is None)
+    with jax.numpy_dtype_promotion("standard"):
+        state = tx.init(params) if state is None else _trees.without_variables(state)
+        measured = jax.device_get(one_update(tx, params, state, grads, value))
+        constant, *of_leaves = measured
+        found.b1, found.b2, found.epsilon = map(float, constant)
+        updates, below, stale = (tuple(map(float, numbers)) for numbers in of_leaves)
+        found.updates, found.below_epsilon, found.staleness = updates, below, stale
+        if steps:
+            _take_steps(found, loss, tx, params, state, data, steps, more, spread)
+    return found
+
+
+def _against_moments(grads, after, b2, epsilon):
+    """Compare the gradient of each leaf with Adam's epsilon and second moment."""
+    below = []
+    for _, size, known in _sizes(grads, after, b2):
+        few = known & (size < epsilon)
+        below.append(jnp.sum(few) / jnp.maximum(jnp.sum(known), 1))
+    return below, _staleness(grads, after, b2)
+
+
+def _staleness(grads, after, b2) -> list[jax.Array]:
+    """Return sqrt(mean(g^2 / v)) of each leaf."""
+    found = []
+    for g, size, known in _sizes(grads, after, b2):
+        ratio = jnp.sum(jnp.where(known, jnp.square(g / size), 0.0))
+        found.append(jnp.sqrt(ratio / jnp.maximum(jnp.sum(known), 1)))
+    return found
+
+
+def _sizes(grads, after, b2):
+    """Return each leaf's gradient, sqrt(v) and where that is known."""
+    node = moments_in(after)
+    nus = [] if node is None else jax.tree.leaves(node.nu)
+    leaves = [g.astype(jnp.float32) for g in jax.tree.leaves(grads)]
+    if len(nus) != len(leaves):
+        return []
+    count = jnp.asarray(getattr(node, "count", 1), jnp.float32)
+    rows = []
+    for g, nu in zip(leaves, nus, strict=True):
+        nu = nu.astype(jnp.float32) / (1 - b2**count)
+        rows.append((g, jnp.where(nu > 0, jnp.sqrt(nu), 1.0), nu > 0))
+    return rows
+
+
+@functools.partial(jax.jit, static_argnames=("loss", "tx", "steps"))
+def take_steps(loss, tx, params, state, frozen, b2, stacked, scale, steps: int):
+    """Return losses and staleness of steps on stacked batches, and where they end.
+
+    Updates are multiplied by `scale`.
+    """
+    batches = jax.tree.leaves(stacked)[0].shape[0]
+    at = lambda i: (frozen, jax.tree.map(lambda x: x[i], stacked))
+
+    def step(carry, i):
+        params, state = carry
+        value, grads = jax.value_and_grad(loss)(params, at(i % batches))
+        updates, state = tx.update(grads, state, params, value=value)
+        updates = optax.tree.scale(scale, updates)
+        params = optax.apply_updates(params, updates)
+        stale = _staleness(grads, state, b2)
+        return (params, state), (value, jnp.stack(stale) if stale else jnp.zeros(0))
+
+    start = (params, state)
+    (after, _), (losses, stale) = jax.lax.scan(step, start, jnp.arange(steps + 1))
+    return losses, stale, after
+
+
+def _take_steps(
+    found, loss, tx, params, state, data, steps: int, more, spread: float
+) -> None:
+    frozen, batch = data
+    batches = [batch, *more]
+    stacked = jax.tree.map(
+        lambda *xs: jnp.stack([jnp.asarray(x) for x in xs]), *batches
+    )
+    run = functools.partial(
+        take_steps, loss, tx, params, state, frozen, found.b2, steps=steps
+    )
+    losses_at = lambda scale: np.asarray(run(stacked, scale)[0], float)
+    losses, stale, _ = run(stacked, 0.0)
+    untrained = np.asarray(losses, float)
+    found.untrained = tuple(untrained.tolist())
+    # One batch may be a spike: the median of several is what the moments expect.
+    found.staleness = tuple(np.median(stale[: len(batches)], axis=0).tolist())
+    runs = [losses_at(scale) for scale in SCALES]
+    calm = [is_calm(losses, untrained, spread) for losses in runs]
+    found.losses = tuple(runs[0].tolist())
+    found.ends = tuple(float(losses[-len(batches) :].mean()) for losses in runs)
+    found.calm_scale = max(np.multiply(SCALES, calm).tolist())
+    _try_labels(found, run, loss, data)
+
+
+def is_calm(losses: np.ndarray, untrained: np.ndarray, spread: float) -> bool:
+    """Whether no batch's loss rises by more than 10 % and the spread of its parts."""
+    allowed = CALM_RISE * float(np.abs(untrained).mean()) + CALM_SPREADS * spread
+    return bool(np.isfinite(losses).all() and (losses - untrained).max() <= allowed)
+
+
+def _try_labels(found: TrainingFacts, run, loss, data) -> None:
+    """Train on half of the examples, and shuffle the second array on both halves."""
+    frozen, batch = data
+    leaves, structure = jax.tree.flatten(batch)
+    examples = examples_in(batch)
+    if len(leaves) != 2 or examples < 32 or not found.calm_scale > 0:
+        return
+    half = examples // 2
+    halves = [[jnp.asarray(x)[k : 2 * half : 2] for x in leaves] for k in (0, 1)]
+    trained_on = structure.unflatten([x[None] for x in halves[0]])
+    *_, after = run(trained_on, found.calm_scale)
+    chance = np.random.default_rng(0)
+    orders = np.stack([chance.permutation(half) for _ in range(SHUFFLES)])
+    for pair, name in zip(halves, ("labels_seen", "labels_unseen"), strict=True):
+        own, shuffled = _shuffled(loss, after, frozen, structure, *pair, orders)
+        spread = float(np.std(shuffled))
+        if math.isfinite(spread) and spread > 0:
+            setattr(found, name, float((np.mean(shuffled) - own) / spread))
+
+
+@functools.partial(jax.jit, static_argnames=("loss", "structure"))
+def _shuffled(loss, params, frozen, structure, inputs, labels, orders):
+    of = lambda y: loss(params, (frozen, structure.unflatten([inputs, y])))
+    return of(labels), jax.lax.map(lambda order: of(labels[order]), orders)

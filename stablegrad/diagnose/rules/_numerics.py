@@ -1,0 +1,187 @@
+"""Values that are not finite, and those that 16 bits do not hold."""
+
+import math
+from collections.abc import Iterator
+
+from .._taps import HALF_LARGEST
+from ._rule import Facts, Rule, Verdict
+
+HALF_HEADROOM = HALF_LARGEST / 8
+HALF_GRADIENT = 2.0**-20  # RMS; float16 rounds below 2^-25 to zero.
+
+
+def nonfinite_parameters(facts: Facts) -> Iterator[Verdict]:
+    for name, numbers in facts.parameters.items():
+        if numbers["nonfinite"]:
+            yield Verdict(
+                rule="nonfinite_parameters",
+                severity="critical",
+                layer=name,
+                finding=f"{numbers['nonfinite']:.0f} elements of the parameter {name} "
+                "are nan or infinite.",
+                evidence={"elements": numbers["nonfinite"]},
+                threshold="0 elements",
+                source="definition",
+                remedy="Restore a checkpoint from before, and guard the optimizer.",
+                formula="params_t+1 = params_t where the step is not finite",
+                code="tx = sg.stabilize(tx)",
+            )
+
+
+def nonfinite_values(facts: Facts) -> Iterator[Verdict]:
+    clean = "the batch"
+    for layer in facts.layers:
+        if layer.input_nonfinite and clean == "the batch" and not layer.nonfinite:
+            return
+        count = layer.nonfinite or layer.output_nonfinite
+        if not count:
+            if math.isfinite(layer.rms):
+                clean = layer.name
+            continue
+        after = "" if layer.nonfinite else f" (after {layer.activation})"
+        half = layer.dtype == "float16"
+        at = f", first in {facts.origin}" if facts.origin else ""
+        where = f"{layer.name}{after} is the shallowest bad tensor, {clean} the last"
+        where += " clean one"
+        rule = "overflow16" if half else "nonfinite_values"
+        yield Verdict(
+            rule=rule,
+            severity="critical",
+            layer=layer.name,
+            finding=f"{count:.0f} values are not finite: {where}{at}.",
+            evidence={"values": count, "input_rms": layer.input_rms},
+            threshold=f"|x| <= {HALF_LARGEST:.0f}" if half else "0 values",
+            source="IEEE 754 binary16" if half else "definition",
+            remedy=f"Compute {layer.name} in bfloat16 or float32, or scale its weights."
+            if half
+            else "Keep the named operation away from the edge of its domain.",
+            formula="bfloat16 holds 3.4e38, float16 65504"
+            if half
+            else "log(x + e), sqrt(x + e), x / max(|x|, e)",
+            code="nnx.Linear(..., dtype=jnp.bfloat16)"
+            if half
+            else "x = jnp.where(ok, x, safe)  # before the operation, not after it",
+            change={"dtype": layer.name} if half else {},
+        )
+        return
+    if not math.isfinite(facts.loss):
+        at = f" It comes from {facts.origin}." if facts.origin else ""
+        yield Verdict(
+            rule="nonfinite_values",
+            severity="critical",
+            layer="loss",
+            finding=f"The loss is {facts.loss}; every layer is finite, {clean} the "
+            f"last clean tensor.{at}",
+            evidence={"loss": facts.loss},
+            threshold="a finite loss",
+            source="definition",
+            remedy="Write the loss on logits, which has no logarithm of 0.",
+            formula="-log softmax(z)_y = logsumexp(z) - z_y",
+            code="optax.softmax_cross_entropy_with_integer_labels(logits, labels)",
+        )
+
+
+def nonfinite_gradients(facts: Facts) -> Iterator[Verdict]:
+    if not math.isfinite(facts.loss) or any(x.nonfinite for x in facts.layers):
+        return
+    bad = [layer for layer in facts.layers if layer.gradient_nonfinite]
+    if not bad:
+        return
+    last = bad[-1]
+    later = facts.layers[facts.layers.index(last) + 1 :]
+    clean = later[0].name if later else "the loss"
+    yield Verdict(
+        rule="nonfinite_gradients",
+        severity="critical",
+        layer=last.name,
+        finding="The loss is finite and its gradient is not: on the way back "
+        f"{clean} is the last clean tensor, {last.name} the first bad one.",
+        evidence={"elements": last.gradient_nonfinite},
+        threshold="0 elements",
+        source="definition",
+        remedy="Look for a square root, norm, power or division at 0 between the two.",
+        formula="d sqrt(x) / dx = 1 / (2 sqrt(x)) is infinite at 0",
+        code="jnp.sqrt(jnp.where(x > 0, x, 1.0)) * (x > 0)",
+    )
+
+
+def overflow16(facts: Facts) -> Iterator[Verdict]:
+    for layer in facts.layers:
+        if layer.dtype != "float16" or layer.nonfinite:
+            continue
+        if layer.largest > HALF_HEADROOM:
+            yield Verdict(
+                rule="overflow16",
+                severity="warning",
+                layer=layer.name,
+                finding=f"Values of {layer.name} reach {layer.largest:.3g}, and "
+                "float16 ends at 65504.",
+                evidence={"largest": layer.largest},
+                threshold=f"{HALF_HEADROOM:.0f}, an eighth of the largest float16",
+                source="IEEE 754 binary16",
+                remedy=f"Compute {layer.name} in bfloat16 or float32.",
+                formula="bfloat16 holds 3.4e38, float16 65504",
+                code="nnx.Linear(..., dtype=jnp.bfloat16)",
+                change={"dtype": layer.name},
+            )
+            return
+
+
+def underflow16(facts: Facts) -> Iterator[Verdict]:
+    small = [
+        layer
+        for layer in facts.layers
+        if layer.dtype == "float16" and 0 <= layer.gradient_rms < HALF_GRADIENT
+    ]
+    if not small:
+        return
+    layer = min(small, key=lambda x: x.gradient_rms)
+    factor = 2.0 ** min(15, round(math.log2(2e-3 / max(layer.gradient_rms, 2e-8))))
+    yield Verdict(
+        rule="underflow16",
+        severity="warning",
+        layer=layer.name,
+        finding=f"Gradients at {layer.name} have an RMS of {layer.gradient_rms:.2g}; "
+        "float16 makes zeros of what is below 3e-8.",
+        evidence={"gradient_rms": layer.gradient_rms, "layers": float(len(small))},
+        threshold=f"RMS {HALF_GRADIENT:.2g}",
+        source="Micikevicius et al. (2018), https://arxiv.org/abs/1710.03740",
+        remedy="Scale the loss up, and the gradients down again in float32.",
+        formula=f"grad = grad(scale * loss) / scale, scale = {factor:g}",
+        code=f"jax.grad(lambda p: {factor:g} * loss(p)), then divide in float32",
+        change={"loss_scale": factor},
+    )
+
+
+RULES = (
+    Rule(
+        "nonfinite_parameters",
+        "Are the parameters finite?",
+        nonfinite_parameters,
+        ("nonfinite_values", "nonfinite_gradients", "rate", "dead_units"),
+    ),
+    Rule(
+        "nonfinite_values",
+        "Is every tensor of the forward pass finite?",
+        nonfinite_values,
+        (
+            "nonfinite_gradients",
+            "rate",
+            "overflow16",
+            "underflow16",
+            "dead_units",
+            "vanishing",
+            "odd_shard",
+        ),
+    ),
+    Rule(
+        "nonfinite_gradients",
+        "Is every tensor of the backward pass finite?",
+        nonfinite_gradients,
+        ("rate",),
+    ),
+    Rule(
+        "overflow16", "Do values fit into float16?", overflow16, ("rate",), forward=True
+    ),
+    Rule("underflow16", "Do gradients fit into float16?", underflow16, ()),
+)

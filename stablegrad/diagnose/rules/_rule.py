@@ -1,0 +1,121 @@
+"""What a rule is, what it is given, and what it says."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from .._batch import BatchFacts
+from .._layers import Layer
+from .._training import TrainingFacts
+
+SEVERITIES = ("note", "warning", "critical")
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """One finding.
+
+    `change` is the remedy for a program: {"multiply": {leaf name: factor}} for
+    parameters, {"rate": factor} and the like for what is not.
+    """
+
+    rule: str
+    severity: str  # "note", "warning" or "critical"
+    layer: str  # "" where no layer is to blame.
+    finding: str  # One sentence.
+    evidence: dict[str, float]
+    threshold: str  # What was crossed, with its number.
+    source: str
+    remedy: str  # One sentence.
+    formula: str  # The remedy as an equation, with the numbers put in.
+    code: str  # The line that applies it.
+    change: dict[str, Any] = dataclasses.field(default_factory=dict)
+    follows: str = ""  # The rule whose verdict explains this one; "" for a root cause.
+
+
+@dataclasses.dataclass
+class Facts:
+    """Everything that was measured."""
+
+    loss: float
+    layers: list[Layer]
+    parameters: dict[str, dict[str, float]]  # By leaf: rms, gradient, nonfinite, ...
+    batch: BatchFacts
+    training: TrainingFacts | None = None
+    origin: str = ""  # The first operation that is not finite, and its line of code.
+    events: Sequence[Any] = ()
+
+    def layer(self, name: str) -> Layer:
+        """Return a layer by name."""
+        return next(layer for layer in self.layers if layer.name == name)
+
+    def depth(self, name: str) -> int:
+        """Return the place of a layer or of its weight; of another name, the end."""
+        places = (i for i, x in enumerate(self.layers) if name in (x.name, x.leaf))
+        return next(places, len(self.layers)) if name else len(self.layers)
+
+    @property
+    def path(self) -> list[Layer]:
+        """The layers and residual sums that no residual stream goes around."""
+        kinds = ("linear", "conv", "sum")
+        return [x for x in self.layers if x.kind in kinds and not x.beside_stream]
+
+    @property
+    def weighted(self) -> list[Layer]:
+        """The layers that are linear."""
+        return [x for x in self.layers if x.kind in ("linear", "conv")]
+
+    def is_head(self, layer: Layer) -> bool:
+        """Whether it is the last of the linear layers, and nothing follows it."""
+        return (
+            bool(self.weighted) and layer is self.weighted[-1] and not layer.activation
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """A question to the facts.
+
+    `explains` are the rules whose verdicts are symptoms of this one's. What goes
+    `forward`, such as a saturated layer, has its cause in that layer or before.
+    """
+
+    name: str
+    question: str
+    judge: Callable[[Facts], Iterable[Verdict]]
+    explains: tuple[str, ...] = ()
+    forward: bool = False
+
+
+def _others(rule: Rule) -> tuple[str, ...]:
+    return tuple(name for name in rule.explains if name != rule.name)
+
+
+def judge(facts: Facts, rules: Sequence[Rule]) -> tuple[Verdict, ...]:
+    """Ask all rules, causes before symptoms; the gravest root cause comes first."""
+    roots: list[Verdict] = []
+    symptoms: list[Verdict] = []
+    causes: list[tuple[Rule, int]] = []
+    for rule in rules:
+        for verdict in rule.judge(facts):
+            if verdict.severity not in SEVERITIES:
+                raise ValueError(
+                    f"a verdict's severity must be one of {SEVERITIES}, got "
+                    f"{verdict.severity!r} from the rule {rule.name!r}."
+                )
+            depth = facts.depth(verdict.layer)
+            before = [
+                cause.name
+                for cause, place in causes
+                if rule.name in cause.explains and not (rule.forward and place > depth)
+            ]
+            if before:
+                follows = before[0]
+                symptoms.append(dataclasses.replace(verdict, follows=follows))
+                continue
+            roots.append(verdict)
+            if verdict.severity != "note":
+                cause = dataclasses.replace(rule, explains=_others(rule))
+                causes.append((cause, -1 if depth == len(facts.layers) else depth))
+    gravity = lambda verdict: -SEVERITIES.index(verdict.severity)
+    return (*sorted(roots, key=gravity), *sorted(symptoms, key=gravity))
