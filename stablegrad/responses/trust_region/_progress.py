@@ -1,13 +1,17 @@
-"""Progress: whether the loss falls or rises by more than its noise explains.
+"""Progress: how fast the loss falls, beside what steps gain on their own batch.
 
-Two running means of the loss forget over windows that grow with the run, so that slow
-improvement late in a run is still seen.
+A step that gains on its own batch fits its noise as well. The loss of later batches
+tells how much of that gain is real: `window = max(t / 8, 20)` steps after t steps, and
 
-    window = clip(t / 8, 50, 400);  far over `window` steps, near over window / 5
-    error = 1.25 * spread * sqrt(5 / (2 * window)),  spread = mean of |loss - far|
-    improves: far - near > error;  worsens: near - far > error
+    far over `window` steps, near over half of them,  spread = mean of |loss - far|
+    D = (far - near) / (window / 2)              fall of the loss in a step
+    G = mean over probes of L(theta) - L(theta + d)      gain on the own batch
+    error = spread / sqrt(window) / (window / 2)         deviation of D by noise
+    balance = (D - 0.05 G+) / (|D| + 0.05 G+ + error),  G+ = max(G, 0)
 
-`error` is one standard deviation of `near` if losses are independent and normal.
+`balance` lies in (-1, 1). It is near 1 while the loss falls, near 0 while noise hides
+what the loss does, and near -1 where less than a twentieth of the gains is real: there
+steps are too long for the noise.
 """
 
 from typing import NamedTuple
@@ -17,17 +21,17 @@ import jax.numpy as jnp
 
 from ..._norms import LARGEST
 
-SHARE, SHORTEST, LONGEST = 1 / 8, 50.0, 400.0
-NEARER = 5.0
-DEVIATION = 1.25  # Standard deviation over mean distance, of a normal distribution.
+SHARE, SHORTEST = 1 / 8, 20.0  # Of all steps that `far` remembers; and at least.
+REAL = 0.05  # Share of the gains on own batches that the loss must really lose.
 
 
 class Progress(NamedTuple):
-    """Running means of the loss; every array is float32 of rank 0, and finite."""
+    """Running means; every array is float32 of rank 0, and finite."""
 
     far: jax.Array
     near: jax.Array
-    spread: jax.Array  # Mean distance from `far`.
+    spread: jax.Array  # Mean distance of the loss from `far`.
+    gain: jax.Array  # G; below 0 where steps lose.
 
 
 def init_progress() -> Progress:
@@ -37,28 +41,37 @@ def init_progress() -> Progress:
 
 def window(steps) -> jax.Array:
     """Return the number of steps that `far` remembers."""
-    return jnp.clip(SHARE * steps.astype(jnp.float32), SHORTEST, LONGEST)
+    return jnp.maximum(SHARE * steps.astype(jnp.float32), SHORTEST)
 
 
 def after_loss(progress: Progress, loss, steps) -> Progress:
     """Return the progress after a step's loss, which is ignored unless finite."""
-    first, length = steps == 0, window(steps)
-
-    def mean(old, new, length):
-        kept = 1 - 1 / length
-        moved = jnp.where(first, new, kept * old + (1 - kept) * new)
-        return jnp.where(jnp.isfinite(loss), jnp.clip(moved, -LARGEST, LARGEST), old)
-
-    distance = jnp.where(first, 0.0, jnp.abs(loss - progress.far))
-    return Progress(
-        mean(progress.far, loss, length),
-        mean(progress.near, loss, length / NEARER),
-        mean(progress.spread, distance, length),
+    mean = lambda old, new, length: _mean(old, new, length, steps)
+    length = window(steps)
+    distance = jnp.where(steps == 0, 0.0, jnp.abs(loss - progress.far))
+    return progress._replace(
+        far=mean(progress.far, loss, length),
+        near=mean(progress.near, loss, length / 2),
+        spread=mean(progress.spread, distance, length),
     )
 
 
-def gain(progress: Progress, steps) -> jax.Array:
-    """Return the recent fall of the loss in standard errors; above 1 it improves."""
-    error = DEVIATION * progress.spread * jnp.sqrt(NEARER / (2 * window(steps)))
-    fell = progress.far - progress.near
-    return fell / jnp.maximum(error, 1e-37)
+def after_gain(progress: Progress, gain, probes, steps, every) -> Progress:
+    """Return the progress after a probe that saw a fall of the loss by `gain`."""
+    length = jnp.maximum(window(steps) / every, 1.0)
+    return progress._replace(gain=_mean(progress.gain, gain, length, probes))
+
+
+def balance(progress: Progress, steps) -> jax.Array:
+    """Return the balance of real progress and gains on own batches, in (-1, 1)."""
+    lag = window(steps) / 2
+    fall = (progress.far - progress.near) / lag
+    error = progress.spread / jnp.sqrt(window(steps)) / lag
+    asked = REAL * jnp.maximum(progress.gain, 0.0)
+    return (fall - asked) / jnp.maximum(jnp.abs(fall) + asked + error, 1e-37)
+
+
+def _mean(old, new, length, count):
+    weight = 1 / jnp.minimum(length, count.astype(jnp.float32) + 1)
+    moved = jnp.clip(old + weight * (new - old), -LARGEST, LARGEST)
+    return jnp.where(jnp.isfinite(new), moved, old)

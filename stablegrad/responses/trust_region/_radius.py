@@ -1,13 +1,13 @@
-"""The radius: the longest step, adjusted by the probes.
+"""The radius: the longest step, and the law that probes move it by.
 
-    r > high: shorter, at once     low <= r <= high: as it is     r < low: longer
+    log R  moves by  0.3 clip(target - r, -1, 1)   at each probe, slower while growing
+                                                   where the loss does not fall
+    target moves by  0.03 balance                  at each probe, within [0, 2]
 
-`care` multiplies `high` and `low`. It rises while the radius does not bind. Where the
-radius binds, it falls with the number of binding probes without progress, because
-noise, which probes on one batch do not see, limits a long run.
-
-A healthy step may gain nothing, at the edge of stability or with momentum. So after the
-first probes nothing is cut while the loss improves.
+There is no region of rest: R grows while r is below the target, which rises while the
+loss falls and sinks where gains on own batches are not real (see `_progress`). So a
+healthy run, at the edge of stability too, raises the target above its own r and is soon
+free of an early cut; steps too long for the noise lower it until the loss falls again.
 """
 
 from typing import NamedTuple
@@ -18,22 +18,15 @@ import jax.numpy as jnp
 from ..._norms import LARGEST
 from ..._trees import count_if
 from ._probe import Look, ratio
-from ._progress import LONGEST, Progress, after_loss, gain, init_progress, window
+from ._progress import Progress, after_gain, after_loss, balance, init_progress
 
-DENSE = 5  # The first probes, one a step.
-DECAY = 0.85  # Weight of the past in averages over probes.
-AIM = 0.7  # A cut aims at this share of `high`.
-SHORTEST_CUT = 0.5  # Smallest factor of one cut without an alarm.
-FASTER = 2.0  # Growth while r is below a tenth of `low`.
-SLOWER, NEAR_A_CUT = 1.1, 0.5  # Growth beyond this share of the last cut's length.
-EARLY = 30  # The first probes, during which the care is constant.
-CARE, LEAST_CARE = 0.7, 0.3  # Factor on `high` while a radius binds; its minimum.
-CARE_OVER = 50  # Later binding probes that halve the care.
-RELIEF = 3.0  # Binding probes that one probe with progress takes back at most.
-MOST_BOUND = 1e4  # Largest count of binding probes.
-LOOSE_OVER, LOOSE = 50, 1.6  # Free probes that raise `high`, and by how much.
-RELEASE = 4.0  # A radius of so many optimizer's steps does not bind.
-SHOWN = ("ratio", "scale", "probes", "cuts", "mismatch")  # Numbers for `metrics`.
+DENSE = 5  # The first probes, one a step: R has to be found.
+DECAY = 0.8  # Weight of the past in averages over probes: five of them.
+GAIN = 0.3  # Of log R for r: a probe moves R by a third at most.
+FIRST_TARGET = 0.3  # Below the line's minimum, 1/2: own batches flatter at the start.
+PACE = 0.03  # Of the target for `balance`: it passes 1 after 23 good probes.
+ACCEPT = 1 / 2  # Largest r of the first step; one that is shortened aims at half of it.
+SHOWN = ("ratio", "scale", "probes", "cuts", "mismatch", "target")  # For `metrics`.
 NEVER = LARGEST  # A radius that does not bind; the state stays finite.
 
 
@@ -42,54 +35,49 @@ class TrustRegionState(NamedTuple):
     trust_ratio: jax.Array  # float32: r, averaged over probes.
     trust_scale: jax.Array  # float32 in [0, 1]: on the last step.
     trust_probes: jax.Array  # int32: probes made, each a forward pass at least.
-    trust_cuts: jax.Array  # int32: times the radius was cut.
+    trust_cuts: jax.Array  # int32: steps that a probe shortened at once.
     trust_mismatch: jax.Array  # bool: gradients are not those of `value`.
+    trust_target: jax.Array  # float32 in [0, 2]: the r that R aims at.
     own_length: jax.Array  # float32: length of the optimizer's last step.
-    cut_length: jax.Array  # float32: step length at the last cut; `NEVER` if none.
     mean_excess: jax.Array  # float32: over probes, for steps as long as the last.
     mean_slope: jax.Array  # float32: over probes, for steps as long as the last.
     progress: Progress
     steps_tried: jax.Array  # int32: steps with a length.
     probes_known: jax.Array  # int32: probes with a finite result that descend.
-    probes_bound: jax.Array  # float32: binding probes; see `_bound`.
-    probes_free: jax.Array  # int32: probes in a row while the radius did not bind.
 
 
 def init_radius() -> TrustRegionState:
     """Return the state before the first step, without a limit."""
-    zero, none = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
-    never, one = jnp.full((), NEVER, jnp.float32), jnp.ones((), jnp.float32)
-    shown = (never, zero, one, none, none, jnp.zeros((), bool))
-    lengths = (zero, never, zero, zero)
-    return TrustRegionState(*shown, *lengths, init_progress(), none, none, zero, none)
+    number = lambda x: jnp.full((), x, jnp.float32)
+    none, zero = jnp.zeros((), jnp.int32), number(0.0)
+    shown = (number(NEVER), zero, number(1.0), none, none, jnp.zeros((), bool))
+    averages = (number(FIRST_TARGET), zero, zero, zero)
+    return TrustRegionState(*shown, *averages, init_progress(), none, none)
 
 
 def readings(state: TrustRegionState) -> dict[str, jax.Array]:
     """Return the numbers of a trust region by name, for `metrics`."""
-    binds = state.trust_radius < RELEASE * state.own_length
-    radius = jnp.where(binds, state.trust_radius, jnp.inf)
+    radius = jnp.where(binds(state), state.trust_radius, jnp.inf)
     shown = {f"trust_{name}": getattr(state, f"trust_{name}") for name in SHOWN}
     return {"trust_radius": radius, **shown}
 
 
+def binds(state: TrustRegionState) -> jax.Array:
+    """Return whether the optimizer's last step was longer than the radius."""
+    return state.trust_radius < state.own_length
+
+
 def is_due(state: TrustRegionState, every) -> jax.Array:
-    """Return whether this step is probed."""
-    due = (state.probes_known < DENSE) | (state.steps_tried % every == 0)
+    """Return whether this step is probed: half as often while R does not bind."""
+    interval = jnp.where(binds(state), every, 2 * every)
+    due = (state.probes_known < DENSE) | (state.steps_tried % interval == 0)
     return due & ~state.trust_mismatch
-
-
-def care(state: TrustRegionState, is_bound) -> jax.Array:
-    """Return the factor on `high` and `low`."""
-    late = jnp.maximum(state.probes_bound - EARLY, 0.0)
-    binding = jnp.maximum(CARE / (1 + late / CARE_OVER), LEAST_CARE)
-    free = jnp.minimum(state.probes_free.astype(jnp.float32) / LOOSE_OVER, 1.0)
-    return jnp.where(is_bound, binding, CARE + (LOOSE - CARE) * free)
 
 
 def longest_rise(state: TrustRegionState, loss) -> jax.Array:
     """Return the rise that is an alarm: the loss doubles, or leaves its usual range."""
-    usual = jnp.maximum(jnp.abs(state.progress.far), 4 * state.progress.spread)
-    return jnp.maximum(jnp.abs(loss), jnp.where(state.steps_tried > 0, usual, 0.0))
+    usual = jnp.maximum(jnp.abs(state.progress.far), 2 * state.progress.spread)
+    return jnp.maximum(jnp.abs(loss), usual)
 
 
 def after_step(
@@ -105,7 +93,7 @@ def after_step(
 
 
 def after_probe(
-    state: TrustRegionState, found: Look, length, own_length, high, low, grow
+    state: TrustRegionState, found: Look, length, own_length, every
 ) -> tuple[TrustRegionState, jax.Array]:
     """Return the state after a probe of a step of `length`, and whether it is an alarm.
 
@@ -113,75 +101,52 @@ def after_probe(
     """
     alarm = ((found.looks > 1) | ~found.accepted) & ~found.mismatch
     harmful = alarm & found.accepted
-    bound = state.trust_radius < RELEASE * own_length
-    careful = care(state, bound)
-    high, low = high * careful, low * careful
-    settled = state.probes_known >= EARLY
-    won = gain(state.progress, state.steps_tried)
-    improves, worsens = settled & (won > 1), settled & (won < -1)
-    excess, slope = _averages(state, found, alarm)
-    # Steps that on average do not descend count as too long, but only once: shorter
-    # ones do not turn momentum round.
-    climbs = slope >= 0
-    r = jnp.where(climbs, 2.0, ratio(excess, slope))
-    climbed = climbs & (state.mean_slope >= 0) & (state.probes_known > 0)
+    excess, slope = _averages(state, found)
+    # Steps that do not descend are too long if the loss rises; else R may stay.
+    beyond = jnp.where(excess + slope > 0, 2.0, state.trust_target)
+    r = jnp.where(slope < 0, ratio(excess, slope), beyond)
 
-    cut = found.known & ~alarm & (r > high) & ~improves & ~climbed
-    factor = jnp.clip(AIM * high / jnp.maximum(r, 1e-9), SHORTEST_CUT, 1.0)
-    cut_length = jnp.where(cut & bound, length, state.cut_length)
-    descends = found.known & (found.slope < 0)
+    won = balance(state.progress, state.steps_tried)
+    target = jnp.clip(state.trust_target + PACE * won, 0.0, 2.0)
+    target = jnp.where(found.known, target, state.trust_target)
+    move = jnp.clip(target - r, -1.0, 1.0)
+    move = jnp.where(move > 0, move * (1 + won) / 2, move)
     # A step whose change cannot be seen is short enough to grow.
-    grows = ((descends & (r < low)) | found.blind) & ~alarm & ~worsens
-    # While the loss improves, a little more may be tried.
-    tries = descends & (r < high) & ~alarm & improves & bound
-    far_too_short = found.blind | (r < 0.1 * low)
-    growth = jnp.where(far_too_short, jnp.maximum(grow, FASTER), grow)
-    near_a_cut = state.trust_radius > NEAR_A_CUT * cut_length
-    growth = jnp.where(near_a_cut | ~grows, SLOWER, growth)
-    growth = jnp.where(grows | tries, growth, 1.0)
-
-    longer = state.trust_radius * growth
-    radius = jnp.where(state.trust_radius < NEVER / growth, longer, NEVER)
-    radius = jnp.where(cut, length * factor, radius)
+    move = jnp.where(found.known, move, jnp.where(found.blind, 1.0, 0.0))
+    radius = jnp.minimum(state.trust_radius, 2 * own_length) * jnp.exp(GAIN * move)
     # If no part may be taken, the length is not the cause, and the radius stays.
+    radius = jnp.where(alarm, state.trust_radius, radius)
     radius = jnp.where(harmful, length * found.part, radius)
-    radius = jnp.where(found.mismatch, NEVER, jnp.maximum(radius, 1e-30))
-    shorter = jnp.where(cut, factor, 1.0)
-    free = count_if(found.known, state.probes_free)
+    radius = jnp.where(found.mismatch, NEVER, jnp.clip(radius, 1e-30, NEVER))
+    shorter = jnp.minimum(1.0, radius / (length * found.part))
+    gain = jnp.where(alarm, jnp.nan, -(found.excess + found.slope))
+    progress = after_gain(
+        state.progress, gain, state.probes_known, state.steps_tried, every
+    )
     return (
         state._replace(
             trust_radius=radius,
             trust_ratio=jnp.clip(r, -LARGEST, LARGEST),
             trust_probes=state.trust_probes + found.looks,
-            trust_cuts=count_if(cut | harmful, state.trust_cuts),
+            trust_cuts=count_if(harmful, state.trust_cuts),
             trust_mismatch=found.mismatch,
-            cut_length=jnp.where(radius < RELEASE * own_length, cut_length, NEVER),
+            trust_target=target,
             mean_excess=excess * shorter**2,
             mean_slope=slope * shorter,
-            probes_known=count_if(descends, state.probes_known),
-            probes_bound=jnp.where(bound, _bound(state, improves), state.probes_bound),
-            probes_free=jnp.where(bound, 0, free),
+            progress=progress,
+            probes_known=count_if(found.known & (found.slope < 0), state.probes_known),
         ),
         alarm,
     )
 
 
-def _averages(state: TrustRegionState, found: Look, alarm):
-    """Return the mean excess and slope, for steps as long as this one."""
-    part = jnp.where(alarm, found.part, 1.0)
-    weight = jnp.where(state.probes_known == 0, 0.0, DECAY)
+def _averages(state: TrustRegionState, found: Look):
+    """Return the mean excess and slope, for steps as long as the part taken."""
+    known = state.probes_known.astype(jnp.float32)
+    weight = jnp.minimum(DECAY, known / (known + 1))
     # The excess goes with the square of the length.
-    excess = weight * state.mean_excess * part**2 + (1 - weight) * found.excess
-    slope = weight * state.mean_slope * part + (1 - weight) * found.slope
+    excess = weight * state.mean_excess * found.part**2 + (1 - weight) * found.excess
+    slope = weight * state.mean_slope * found.part + (1 - weight) * found.slope
     excess = jnp.where(found.known, excess, state.mean_excess)
     slope = jnp.where(found.known, slope, state.mean_slope)
     return jnp.clip(excess, -LARGEST, LARGEST), jnp.clip(slope, -LARGEST, LARGEST)
-
-
-def _bound(state: TrustRegionState, improves):
-    """Return the count of binding probes; progress takes some back after the start."""
-    relief = RELIEF * window(state.steps_tried) / LONGEST
-    least = jnp.minimum(state.probes_bound, float(EARLY))
-    relieved = jnp.maximum(state.probes_bound + 1 - relief, least)
-    count = jnp.where(improves, relieved, state.probes_bound + 1)
-    return jnp.minimum(count, MOST_BOUND)

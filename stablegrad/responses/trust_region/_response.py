@@ -1,18 +1,16 @@
 """Trust region: hold the length of every step to a radius that probes set."""
 
+import warnings
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.core import Tracer
 
 from ..._checks import require, require_steps
 from .._base import Foresight, Response
 from ._probe import KINDS, Attempt, look
 from ._radius import (
-    AIM,
-    CARE,
+    ACCEPT,
     NEVER,
     TrustRegionState,
     after_probe,
@@ -26,13 +24,13 @@ from ._radius import (
 
 def trust_region(
     every: int = 4,
-    high: float | jax.Array = 0.5,
-    low: float | jax.Array = 0.3,
+    high: float | None = None,
+    low: float | None = None,
     *,
-    grow: float | jax.Array = 1.3,
+    grow: float | None = None,
     probe: Literal["forward", "hvp"] = "forward",
 ) -> Response:
-    """Hold the length of every step to a radius, set by probes of the loss along it.
+    """Hold the length of every step to a radius, moved by probes of the loss along it.
 
     For the step d that the optimizer wants, with s = g . d the change of the loss that
     the gradient promises, a probe on the same batch measures
@@ -40,18 +38,24 @@ def trust_region(
         r = 1 + (L(theta + d) - L(theta)) / |s|
 
     0: as promised; 1/2: at the minimum of the line; 1: nothing gained. With numerator
-    and denominator averaged over probes and c a factor in [0.3, 1.6], every step, also
-    between probes, is held to a radius R:
+    and denominator averaged over probes, every step, also between probes, is held to a
+    radius R, and each probe moves R and the r that it aims at:
 
-        |step_t| = min(|d_t|, R)
-        r > c * high:  R = |step_t| * clip(0.7 * c * high / r, 0.5, 1)
-        r < c * low:   R = R * grow, and 1.1 from half the length of the last cut on
+        |step_t| = min(|d_t|, R),  R <= 2 |d_t|
+        target  <- clip(target + 0.03 balance, 0, 2),  0.3 at first
+        log R   <- log R + 0.3 clip(target - r, -1, 1),  rises times (1 + balance) / 2
+        balance  = (D - 0.05 G) / (|D| + 0.05 G + error)
 
-    c is 0.7 where R binds and falls the longer it binds without progress; it rises
-    while R does not bind. The first five steps are probed, then every `every`-th. A
-    step that would double the loss, or make it nan or inf, is shortened before it is
-    taken; the schedule's rate is never exceeded. After 30 probes, R is not cut while
-    the loss improves by more than a standard error, and does not grow while it worsens.
+    D is the fall of the loss in a step, over the last eighth of the run, `error` its
+    deviation by noise, and G the mean fall that a step causes on its own batch. While
+    the loss falls, the target rises above the r of healthy steps, and a cut is soon
+    forgotten. Where less than a twentieth of what steps gain on their own batch is
+    real, steps are too long for the noise, and the target sinks.
+
+    The first five steps are probed, then every `every`-th, and half as often while R
+    does not bind. A step that would double the loss, or make it nan or inf, is
+    shortened before it is taken, as is a first step of r above 1/2; the schedule's rate
+    is never exceeded.
 
     Pass the loss and a function of the parameters that repeats it, on the same batch
     and with the same random numbers, averaged over devices if the gradients are:
@@ -65,9 +69,9 @@ def trust_region(
 
     Args:
         every: Steps between probes, >= 1: each costs one forward pass.
-        high: The r above which steps are too long, in (0, 1].
-        low: The r below which they may grow, in (0, high].
-        grow: Growth of R at a probe, > 1; at least 2 while r is below a tenth of low.
+        high: Has no effect; deprecated, as are `low` and `grow`.
+        low: Has no effect.
+        grow: Has no effect.
         probe: "forward", one forward pass along the whole step; or "hvp", one `jvp` of
             a `jvp`, about two passes: the curvature at the parameters alone, but free
             of rounding where a step changes the loss by less than 1e-6 of it.
@@ -75,8 +79,9 @@ def trust_region(
     Returns:
         A response for `guard`. `metrics` have `trust_radius` (in the units of the
         parameters, inf while it does not bind), `trust_ratio` (r), `trust_scale` (on
-        the last step), `trust_probes`, `trust_cuts` and `trust_mismatch`. A gradient or
-        loss that is not finite teaches nothing.
+        the last step), `trust_probes`, `trust_cuts` (steps shortened at once),
+        `trust_target` and `trust_mismatch`. A gradient or loss that is not finite
+        teaches nothing.
 
     Raises:
         ValueError: If a concrete argument is out of range; when a step is traced, if
@@ -99,23 +104,25 @@ def trust_region(
         Conn, Gould and Toint, Trust-region methods (2000). 1 / r is the critical
         learning rate of Kalra et al. (2026), https://arxiv.org/abs/2601.16979.
     """
-    return _trust_region(every, high, low, grow, probe, required=True)
+    for name, given in (("high", high), ("low", low), ("grow", grow)):
+        if given is not None:
+            warnings.warn(
+                f"`{name}` of `trust_region` has no effect any more: the law has no "
+                "bounds to set. Leave it out.",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+    return _trust_region(every, probe, required=True)
 
 
 def optional_trust_region() -> Response:
     """Return the default trust region, which rests while no `value_fn=` is passed."""
-    return _trust_region(4, 0.5, 0.3, 1.3, "forward", required=False)
+    return _trust_region(4, "forward", required=False)
 
 
-def _trust_region(every, high, low, grow, probe, required) -> Response:
+def _trust_region(every, probe, required) -> Response:
     require_steps("every", every)
-    require("high", high, "in (0, 1]", lambda x: 0 < x <= 1)
-    least = 1 if isinstance(high, Tracer) else high
-    require("low", low, "in (0, high]", lambda x: 0 < x <= least)
-    require("grow", grow, "> 1 and finite", lambda x: 1 < x < float("inf"))
     require("probe", probe, f"one of {KINDS}", lambda x: x in KINDS)
-    high, low, grow = (jnp.asarray(x, jnp.float32) for x in (high, low, grow))
-    accept = CARE * high
 
     def look_ahead(state: TrustRegionState, attempt: Attempt) -> Foresight:
         length = attempt.length
@@ -132,11 +139,9 @@ def _trust_region(every, high, low, grow, probe, required) -> Response:
         def probed(state):
             first = state.probes_known == 0
             rise = longest_rise(state, attempt.loss)
-            limit = jnp.where(first, accept, jnp.inf)
-            found = look(attempt, probe, held, rise, limit, AIM * accept)
-            after, alarm = after_probe(
-                state, found, held * length, length, high, low, grow
-            )
+            limit = jnp.where(first, ACCEPT, jnp.inf)
+            found = look(attempt, probe, held, rise, limit, ACCEPT / 2)
+            after, alarm = after_probe(state, found, held * length, length, every)
             part = jnp.where(found.accepted, found.part, 0.0)
             part = jnp.where(found.mismatch, 1.0, part)
             return after, alarm, held * part

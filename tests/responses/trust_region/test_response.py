@@ -61,10 +61,9 @@ def starting_with(radius, response):
 def sgd_compiled(probe):
     """Many runs of SGD on the quadratic, of which every step may be bent."""
 
-    def one(radius, offset, settings, bends):
-        high, low, grow = settings
+    def one(radius, offset, bends):
         rate_of = lambda count: bends["rate"][count]
-        response = sg.trust_region(probe=probe, high=high, low=low, grow=grow)
+        response = sg.trust_region(probe=probe)
         tx = sg.guard(optax.sgd(rate_of), starting_with(radius, response))
 
         def step(carry, bend):
@@ -91,17 +90,7 @@ def sgd_compiled(probe):
     return jax.jit(jax.vmap(one))
 
 
-def sgd_runs(
-    rate,
-    *,
-    probe="forward",
-    radius=FREE,
-    offset=0.0,
-    high=0.5,
-    low=0.3,
-    grow=1.3,
-    **bends,
-):
+def sgd_runs(rate, *, probe="forward", radius=FREE, offset=0.0, **bends):
     """As many runs as the first axis of `rate` is long; in numpy.
 
     `rate` and `bends` may differ at every step: `weight` of the loss, `value` in its
@@ -116,10 +105,10 @@ def sgd_runs(
         rows = np.broadcast_to(rows, (runs, *shape[1:]))
         return np.concatenate([rows, np.repeat(rows[-1:], RUNS - runs, axis=0)])
 
-    each = [table(x, (RUNS,)) for x in (radius, offset, high, low, grow)]
+    each = [table(x, (RUNS,)) for x in (radius, offset)]
     rows = {k: table(v, (RUNS, STEPS)) for k, v in (usual | bends).items()}
     rows["rate"] = table(rate, (RUNS, STEPS))
-    out = sgd_compiled(probe)(each[0], each[1], tuple(each[2:]), rows)
+    out = sgd_compiled(probe)(*each, rows)
     return jax.tree.map(lambda x: np.asarray(x)[:runs], out)
 
 
@@ -171,16 +160,19 @@ def test_beyond_the_catapult_a_two_layer_net_still_learns(probe):
     rates = np.array([4.1, 8.0, 40.0, 4000.0]) / lam
     bare = at_rates(optax.sgd, rates, loss_fn, params, 100, bare=True)
     assert diverges(bare)[1:].all()
-    held = at_rates(optax.sgd, rates, loss_fn, params, 100, probe=probe)
+    held = at_rates(optax.sgd, rates, loss_fn, params, 400, probe=probe)
     assert np.isfinite(held["loss"]).all() and np.isfinite(held["params"]).all()
     assert (held["last"] < 1e-3 * held["loss"][:, 0]).all()
 
 
 @BOTH
 def test_sgd_converges_at_any_multiple_of_its_stable_rate(probe):
-    _, found = sgd_runs(0.2 * np.array([1.5, 10.0, 100.0, 1e6]), probe=probe)
-    assert np.isfinite(found["loss"]).all()
-    assert (found["last"] < 1e-6 * found["loss"][:, 0]).all()
+    rates = 0.2 * np.array([1.5, 10.0, 100.0, 1e6])
+    found = at_rates(optax.sgd, rates, quadratic, START, 1000, probe=probe)
+    first, losses = found["loss"][:, :1], found["loss"]
+    assert (losses <= first).all()
+    assert (losses[:, 200:] < 1e-3 * first).all()
+    assert (found["last"] < 1e-6 * first[:, 0]).all()
 
 
 # Optimizers, and the rate up to which each is stable (theory.md 1.1; 0: none such).
@@ -226,7 +218,7 @@ def of_every_optimizer():
     rates = jnp.float32(np.where(stable > 0, stable, 1) * multiples)
 
     def one(index, rate):
-        return run(guarded(one_of(index, rate)), quadratic, START, STEPS)[1]
+        return run(guarded(one_of(index, rate)), quadratic, START, 1200)[1]
 
     each = jax.vmap(jax.vmap(one, in_axes=(None, 0)))
     return jax.jit(each)(jnp.arange(len(stable)), rates)
@@ -261,8 +253,8 @@ def test_a_deep_scalar_linear_net_learns_above_its_stable_rate():
     rates = [5.0, 50.0, 5000.0]
     bare = at_rates(optax.sgd, rates, loss_fn, start, 300, bare=True)
     assert diverges(bare).all()
-    held = at_rates(optax.sgd, rates, loss_fn, start, 300)
-    assert np.isfinite(held["loss"]).all()
+    held = at_rates(optax.sgd, rates, loss_fn, start, 1200)
+    assert (held["loss"] <= held["loss"][:, :1]).all()
     assert (held["last"] < 1e-6 * held["loss"][:, 0]).all()
 
 
@@ -335,15 +327,25 @@ def test_one_batch_with_a_small_gradient_does_not_free_the_next_ones():
     assert found["loss"][0, 36:].max() < 1  # It is 7e10 at step 43.
 
 
-def test_a_step_that_would_raise_the_loss_is_shortened_before_it_is_taken():
+def test_a_rate_that_jumps_is_held_to_twice_the_last_probed_step():
     rate = steps_where(slice(12, None), 1e4, 0.05)
-    state, found = sgd_runs(rate)
+    _, found = sgd_runs(rate)
     assert calm({"trust_scale": found["trust_scale"][0, :12]})
-    assert found["trust_scale"][0, 12] < 0.02
+    moved = lengths(found)[0]
+    # Probed at step 8, after which a move is at most by exp(0.3).
+    assert moved[12] <= 2 * moved[8] * np.exp(0.3)
     assert found["loss"].max() == found["loss"][0, 0]
     assert found["last"] < 1e-6
+
+
+def test_a_step_that_would_raise_the_loss_is_shortened_before_it_is_taken():
+    # It is probed at step 16, where all but the parameters are 100 higher.
+    state, found = sgd_runs([0.05], rise=steps_where(16, 100.0, 0.0))
+    np.testing.assert_array_equal(found["params"][0, 17], found["params"][0, 16])
+    assert found["trust_scale"][0, 16] == 0 and found["shortened_steps"][0, -1] == 1
+    assert found["last"] < 1e-6
     event = sg.events(jax.tree.map(lambda x: x[0], state))[0]
-    assert (event.step, event.kind) == (12, "shorten")
+    assert (event.step, event.kind) == (16, "shorten")
 
 
 # No lock-in.
@@ -352,10 +354,10 @@ def test_a_step_that_would_raise_the_loss_is_shortened_before_it_is_taken():
 @BOTH
 def test_a_radius_far_too_small_recovers_in_a_stated_number_of_steps(probe):
     length = 0.05 * 101**0.5
-    smaller, steps = np.array([1e-2, 1e-4, 1e-6]), (16, 50, 90)
+    smaller, steps = np.array([1e-2, 1e-4, 1e-6]), (110, 220, 300)
     _, found = sgd_runs([0.05] * 3, probe=probe, radius=smaller * length)
     assert (found["trust_scale"][:, 0] < 3 * smaller).all()
-    # It doubles at five probes, and at every fourth step from there.
+    # The target passes 1 after some 25 probes; from there, a third at each.
     for row, most in enumerate(steps):
         assert (found["trust_scale"][row, most:] == 1).all()
 
@@ -437,7 +439,7 @@ def test_a_healthy_rate_on_a_convex_problem_is_the_bare_optimizers_run(probe):
     assert calm(held) and np.isinf(held["trust_radius"]).all()
     np.testing.assert_array_equal(held["params"], bare["params"])
     assert (held["trust_cuts"] == 0).all() and (held["shortened_steps"] == 0).all()
-    assert (held["trust_probes"][:, -1] == 5 + 28).all()
+    assert (held["trust_probes"][:, -1] == 5 + 14).all()
 
 
 def wave(params):
@@ -486,7 +488,7 @@ def test_heavy_momentum_that_swings_is_hardly_slowed():
 @pytest.mark.slow
 def test_a_healthy_run_at_the_edge_of_stability_is_hardly_slowed():
     bare, held = at_the_edge()["edge"]
-    assert held < 2 * bare  # 1.5 times; 2.9 where progress holds back no cut.
+    assert held < 2 * bare  # 1.0 times.
 
 
 @pytest.mark.parametrize("scale", [4.0, 2.0**15])
@@ -510,7 +512,7 @@ def test_steps_of_no_length_do_not_put_the_probes_out_of_step(k):
 # How it runs.
 
 
-def test_forward_passes_are_made_at_five_steps_and_then_at_every_fourth():
+def test_forward_passes_are_made_at_five_steps_and_then_at_every_eighth_while_free():
     calls = []
 
     def counted(t, loss_fn):
@@ -523,8 +525,8 @@ def test_forward_passes_are_made_at_five_steps_and_then_at_every_fourth():
     tx = guarded(optax.sgd(0.01))
     _, found = jax.jit(lambda: run(tx, quadratic, START, 23, counted))()
     jax.effects_barrier()
-    assert sorted(calls) == [0, 1, 2, 3, 4, 8, 12, 16, 20]
-    assert found["trust_probes"][-1] == 9
+    assert sorted(calls) == [0, 1, 2, 3, 4, 8, 16]
+    assert found["trust_probes"][-1] == 7
 
 
 def stepper(tx, loss_fn=quadratic):
@@ -659,12 +661,6 @@ def test_a_value_fn_that_is_not_a_scalar_is_named():
         ({"every": 0}, "`every` must be an integer >= 1, got 0"),
         ({"every": 2.5}, "`every` must be an integer"),
         ({"every": 2**40}, "`every` must be an integer <= 2147483647"),
-        ({"high": 2.0}, r"`high` must be in \(0, 1\], got 2.0"),
-        ({"high": np.nan}, "`high` must be"),
-        ({"low": 0.6}, r"`low` must be in \(0, high\], got 0.6"),
-        ({"low": 0.0}, "`low` must be"),
-        ({"grow": 1}, "`grow` must be > 1 and finite, got 1"),
-        ({"grow": np.inf}, "`grow` must be"),
         ({"probe": "x"}, "`probe` must be one of .*, got 'x'"),
     ],
 )
@@ -673,33 +669,14 @@ def test_rejects_arguments_out_of_range(options, message):
         sg.trust_region(**options)
 
 
-def test_settings_may_be_swept_under_vmap():
-    settings = {"high": [0.9, 0.6], "low": [0.7, 0.5], "grow": [1.3, 1.5]}
-    _, swept = sgd_runs([20.0, 20.0], **settings)
-    # The first step goes to where r is 0.7 * 0.7 * high.
-    part = 0.49 * np.array(settings["high"]) * 202 / 1001
-    np.testing.assert_allclose(20 * swept["trust_scale"][:, 0], part, rtol=1e-4)
-    radius = swept["trust_radius"]
-    growth = radius[:, 1:] / radius[:, :-1]
-    for row, (own, other) in enumerate([(1.3, 1.5), (1.5, 1.3)]):
-        assert np.isclose(growth[row], own, rtol=1e-5).any()
-        assert not np.isclose(growth[row], other, rtol=1e-5).any()
-
-
-def test_a_traced_high_needs_no_traced_low():
-    make = lambda high: guarded(optax.sgd(1.0), high=high)
-    tx = optax.inject_hyperparams(make)(high=0.4)
-    jax.eval_shape(stepper(tx), START, tx.init(START))
-
-
 def test_nothing_is_promoted_implicitly(strict):
     tx = guarded(optax.sgd(1.0))
     jax.eval_shape(stepper(tx), START, tx.init(START))
 
 
 @pytest.mark.slow
-def test_settings_may_be_float64(x64):
-    tx = guarded(optax.sgd(1.0), high=np.float64(0.5))
+def test_it_may_be_traced_while_float64_is_enabled(x64):
+    tx = guarded(optax.sgd(1.0))
     jax.eval_shape(stepper(tx), START, tx.init(START))
 
 
@@ -778,12 +755,12 @@ def test_metrics_and_events_tell_what_was_found():
     seen = {name: rows[0, 0] for name, rows in found.items() if name.startswith("t")}
     assert set(seen) == {
         f"trust_{name}"
-        for name in ("radius", "ratio", "scale", "probes", "cuts", "mismatch")
+        for name in ("radius", "ratio", "scale", "probes", "cuts", "mismatch", "target")
     }
-    # r of the whole step is 1001 / 202; shortened to where it is 0.7 * 0.7 * 0.5.
-    part = 0.245 * 202 / 1001
+    # r of the whole step is 1001 / 202; shortened to where it is 1 / 4.
+    part = 0.25 * 202 / 1001
     np.testing.assert_allclose(seen["trust_scale"], part, rtol=1e-5)
-    np.testing.assert_allclose(seen["trust_ratio"], 0.245, rtol=1e-4)
+    np.testing.assert_allclose(seen["trust_ratio"], 0.25, rtol=1e-4)
     np.testing.assert_allclose(seen["trust_radius"], part * 101**0.5, rtol=1e-5)
     assert (seen["trust_probes"], seen["trust_cuts"]) == (2, 1)
     assert found["shortened_steps"][0, 0] == 1
