@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import re
 
 import chex
 import jax
@@ -26,7 +27,7 @@ def healthy(steps, seed=0):
 
 def test_every_default_is_explained():
     for name in inspect.signature(sg.stabilize).parameters:
-        assert f"        {name}: " in sg.stabilize.__doc__
+        assert re.search(rf"^ {{8}}\**{name}: ", sg.stabilize.__doc__, re.MULTILINE)
 
 
 def spelled_out(
