@@ -66,9 +66,9 @@ def decay_with_schedule(
         del params
         return ScheduledDecayState(jnp.zeros((), jnp.int32))
 
-    def update_fn(updates, state: ScheduledDecayState, params=None):
+    def update_fn(updates, state, params: Any = None):
         # Optax 0.2.6 takes a schedule here, but never counts its steps.
-        factor = weight_decay * schedule(state.decay_steps) / peak
+        factor: Any = weight_decay * schedule(state.decay_steps) / peak
         decay = optax.add_decayed_weights(factor)
         updates, _ = decay.update(updates, decay.init(params), params)
         return updates, ScheduledDecayState(increment(state.decay_steps))
