@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 from helpers.mapping import AXIS, mapped
+from helpers.marking import core
 from jax.sharding import PartitionSpec as P
 
 import stablegrad as sg
@@ -64,7 +65,7 @@ def oracle(grads, every):
     return np.array(rows), checked
 
 
-@pytest.mark.parametrize("every", [1, 4])
+@pytest.mark.parametrize("every", core([1, 4], 4))
 def test_signals_are_those_of_the_last_check_leaf_by_leaf(every):
     grads = gradients(8)
     told = run(grads, sg.layer_health(every=every, cosine=True))[1]
@@ -104,6 +105,7 @@ def test_a_layer_that_leaves_its_usual_range_is_named_and_no_other():
     assert 2.5 < excess[50] < np.log2(100 / 4 / 2)
 
 
+@pytest.mark.slow
 def test_a_spike_between_two_checks_is_not_seen():
     grads = gradients()
     grads["block1"]["kernel"] = grads["block1"]["kernel"].at[50].multiply(100)
@@ -115,6 +117,7 @@ def test_a_spike_between_two_checks_is_not_seen():
     assert sg.metrics(seen)["warned_steps"] == 1
 
 
+@pytest.mark.slow
 def test_labels_are_measured_together_and_none_is_left_out():
     grads = gradients(2)
     per = lambda path, leaf: path[0].key if leaf.ndim > 1 else None
@@ -134,7 +137,7 @@ def test_labels_are_measured_together_and_none_is_left_out():
     )
 
 
-@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+@pytest.mark.parametrize("bad", core([jnp.nan, jnp.inf], jnp.nan))
 def test_a_rejected_step_is_not_checked_and_reaches_no_statistic(bad):
     grads = gradients(12)
     kernel = grads["block0"]["kernel"]

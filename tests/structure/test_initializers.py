@@ -37,6 +37,7 @@ def stream_growth(branches, init):
     return float(jnp.var(after) / jnp.var(x))
 
 
+@pytest.mark.slow
 def test_a_residual_stream_grows_by_e_at_most_behind_depth_scaled_kernels():
     lecun = jax.nn.initializers.lecun_normal()
     scaled = structure.depth_scaled_init(lecun, branches=24)
@@ -126,6 +127,7 @@ def test_lsuv_gives_every_layer_unit_variance_and_nothing_but_a_factor():
         np.testing.assert_allclose(ratio, ratio[0, 0], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_lsuv_leaves_a_layer_of_zeros_and_one_within_the_tolerance_alone():
     params = lsuv_params(0.0)
     after = structure.lsuv(lsuv_network, params)

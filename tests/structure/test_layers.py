@@ -48,6 +48,7 @@ def test_blocks_are_their_formulas(kind):
     np.testing.assert_allclose(y, norm(alpha * X + branch(X)), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_gradients_pass_fifty_skip_initialised_layers_unchanged():
     rngs = nnx.Rngs(0)
     dense = lambda: nnx.Linear(WIDTH, WIDTH, rngs=rngs)
@@ -86,6 +87,7 @@ def balance_of(decay):
     return np.asarray(ratios)
 
 
+@pytest.mark.slow
 def test_the_ratio_of_gradient_to_parameter_stays_where_the_peak_rate_puts_it():
     corrected = balance_of(lambda rate: decay_with_schedule(0.5, rate, peak=0.1))
     plain = balance_of(lambda rate: optax.add_decayed_weights(0.5))

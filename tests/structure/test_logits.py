@@ -54,6 +54,7 @@ def vectors(size=1.0):
     return size * jax.random.normal(jax.random.key(0), (3, 2, 5, HEADS, DEPTH))
 
 
+@pytest.mark.slow
 def test_attention_is_that_of_flax_and_tells_the_largest_logit_of_every_head():
     query, key, value = vectors(3.0)
     mask = nnx.make_causal_mask(jnp.ones((2, 5)))
@@ -65,6 +66,7 @@ def test_attention_is_that_of_flax_and_tells_the_largest_logit_of_every_head():
     np.testing.assert_allclose(largest, logits.max(axis=(0, 2, 3)), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_cap_of_an_attention_bounds_what_softmax_sees():
     query, key, value = vectors(100.0)
     output, largest = attend(query, key, value, cap=1.0)
@@ -75,6 +77,7 @@ def test_the_cap_of_an_attention_bounds_what_softmax_sees():
     np.testing.assert_allclose(output, expected, rtol=1e-3, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_a_query_that_sees_nothing_is_finite():
     query, key, value = vectors()
     nothing = jnp.zeros((2, HEADS, 5, 5), bool)
@@ -172,6 +175,7 @@ def test_logits_that_are_not_finite_shrink_nothing_and_are_counted(bad):
     chex.assert_tree_all_finite(state)
 
 
+@pytest.mark.slow
 def test_a_guard_hands_the_logits_on_and_a_rejected_step_is_not_counted():
     params = jax.tree.map(lambda x: x.astype(jnp.float32), stacked())
     tx = sg.guard(optax.chain(optax.sgd(0.0), clip_logits()), sg.skip())

@@ -129,6 +129,7 @@ def test_chi_is_what_a_network_of_width_512_shows_within_three_percent(activatio
     assert float(squares[1].mean() / squares[0].mean()) == pytest.approx(1, abs=0.03)
 
 
+@pytest.mark.slow
 def test_a_gain_is_a_number_within_jit_too():
     kernel = jax.jit(lambda key: activation_init(jax.nn.silu)(key, (64, 64)))
     expected = activation_init(jax.nn.silu)(jax.random.key(0), (64, 64))
