@@ -42,8 +42,8 @@ def metrics(state: Any) -> dict[str, jax.Array]:
         - `halted`: whether the run is stuck; `nonfinite_run`: steps that were not
           finite since one was last taken, if there is a `halt`.
         - `back_off_scale`: of `lr_scale`, what `back_off` asks for.
-        - `trust_radius`, `trust_ratio`, `trust_scale`, `trust_probes`, `trust_cuts`: of
-          a `trust_region`; the radius is inf while it does not bind.
+        - `trust_radius`, `trust_ratio`, `trust_target`, `trust_scale`, `trust_probes`,
+          `trust_cuts`: of a `trust_region`; the radius is inf while it does not bind.
           `trust_mismatch`: it rests, as gradients are not those of `value`.
         - `layer_health_checks`, `layer_health_excess`, and for each layer
           `layer_health_<signal>/<layer>`: of a `layer_health`.

@@ -39,6 +39,7 @@ DOCUMENTED = {
     "trust_scale",
     "trust_probes",
     "trust_cuts",
+    "trust_target",
     "trust_mismatch",
     "halted_steps",
     "nonfinite_run",

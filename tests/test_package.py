@@ -129,8 +129,8 @@ ROOMS = (
     "_scalars",
     "curvature",
     "flight_recorder",
-    "diagnose",
     "structure",
+    "diagnose",
     "sweep",
     "integrations",
 )

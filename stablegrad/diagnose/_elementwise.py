@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..structure._mean_field import normal_nodes
 from ._known import GRID, named
 from ._program import Op, Program, Value
 
@@ -88,10 +89,7 @@ _FROM_LITERALS = frozenset(
         "copy",
     ]
 )
-# Steps in a slope defeat Gauss-Hermite; no node lies on 0, where ReLU's step is.
-NODES = np.linspace(-6.0, 6.0, 1200)
-WEIGHTS = np.exp(-0.5 * NODES**2) / np.exp(-0.5 * NODES**2).sum()
-STEEPEST = 50.0
+STEEPEST = 50.0  # Largest slope of an activation.
 
 
 @dataclasses.dataclass(eq=False)
@@ -230,6 +228,7 @@ def moments(activation: Activation | None, mean: float, deviation: float):
     """Return E[f^2] and E[f'^2] for normal inputs, by quadrature."""
     if activation is None:
         return mean**2 + deviation**2, 1.0
-    f, slope = activation.call(mean + deviation * NODES)
+    nodes, weights = normal_nodes()
+    f, slope = activation.call(mean + deviation * nodes)
     f, slope = f.astype(float), slope.astype(float)
-    return float(WEIGHTS @ f**2), float(WEIGHTS @ slope**2)
+    return float(weights @ f**2), float(weights @ slope**2)

@@ -204,7 +204,7 @@ def critical_point(activation: Activation, q: float) -> CriticalPoint:
 
 
 @functools.cache
-def _nodes() -> tuple[np.ndarray, np.ndarray]:
+def normal_nodes() -> tuple[np.ndarray, np.ndarray]:
     """Return nodes and weights for expectations over N(0, 1)."""
     offsets, weights = np.polynomial.legendre.leggauss(NODES)
     half = REACH / PANELS
@@ -221,7 +221,7 @@ def _moments(activation: Activation, q: float) -> tuple[float, float]:
         raise TypeError(
             f"`activation` must be an elementwise function, got {activation!r}."
         )
-    nodes, weights = _nodes()
+    nodes, weights = normal_nodes()
     # Compile-time evaluation: initialisers also run within `jax.jit`.
     with jax.ensure_compile_time_eval():
         at = jnp.asarray(math.sqrt(q) * nodes, jnp.float32)

@@ -77,7 +77,8 @@ def test_an_overflow_in_one_shard_rejects_the_step_on_all(bad, norm, reason):
     grads = {"w": jnp.ones(DEVICES).at[-1].set(bad)}
 
     def step(grads):
-        updates, state = tx.update(grads, tx.init(grads), grads)
+        params = jax.tree.map(jnp.ones_like, grads)
+        updates, state = tx.update(grads, tx.init(params), params)
         return updates, jax.tree.map(lambda x: x[None], sg.metrics(state))
 
     where = {"w": P(AXIS)}
