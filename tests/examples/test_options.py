@@ -66,7 +66,7 @@ pytestmark = pytest.mark.slow
         (
             structure,
             ["--depths", "4", "0"],
-            "argument --depths: must be an integer >= 1, got '0'",
+            "argument --depths: must be an integer >= 2, got '0'",
         ),
         (
             structure,
