@@ -34,7 +34,7 @@ from rich.progress import Progress
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from _no_harm import records, report
-from _no_harm.methods import BARE, LOOKING, OURS, PEERS, Method, methods
+from _no_harm.methods import BARE, LOOKING, OURS, PEERS, ROLLING, Method, methods
 from _no_harm.task import EVALUATIONS, Runs, Task
 from _no_harm.tasks import QUICK, every_task
 from options import Parser, whole
@@ -80,6 +80,9 @@ def main(argv=None) -> int:
         "--value-fn", action="store_true", help="stabilize with `value_fn=` as well"
     )
     parser.add_argument(
+        "--roll-back", action="store_true", help="stabilize with `roll_back` as well"
+    )
+    parser.add_argument(
         "--tasks", type=names_among([task.name for task in tasks]), metavar="A,B"
     )
     parser.add_argument(
@@ -103,6 +106,7 @@ def main(argv=None) -> int:
     wanted = {BARE, OURS}
     wanted |= set(PEERS) if options.full else set()
     wanted |= {LOOKING} if options.value_fn else set()
+    wanted |= {ROLLING} if options.roll_back else set()
     columns = [method for method in methods() if method.name in wanted]
     chosen = options.tasks or (QUICK if options.quick else None)
     seeds = range(options.first_seed, options.first_seed + options.seeds)

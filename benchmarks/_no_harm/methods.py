@@ -9,7 +9,8 @@ import stablegrad as sg
 
 from .task import Wrap
 
-BARE, OURS, LOOKING = "bare", "stabilize", "stabilize, value_fn"
+BARE, OURS = "bare", "stabilize"
+LOOKING, ROLLING = "stabilize, value_fn", "stabilize, roll_back"
 
 
 class Method(NamedTuple):
@@ -23,6 +24,11 @@ class Method(NamedTuple):
 def before(clip: optax.GradientTransformation) -> Callable[[int], Wrap]:
     """A member of a chain, before the optimizer."""
     return lambda steps: lambda inner: optax.chain(clip, inner)
+
+
+def rolling_back(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The preset with snapshots."""
+    return sg.stabilize(inner, sg.roll_back())
 
 
 def autoclip(steps: int) -> Wrap:
@@ -42,6 +48,7 @@ def methods() -> list[Method]:
         Method(BARE, lambda steps: lambda inner: inner),
         Method(OURS, lambda steps: sg.stabilize),
         Method(LOOKING, lambda steps: sg.stabilize, looks=True),
+        Method(ROLLING, lambda steps: rolling_back),
         Method("clip at 1", before(sg.clip_by_norm(1.0))),
         Method("ZClip", before(sg.clip_by_zscore(published=True))),
         Method("AutoClip", autoclip),
@@ -50,4 +57,4 @@ def methods() -> list[Method]:
     ]
 
 
-PEERS = tuple(m.name for m in methods() if m.name not in (BARE, OURS, LOOKING))
+PEERS = ("clip at 1", "ZClip", "AutoClip", "AdaGC", "OLMo's skip")

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from _no_harm import grid, records, report
-from _no_harm.methods import BARE, LOOKING, OURS, PEERS
+from _no_harm.methods import BARE, LOOKING, OURS, PEERS, ROLLING
 from _no_harm.paired import gain, judge
 from _no_harm.task import EVALUATIONS, Learner, Runs, World
 from _no_harm.tasks import QUICK, every_task
@@ -154,14 +154,14 @@ def test_a_bad_option_is_one_line_and_status_2(no_harm, arguments, message, caps
 def test_tables_come_out(no_harm, tmp_path, capsys):
     kept = tmp_path / "runs.jsonl"
     command = ["--tasks", "digits-batch-2", "--seeds", "2"]
-    command += ["--steps", "40", "--full", "--value-fn"]
+    command += ["--steps", "40", "--full", "--value-fn", "--roll-back"]
     command += ["--jsonl", str(kept), "--out", str(tmp_path)]
     with jax.numpy_rank_promotion("allow"):  # As users run it.
         assert no_harm.main(command) == 0
     printed = capsys.readouterr().out
     assert (tmp_path / "no_harm.md").read_text() in printed
     (digits,) = map(json.loads, kept.read_text().splitlines())
-    assert set(digits["methods"]) == {BARE, OURS, LOOKING, *PEERS}
+    assert set(digits["methods"]) == {BARE, OURS, LOOKING, ROLLING, *PEERS}
     assert digits["methods"]["AutoClip"]["touched"] > 0.5
     assert digits["methods"][BARE]["touched"] == 0
     assert no_harm.main(["--read", str(kept), "--out", str(tmp_path)]) == 0

@@ -20,7 +20,7 @@ def roll_back(
     every: int | jax.Array = 100,
     keep: int = 2,
     hold_steps: int | jax.Array = 20,
-    cooldown_steps: int | jax.Array = 20,
+    cooldown_steps: int | jax.Array = 100,
     limit: int | jax.Array = 3,
     memory: str = "device",
 ) -> Response:
@@ -68,7 +68,7 @@ def roll_back(
 
     Args:
         *thresholds: What counts as bad besides rejected steps. None given means a loss
-            that is not finite or above `zscore(2.0)`, where `value=` is passed. A
+            that is not finite or above `zscore(6.0)`, where `value=` is passed. A
             threshold must refuse what lasts for more than `after` steps in a row.
         after: Bad steps in a row until a roll-back, >= 1.
         every: Steps from one snapshot to the next, > `hold_steps`.
@@ -77,8 +77,8 @@ def roll_back(
         hold_steps: Steps on either side of a snapshot without an event, >= 1.
         cooldown_steps: Steps after a roll-back before trouble causes another, >= 0.
             Parameters that are not finite are restored at once. A planned rise of the
-            loss, such as a new task, looks like trouble: with 100 it costs one
-            roll-back and is usual when the cooldown ends, with 20 it may halt.
+            loss, such as a new task, looks like trouble: it costs one roll-back and
+            is usual when a cooldown of 100 steps ends; with 20 the guard may halt.
         limit: Roll-backs without a new snapshot in between, >= 1. Then the guard halts,
             for as long as the trouble lasts. Restored nan and inf do not count.
         memory: "device" or "pinned_host".
@@ -110,7 +110,7 @@ def roll_back(
     """
     check_thresholds("roll_back", thresholds)
     if not thresholds:
-        watched = nonfinite(of="value"), zscore(2.0, of="value")
+        watched = nonfinite(of="value"), zscore(6.0, of="value")
         thresholds = tuple(map(optional, watched))
     require_steps("after", after)
     require_count("keep", keep, least=2)
