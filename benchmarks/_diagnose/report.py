@@ -93,7 +93,7 @@ def goals(results: Sequence[Result], cost: float | None) -> list[Goal]:
     found.append(Goal("alarms on healthy networks: 0", _share(alarms), not any(alarms)))
     located = [r for r in faulty if r.case.layers and r.helps is not None]
     helps = [bool(r.helps) for r in located]
-    found.append(_at_least("remedy lowers the loss, faults with a layer", helps, 0.9))
+    found.append(_at_least("remedy lowers the loss, located faults", helps, 0.9))
     either = [bool(r.helps) or r.bears_more for r in located]
     found.append(_at_least("the same, or raises the critical rate", either, 0.9))
     if cost is not None:
@@ -122,10 +122,8 @@ def misses(results: Sequence[Result]) -> list[str]:
         elif case.rule and r.helps is False and case.layers:
             losses = f"{r.faulty_loss:.3g} to {r.remedied_loss:.3g}"
             rates = f"{r.faulty_rate:.3g} to {r.remedied_rate:.3g}"
-            lines.append(
-                f"{case.network}, {case.kind}: the remedy takes the loss from {losses}, "
-                f"the critical rate from {rates}"
-            )
+            what = f"the loss from {losses}, the critical rate from {rates}"
+            lines.append(f"{case.network}, {case.kind}: the remedy takes {what}")
         elif not case.rule and r.causes:
             lines.append(f"{case.network}, {case.kind}: {said}")
     return lines

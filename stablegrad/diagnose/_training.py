@@ -183,9 +183,7 @@ def _take_steps(
     found.calm_scale = max(np.multiply(SCALES, calm).tolist())
     risen = found.ends[0] > float(untrained.mean()) * (1 + CALM_RISE)
     if not (found.is_new or risen) and np.isfinite(runs[0]).all():
-        found.calm_scale = (
-            1.0  # In a run, a rise that is gone after the steps is usual.
-        )
+        found.calm_scale = 1.0  # In a run, a rise that is gone at the end is usual.
     best = np.where(calm, found.ends, math.inf)
     if np.isfinite(best).any():
         _try_labels(found, run, loss, data, SCALES[int(np.argmin(best))])
