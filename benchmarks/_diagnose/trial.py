@@ -27,6 +27,8 @@ class Result:
     causes: tuple[tuple[str, str], ...]  # Rule and layer of warnings and criticals.
     faulty_loss: float = math.nan
     remedied_loss: float = math.nan
+    faulty_rate: float = math.nan  # Critical, of Adam; where the loss is no lower.
+    remedied_rate: float = math.nan
     text: str = ""
 
     @property
@@ -41,6 +43,11 @@ class Result:
             return True
         named = self.causes[0][1].partition(" (")[0] if self.causes else ""
         return named in self.case.layers
+
+    @property
+    def bears_more(self) -> bool:
+        """Whether the remedy raises the critical rate by 10 %."""
+        return self.remedied_rate > 1.1 * self.faulty_rate
 
     @property
     def helps(self) -> bool | None:
@@ -217,3 +224,19 @@ def _remedy(result: Result, data, loss_fn, model, settings, state, verdict) -> N
     _, _, result.remedied_loss = run_one(
         fixed_loss, healed, optimizer(**after), STEPS, **common
     )
+    if case.layers and not result.helps:
+        batch = data.batch(case, 0)
+        limit = functools.partial(_critical, batch=batch)
+        result.faulty_rate = limit(loss_fn, model)
+        result.remedied_rate = limit(fixed_loss, healed)
+
+
+def _critical(loss_fn, model, batch) -> float:
+    """Return the rate at which Adam spikes, 0 where nothing is finite."""
+    try:
+        return sg.critical_learning_rate(loss_fn, model, batch, UNIT).critical
+    except ValueError:
+        return 0.0
+
+
+UNIT = optax.adam(1.0)

@@ -181,7 +181,12 @@ def _take_steps(
     found.losses = tuple(runs[0].tolist())
     found.ends = tuple(float(losses[-len(batches) :].mean()) for losses in runs)
     found.calm_scale = max(np.multiply(SCALES, calm).tolist())
-    _try_labels(found, run, loss, data)
+    risen = found.ends[0] > float(untrained.mean()) * (1 + CALM_RISE)
+    if not (found.is_new or risen) and np.isfinite(runs[0]).all():
+        found.calm_scale = 1.0  # In a run, a rise that is gone at the end is usual.
+    best = np.where(calm, found.ends, math.inf)
+    if np.isfinite(best).any():
+        _try_labels(found, run, loss, data, SCALES[int(np.argmin(best))])
 
 
 def is_calm(losses: np.ndarray, untrained: np.ndarray, spread: float) -> bool:
@@ -190,17 +195,17 @@ def is_calm(losses: np.ndarray, untrained: np.ndarray, spread: float) -> bool:
     return bool(np.isfinite(losses).all() and (losses - untrained).max() <= allowed)
 
 
-def _try_labels(found: TrainingFacts, run, loss, data) -> None:
+def _try_labels(found: TrainingFacts, run, loss, data, scale: float) -> None:
     """Train on half of the examples, and shuffle the second array on both halves."""
     frozen, batch = data
     leaves, structure = jax.tree.flatten(batch)
     examples = examples_in(batch)
-    if len(leaves) != 2 or examples < 32 or not found.calm_scale > 0:
+    if len(leaves) != 2 or examples < 32:
         return
     half = examples // 2
     halves = [[jnp.asarray(x)[k : 2 * half : 2] for x in leaves] for k in (0, 1)]
     trained_on = structure.unflatten([x[None] for x in halves[0]])
-    *_, after = run(trained_on, found.calm_scale)
+    *_, after = run(trained_on, scale)
     chance = np.random.default_rng(0)
     orders = np.stack([chance.permutation(half) for _ in range(SHUFFLES)])
     for pair, name in zip(halves, ("labels_seen", "labels_unseen"), strict=True):
