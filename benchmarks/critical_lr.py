@@ -39,8 +39,12 @@ SHORT = 5  # Steps of the shorter probe.
 def measure(task: Task) -> Row:
     """Predicts, then trains."""
     loss_fn, params, batch = make(task)
-    found = sg.critical_learning_rate(loss_fn, params, batch, task.tx)
-    short = sg.critical_learning_rate(loss_fn, params, batch, task.tx, steps=SHORT)
+    found = sg.critical_learning_rate(
+        loss_fn, params, batch, task.tx, learning_rate=1.0
+    )
+    short = sg.critical_learning_rate(
+        loss_fn, params, batch, task.tx, learning_rate=1.0, steps=SHORT
+    )
     asked = loss_fn, task.tx, params, batch
     return Row(
         task=task,

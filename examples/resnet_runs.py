@@ -58,7 +58,7 @@ def first_rate(options) -> dict[str, Any]:
 
     batch = tuple(array[: options.batch_size] for array in options.train)
     found = sg.critical_learning_rate(
-        loss_fn, build(options), batch, optax.adam(1.0), steps=options.probe
+        loss_fn, build(options), batch, optax.adam, steps=options.probe
     )
     usable = 0 < found.safe_start < math.inf
     return {

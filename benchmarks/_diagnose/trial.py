@@ -234,9 +234,6 @@ def _remedy(result: Result, data, loss_fn, model, settings, state, verdict) -> N
 def _critical(loss_fn, model, batch) -> float:
     """Return the rate at which Adam spikes, 0 where nothing is finite."""
     try:
-        return sg.critical_learning_rate(loss_fn, model, batch, UNIT).critical
+        return sg.critical_learning_rate(loss_fn, model, batch, optax.adam).critical
     except ValueError:
         return 0.0
-
-
-UNIT = optax.adam(1.0)

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
-import optax
 
 from .. import _checks
 from . import _hessian, _loss
@@ -19,7 +18,7 @@ def critical_learning_rate(
     loss_fn: Callable,
     params,
     batch,
-    tx: optax.GradientTransformation,
+    tx: _loss.OptimizerOrFunction,
     *,
     learning_rate: float | None = None,
     more_batches: Iterable[Any] = (),
@@ -56,11 +55,12 @@ def critical_learning_rate(
             that are not floating point are constant; the optimizer gets None for them.
             Half precision is converted to float32.
         batch: Pytree of arrays for `loss_fn`, of the batch size of training.
-        tx: An optimizer whose update is proportional to its learning rate, built with
-            rate 1 (`optax.adamw(1.0)`) or with `learning_rate`. It gets `value=`. No
-            schedule, as a warm-up starts at rate 0; no trust region or line search.
-        learning_rate: The rate that `tx` was built with, > 0. None: the rate in the
-            state of `optax.inject_hyperparams`, else 1.
+        tx: A function from the learning rate to an optimizer, such as `optax.adamw`;
+            or an optimizer whose rate is in the state of `optax.inject_hyperparams`, or
+            given as `learning_rate`. The update must be proportional to the rate. It
+            gets `value=`. No schedule, as a warm-up starts at rate 0; no trust region
+            or line search.
+        learning_rate: The rate that an optimizer `tx` was built with, > 0.
         more_batches: Further batches of the same shape. The estimates become geometric
             means over all batches, and each update is also tried on the next batch.
         steps: Optimizer steps of the probe, >= 0: about the time scale of the momentum,
@@ -79,16 +79,17 @@ def critical_learning_rate(
 
     Raises:
         TypeError: If `loss_fn` does not return a real scalar.
-        ValueError: If an argument is out of range; if `params` has no floating-point
-            leaf; if the loss, its gradient or the first update is not finite, or only
-            the update is zero; if `loss_fn` lacks the derivative for `curvature`.
+        ValueError: If an argument is out of range; if the rate that `tx` was built with
+            is not known; if `params` has no floating-point leaf; if the loss, its
+            gradient or the first update is not finite, or only the update is zero; if
+            `loss_fn` lacks the derivative for `curvature`.
 
     Example:
         >>> import jax.numpy as jnp, optax
         >>> import stablegrad as sg
         >>> loss_fn = lambda params, batch: 0.5 * jnp.sum(batch * params**2)
         >>> found = sg.critical_learning_rate(
-        ...     loss_fn, jnp.ones(2), jnp.array([1.0, 10.0]), optax.sgd(1.0)
+        ...     loss_fn, jnp.ones(2), jnp.array([1.0, 10.0]), optax.sgd
         ... )
         >>> round(found.directional, 4), found.safe_start < 0.2 < found.forward
         (0.2018, True)
@@ -103,8 +104,8 @@ def critical_learning_rate(
     _checks.require_count("steps", steps, 0)
     _checks.require("curvature", curvature, f"one of {METHODS}", lambda x: x in METHODS)
     loss, trained, frozen = _loss.problem(loss_fn, params)
-    optimizer = _loss.optimizer(tx, "critical_learning_rate")
-    rate = _loss.built_rate(optimizer, trained, learning_rate)
+    asker = "critical_learning_rate"
+    optimizer, rate = _loss.optimizer_and_rate(tx, asker, trained, learning_rate)
     data = [(frozen, one) for one in (batch, *_listed_batches(more_batches, batch))]
     with jax.default_matmul_precision("highest"):
         method = _hessian.choose(curvature, loss, trained, data[0])
@@ -146,5 +147,5 @@ def _require_moving(found: Estimates) -> None:
         raise ValueError(
             "`tx` must move the parameters at its first step, got an update of zero. "
             "A schedule with a warm-up starts at rate 0: build it without one, as "
-            "`optax.adamw(1.0)`, and without `optax.MultiSteps`."
+            "`optax.adamw(rate)`, and without `optax.MultiSteps`."
         )

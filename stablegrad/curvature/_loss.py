@@ -17,6 +17,10 @@ from .. import _checks, _trees
 # Hyperparameters may be kept in bfloat16.
 _close = functools.partial(math.isclose, rel_tol=1e-2)
 
+OptimizerOrFunction = (
+    optax.GradientTransformation | Callable[[float], optax.GradientTransformation]
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
@@ -93,31 +97,47 @@ def optimizer(tx, asker: str) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def built_rate(tx, params, learning_rate: float | None) -> float:
-    """Return the given rate, else that of `optax.inject_hyperparams`, else 1.
+def optimizer_and_rate(tx, asker: str, params, learning_rate: float | None):
+    """Return the optimizer as `optimizer` does, and the rate that it was built with.
 
-    Raise ValueError if the state holds another rate than the given one.
+    A function of the rate is called with 1. The rate of a transformation is the given
+    one, else that in the state of `optax.inject_hyperparams`. Raise ValueError if there
+    is none, or if the state holds another one.
     """
     positive = lambda rate: 0 < rate < math.inf
-    given = 1.0 if learning_rate is None else learning_rate
-    _checks.require("learning_rate", given, "finite and > 0", positive)
+    if learning_rate is not None:
+        _checks.require("learning_rate", learning_rate, "finite and > 0", positive)
+    if callable(tx):
+        if learning_rate is not None:
+            raise ValueError(
+                "`learning_rate` must be left out where `tx` is a function of the rate,"
+                f" got {learning_rate:.6g}."
+            )
+        tx, learning_rate = tx(1.0), 1.0
+    tx = optimizer(tx, asker)
     # Under `jax.jit` nothing else of the state is computed.
-    rates = [float(r) for r in jax.jit(lambda x: _rates(tx.init(x)))(params)] or [given]
+    rates = [float(r) for r in jax.jit(lambda x: _rates(tx.init(x)))(params)]
+    if not rates:
+        if learning_rate is None:
+            raise ValueError(
+                f"`tx` of `{asker}` must tell its learning rate. Pass a function of "
+                "the rate, such as `optax.adamw` or `lambda rate: optax.adamw(rate, "
+                "b2=0.95)`; or the rate that `tx` was built with, as `learning_rate=`."
+            )
+        rates = [learning_rate]
     if not (all(map(positive, rates)) and _close(min(rates), max(rates))):
         raise ValueError(
             "`tx` must have one learning rate > 0, got "
             f"{', '.join(f'{rate:.6g}' for rate in rates)} in its state. A schedule "
             "with a warm-up starts at rate 0: build it without one."
         )
-    if learning_rate is None:
-        return rates[0]
-    if not _close(given, rates[0]):
+    if learning_rate is not None and not _close(learning_rate, rates[0]):
         raise ValueError(
             "`learning_rate` must be the rate that `tx` was built with, which is "
-            f"{rates[0]:.6g} by its state, got {given:.6g}. Leave it out to use the "
-            "rate in the state."
+            f"{rates[0]:.6g} by its state, got {learning_rate:.6g}. Leave it out to "
+            "use the rate in the state."
         )
-    return given
+    return tx, rates[0] if learning_rate is None else learning_rate
 
 
 def _rates(state) -> list[jax.Array]:

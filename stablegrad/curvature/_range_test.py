@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from .. import _checks
 from . import _loss
@@ -83,7 +82,7 @@ def learning_rate_range_test(
     loss_fn: Callable,
     params,
     batches: Any,
-    tx: optax.GradientTransformation,
+    tx: _loss.OptimizerOrFunction,
     *,
     low: float = 1e-7,
     high: float = 10.0,
@@ -123,15 +122,15 @@ def learning_rate_range_test(
     Raises:
         TypeError: If `loss_fn` does not return a real scalar.
         ValueError: If an argument is out of range, `params` has no floating-point leaf,
-            `learning_rate` differs from the rate in the state of `tx`, there is no
-            batch, or the first loss is not finite.
+            the rate that `tx` was built with is not known, or another than
+            `learning_rate`, there is no batch, or the first loss is not finite.
 
     Example:
         >>> import jax.numpy as jnp, optax
         >>> import stablegrad as sg
         >>> loss_fn = lambda params, batch: 0.5 * jnp.sum(batch * params**2)
         >>> test = sg.learning_rate_range_test(
-        ...     loss_fn, jnp.ones(2), jnp.array([1.0, 10.0]), optax.sgd(1.0), low=1e-4
+        ...     loss_fn, jnp.ones(2), jnp.array([1.0, 10.0]), optax.sgd, low=1e-4
         ... )
         >>> test.suggestion < 0.2 < test.divergence
         True
@@ -145,8 +144,8 @@ def learning_rate_range_test(
     _checks.require("smoothing", smoothing, "in [0, 1)", lambda x: 0 <= x < 1)
     _checks.require("blow_up", blow_up, "finite and > 1", lambda x: 1 < x < math.inf)
     loss, trained, frozen = _loss.problem(loss_fn, params)
-    optimizer = _loss.optimizer(tx, "learning_rate_range_test")
-    built = _loss.built_rate(optimizer, trained, learning_rate)
+    asker = "learning_rate_range_test"
+    optimizer, built = _loss.optimizer_and_rate(tx, asker, trained, learning_rate)
     is_batch = isinstance(batches, tuple | dict) or hasattr(batches, "dtype")
     if is_batch or not isinstance(batches, Iterable):
         batches = itertools.repeat(batches)

@@ -30,6 +30,7 @@ def anything(params, batch):
 
 
 def critical(loss_fn=quadratic, params=(1.0, 1.0), batch=DIAGONAL, tx=SGD, **settings):
+    settings = {"learning_rate": 1.0, **settings} if tx is SGD else settings
     params = jnp.array(params) if isinstance(params, tuple) else params
     return sg.critical_learning_rate(loss_fn, params, batch, tx, **settings)
 
@@ -54,7 +55,7 @@ def test_gradient_descent_on_a_quadratic_has_the_known_answer(plain):
 
 
 def test_adam_at_its_first_step_has_the_known_answer():
-    found = critical(tx=optax.adam(1.0, eps=0.0), steps=0)
+    found = critical(tx=lambda rate: optax.adam(rate, eps=0.0), steps=0)
     assert found.directional == pytest.approx(2.0, rel=EXACT)
     assert found.forward == pytest.approx(2.0, rel=SEARCHED)
 
@@ -147,7 +148,7 @@ def test_a_derivative_that_the_loss_lacks_is_named_with_the_ways_around(
 
 
 def test_an_update_that_ascends_gives_zero_and_says_so():
-    found = critical(tx=optax.sgd(-1.0), steps=2)
+    found = critical(tx=lambda rate: optax.sgd(-rate), steps=2)
     assert found.critical == found.directional == found.safe_start == 0.0
     assert found.flags == ("no descent",) and found.margin(0.1) == math.inf
     assert "No learning rate can be recommended" in str(found)
@@ -221,7 +222,24 @@ def linear_net_after(rate, draw, steps=300):
 def test_a_warm_up_in_the_optimizer_is_an_error():
     schedule = optax.linear_schedule(0.0, 1.0, 10)
     with pytest.raises(ValueError, match="`tx` must move .* build it without one"):
-        critical(tx=optax.sgd(schedule), steps=0)
+        critical(tx=lambda rate: optax.sgd(schedule), steps=0)
+
+
+def test_a_function_of_the_rate_is_taken(plain):
+    found = critical(tx=optax.sgd)
+    for field in ("directional", "forward", "probe", "parameter"):
+        assert getattr(found, field) == getattr(plain, field)
+
+
+@pytest.mark.parametrize("rate", [1.0, 1e-3])
+def test_an_optimizer_that_does_not_tell_its_rate_is_an_error(rate):
+    with pytest.raises(ValueError, match="`tx` of `critical_learning_rate` must tell"):
+        critical(tx=optax.adamw(rate))
+
+
+def test_a_function_of_the_rate_leaves_no_rate_to_tell():
+    with pytest.raises(ValueError, match="`learning_rate` must be left out .* got 0.1"):
+        critical(tx=optax.sgd, learning_rate=0.1)
 
 
 INJECTED = optax.inject_hyperparams(optax.sgd)(0.1)

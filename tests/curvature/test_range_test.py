@@ -21,6 +21,7 @@ def quadratic(params, batch):
 
 def swept(batches=BATCH, tx=SGD, params=None, **settings):
     params = jnp.ones(2) if params is None else params
+    settings = {"learning_rate": 1.0, **settings} if tx is SGD else settings
     return sg.learning_rate_range_test(
         quadratic, params, batches, tx, **{"low": 1e-4, **settings}
     )
@@ -87,6 +88,15 @@ def test_too_few_batches_for_a_suggestion_are_no_loss_that_never_fell(plain):
     assert str(found).startswith("There were too few steps to suggest a rate.")
 
 
+def test_a_function_of_the_rate_is_taken(plain):
+    np.testing.assert_array_equal(swept(tx=optax.sgd).losses, plain.losses)
+
+
+def test_an_optimizer_that_does_not_tell_its_rate_is_an_error():
+    with pytest.raises(ValueError, match="`tx` of `learning_rate_range_test` must te"):
+        swept(tx=optax.adamw(1e-3))
+
+
 def test_a_rate_in_the_optimizers_state_is_read_or_another_told_an_error(plain):
     injected = optax.inject_hyperparams(optax.sgd)(0.5)
     found = swept(tx=injected)
@@ -108,7 +118,7 @@ def test_negative_losses_do_not_end_it():
 
 
 def test_a_loss_that_only_rises_suggests_nothing():
-    found = swept(tx=optax.sgd(-1.0))
+    found = swept(tx=lambda rate: optax.sgd(-rate))
     assert math.isnan(found.suggestion) and "no rate to suggest" in str(found)
 
 

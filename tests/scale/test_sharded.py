@@ -139,7 +139,7 @@ def test_the_trust_region_probes_on_a_mesh(kind):
     extra = {"value": loss_fn(params), "value_fn": loss_fn}
     step = jax.jit(lambda p, s: tx.update(jax.grad(loss_fn)(p), s, p, **extra))
     updates, _ = step(params, tx.init(params))
-    # On this loss r is the rate; the first step is the first that passes r <= 1/2, the minimum.
+    # On this loss r is the rate; the first step goes to r = 1/2, the minimum.
     np.testing.assert_allclose(updates["w"], -2 * 0.5 * PLAIN["w"], rtol=1e-4)
     assert updates["w"].sharding.spec[0] == "d"
 

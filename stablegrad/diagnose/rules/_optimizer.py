@@ -58,7 +58,7 @@ def rate(facts: Facts) -> Iterator[Verdict]:
         source="measured; Kalra et al. (2026), https://arxiv.org/abs/2601.16979",
         remedy=f"Multiply the learning rate by {scale / 2:g}, or measure the limit.",
         formula="rate <= safe_start",
-        code="sg.critical_learning_rate(loss_fn, params, batch, tx).safe_start",
+        code="sg.critical_learning_rate(loss_fn, params, batch, optax.adam).safe_start",
         change={"rate": scale / 2},
     )
 
