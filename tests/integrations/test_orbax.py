@@ -1,8 +1,10 @@
 """Tests for `HealthyCheckpoints`: what is saved, what stays, and damaged folders."""
 
+import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -76,6 +78,20 @@ def test_a_run_restored_amid_a_spike_goes_on_bit_for_bit(tmp_path):
     resumed = train((found.trees, found.opt_state), spike[found.told["next"] :])
     assert same(resumed, whole)
     assert int(sg.metrics(resumed[1])["skipped_steps"]) > 1
+
+
+def test_what_is_told_may_change_while_the_disk_is_written(tmp_path, monkeypatch):
+    def slow(*args, **kwargs):
+        time.sleep(0.2)
+        return dumps(*args, **kwargs)
+
+    carry, told, dumps = train(start(), [1]), {"losses": [1.0]}, json.dumps
+    with HealthyCheckpoints(tmp_path) as checkpoints:
+        monkeypatch.setattr(json, "dumps", slow)
+        assert checkpoints.save(1, *carry, told)
+        told["losses"].append(2.0)
+        checkpoints.wait()
+        assert checkpoints.told() == {"losses": [1.0]}
 
 
 def test_what_is_not_healthy_is_never_saved(tmp_path):
