@@ -139,7 +139,7 @@ def test_restored_nans_do_not_count_towards_the_limit():
         return params, state._replace(guarded_inner=(adam, *rest))
 
     nans = dict.fromkeys((25, 26, 27), nan_at("w"))  # More than the limit.
-    rows, state = run(APPLY, TX, poison={**nans, 28: endless})
+    rows, _ = run(APPLY, TX, poison={**nans, 28: endless})
     rolled = [t for t, row in enumerate(rows) if row[2]["rolled_back"]]
     # The inf lasts, and is undone as soon as the cooldown is over.
     assert rolled == [25, 26, 27, 28 + SETTINGS["cooldown_steps"]]
