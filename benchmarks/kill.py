@@ -2,16 +2,16 @@
 
     command:   pip install -e ".[examples]" && python benchmarks/kill.py
     hardware:  any; written for two CPU cores
-    time:      about ten minutes; --quick one
+    time:      40 minutes beside other work; --quick two
     expected:  see `kill.md`
 
 A training process saves with `HealthyCheckpoints` every third step, asynchronously,
 while it trains under `stabilize` with `roll_back` through nan batches, a spike, and a
-burst of bad labels that is rolled back. It is killed with SIGKILL, five times a run, at
-random moments from its start-up to its end, and started again. In the end parameters,
-optimizer and guard state, averages, losses, events and metrics must be those of a run
-that was left alone, bit for bit, and no start may go on from before a checkpoint that
-was known to be whole.
+burst of bad labels that is rolled back. It is killed with SIGKILL, up to five times a
+run, at random moments from its start-up to its end, and started again. In the end
+parameters, optimizer and guard state, averages, losses, events and metrics must be
+those of a run that was left alone, bit for bit, and no start may go on from before a
+checkpoint that was known to be whole.
 """
 
 import sys
@@ -51,10 +51,14 @@ def log(trials: list[trial.Trial]) -> str:
     return "\n".join(rows)
 
 
+def killed_in(trials: list[trial.Trial]) -> list[trial.Start]:
+    """The starts that were killed; some reach the end before they are."""
+    return [start for found in trials for start in found.starts if start.is_killed]
+
+
 def summary(trials: list[trial.Trial], reference: dict) -> tuple[list[str], bool]:
     """What came of it, and whether all is as it should be."""
-    starts = [start for found in trials for start in found.starts]
-    kills = [start for start in starts if start.is_killed]
+    kills = killed_in(trials)
     unequal = [trial.unequal(found.result, reference) for found in trials]
     lost = [line for found in trials for line in trial.lost(found)]
     lines = [
@@ -88,12 +92,12 @@ def main(argv=None) -> int:
         reference = trial.uninterrupted(folder / "alone", options.steps, cache)
         with Progress(console=Console(stderr=True), transient=True) as progress:
             bar = progress.add_task("kills", total=kills)
-            for number in range(-(-kills // EACH)):
-                own = min(EACH, kills - number * EACH)
-                seed = options.seed + number
-                into = folder / str(number)
-                trials.append(trial.killed(seed, into, options.steps, own, cache))
-                progress.advance(bar, own)
+            while (done := len(killed_in(trials))) < kills:
+                number = len(trials)
+                arguments = options.steps, min(EACH, kills - done), cache
+                seed, into = options.seed + number, folder / str(number)
+                trials.append(trial.killed(seed, into, *arguments))
+                progress.update(bar, completed=len(killed_in(trials)))
     lines, is_fine = summary(trials, reference)
     about = (
         f"{options.steps} steps a run, seed {options.seed}, on "

@@ -1,6 +1,7 @@
 """Exact resume: a real process, killed five times; and what the judges see."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -42,8 +43,9 @@ def test_a_run_that_is_killed_five_times_ends_as_one_that_was_left_alone(
     arguments = ["--quick", "--steps", "66", "--out", str(tmp_path)]
     assert script.main(arguments) == 0, capsys.readouterr().out
     text = (tmp_path / "kill.md").read_text()
-    assert "5 kills in 1 runs" in text and "1 of 1 runs ended as the one" in text
-    rows = [row.split(" | ") for row in text.splitlines() if row.startswith("| 0 |")]
-    assert len(rows) == 6
+    (runs,) = re.findall(r"5 kills in (\d+) runs", text)
+    assert f"{runs} of {runs} runs ended as the one" in text
+    rows = [row.split(" | ") for row in text.splitlines() if re.match(r"\| \d", row)]
     assert any(row[1] != "-" for row in rows)  # Some went on from a checkpoint.
-    assert [row[3] for row in rows] == ["yes"] * 5 + ["no"]
+    assert sum(row[3] == "yes" for row in rows) == 5
+    assert sum(row[3] == "no" for row in rows) == int(runs)
