@@ -53,6 +53,7 @@ from .presets._skip_bad_steps import skip_bad_steps as skip_bad_steps
 from .presets._stabilize import stabilize as stabilize
 from .recovery._adopt import adopt as adopt
 from .recovery._migrate import migrate as migrate
+from .recovery._replay import replay as replay
 from .responses._back_off import back_off as back_off
 from .responses._clip import clip as clip
 from .responses._halt import halt as halt

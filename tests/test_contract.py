@@ -98,7 +98,7 @@ STRUCTURE = {
     "soft_cap",
     "z_loss",
 }
-REPORTS = {"diagnose"}
+REPORTS = {"diagnose", "replay"}
 SCHEDULES = {"explosion_aware_schedule", "observe_metric"}
 
 every = pytest.mark.parametrize("name", TRANSFORMATIONS)

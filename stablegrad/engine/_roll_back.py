@@ -96,13 +96,14 @@ class RollBack:
         seen = Seen(bad, bad | cut, trouble.poisoned)
         settings = self._settings
         action, instead, planned = plan(settings, states[self._place], seen)
+        lasting = (action >= RESTORE) & ~seen.poisoned
         packing = Packing(written.statistics)
         packed = written._replace(statistics=packing.pack(written.statistics))
         params = None if writes_params else step.params
         moved, snapshots, (action, refused) = exchange(
             action, instead, packed, snapshots, params, settings.memory, step.axes
         )
-        after = after_action(settings, planned, action, refused)
+        after = after_action(settings, planned, action, refused, lasting)
         rolled = (action >= RESTORE) & (refused == 0)
         why = jnp.where(reason > 0, reason, self._reason(own))
         states = (*states[: self._place], after, *states[self._place + 1 :])

@@ -1,5 +1,6 @@
 """Checkpoints by Orbax that keep a healthy state within reach."""
 
+import copy
 import os
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -115,7 +116,8 @@ class HealthyCheckpoints:
         if halted or not all(jax.device_get(finite)):
             return False
         calm = all(self._is_calm(own) for own in guards)
-        notes = {"format": FORMAT, "calm": calm, "told": told}
+        # A copy: the caller may go on changing it while the disk is written.
+        notes = {"format": FORMAT, "calm": calm, "told": copy.deepcopy(told)}
         items = ocp.args.Composite(
             state=ocp.args.StandardSave({"trees": trees, "opt_state": opt_state}),
             notes=ocp.args.JsonSave(notes),

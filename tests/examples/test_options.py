@@ -3,6 +3,7 @@
 import sys
 
 import cifar_resnet
+import federated
 import mnist_mlp
 import optimizers
 import pytest
@@ -107,6 +108,22 @@ pytestmark = pytest.mark.slow
             transformer,
             ["--context", "1000000"],
             "a context of 1000000 takes at least 10000001.",
+        ),
+        (
+            federated,
+            ["--rounds", "0"],
+            "argument --rounds: must be an integer >= 1, got '0'",
+        ),
+        (federated, ["--limit", "nan"], "must be a finite number > 0, got 'nan'"),
+        (
+            federated,
+            ["--batch-size", "500"],
+            "argument --batch-size: must be at most the 10",
+        ),
+        (
+            federated,
+            ["--data-dir", "nowhere"],
+            "nowhere has neither train-images-idx3-ubyte nor",
         ),
         (optimizers, ["--steps", "0"], "must be an integer >= 1, got '0'"),
         (optimizers, ["--data-dir", "nowhere"], "nowhere has neither train-images"),

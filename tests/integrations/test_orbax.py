@@ -1,8 +1,10 @@
 """Tests for `HealthyCheckpoints`: what is saved, what stays, and damaged folders."""
 
+import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -76,6 +78,61 @@ def test_a_run_restored_amid_a_spike_goes_on_bit_for_bit(tmp_path):
     resumed = train((found.trees, found.opt_state), spike[found.told["next"] :])
     assert same(resumed, whole)
     assert int(sg.metrics(resumed[1])["skipped_steps"]) > 1
+
+
+@pytest.mark.parametrize("memory", ["device", "pinned_host"])
+def test_a_run_restored_within_a_roll_back_window_goes_on_bit_for_bit(memory, tmp_path):
+    rule = sg.roll_back(
+        sg.fixed(10.0, of="value"),
+        after=4,
+        every=8,
+        hold_steps=2,
+        cooldown_steps=6,
+        memory=memory,
+    )
+    tx = sg.guard(optax.adam(0.05), sg.skip(), rule, record_norms=4)
+
+    @jax.jit
+    def step(carry, value):
+        params, state = carry
+        grads = jax.tree.map(lambda x: (x * value).astype(x.dtype), params)
+        return sg.apply(tx, grads, state, params, value=value)
+
+    values = np.ones(40, np.float32)
+    values[20:24] = 50.0  # Undone in step 23; the cooldown is over after step 29.
+    values[26:34] = 60.0  # Undone as soon as it is, in step 30.
+    # On probation after a snapshot, amid either window, after either roll-back.
+    places = [18, 20, 22, 23, 24, 27, 29, 30, 33]
+    start = lambda: (PARAMS, tx.init(PARAMS))
+    with HealthyCheckpoints(tmp_path, keep=len(places)) as checkpoints:
+        carry = start()
+        for t, value in enumerate(values):
+            carry = step(carry, value)
+            if t in places:
+                assert checkpoints.save(t, *carry)
+        checkpoints.wait()
+        rolled = [e.step for e in sg.events(carry[1]) if e.kind == "roll_back"]
+        assert rolled == [23, 30]
+        for place in places:
+            found = checkpoints.restore(*start(), step=place)
+            resumed = found.trees, found.opt_state
+            for value in values[place + 1 :]:
+                resumed = step(resumed, value)
+            assert same(resumed, carry), place
+
+
+def test_what_is_told_may_change_while_the_disk_is_written(tmp_path, monkeypatch):
+    def slow(*args, **kwargs):
+        time.sleep(0.2)
+        return dumps(*args, **kwargs)
+
+    carry, told, dumps = train(start(), [1]), {"losses": [1.0]}, json.dumps
+    with HealthyCheckpoints(tmp_path) as checkpoints:
+        monkeypatch.setattr(json, "dumps", slow)
+        assert checkpoints.save(1, *carry, told)
+        told["losses"].append(2.0)
+        checkpoints.wait()
+        assert checkpoints.told() == {"losses": [1.0]}
 
 
 def test_what_is_not_healthy_is_never_saved(tmp_path):

@@ -132,6 +132,21 @@ def test_a_poisoned_inner_state_is_restored():
     chex.assert_tree_all_finite(rows[-1][:2])
 
 
+def test_restored_nans_do_not_count_towards_the_limit():
+    def endless(params, state):
+        adam, *rest = state.guarded_inner
+        adam = adam._replace(mu={**adam.mu, "w": jnp.full_like(adam.mu["w"], jnp.inf)})
+        return params, state._replace(guarded_inner=(adam, *rest))
+
+    nans = dict.fromkeys((25, 26, 27), nan_at("w"))  # More than the limit.
+    rows, _ = run(APPLY, TX, poison={**nans, 28: endless})
+    rolled = [t for t, row in enumerate(rows) if row[2]["rolled_back"]]
+    # The inf lasts, and is undone as soon as the cooldown is over.
+    assert rolled == [25, 26, 27, 28 + SETTINGS["cooldown_steps"]]
+    assert not any(row[2]["halted"] for row in rows)
+    chex.assert_tree_all_finite(rows[-1][:2])
+
+
 def test_what_is_poisoned_in_silence_is_found_when_it_should_be_kept():
     # Its gradient is finite, so nothing else sees it.
     def silent(params, state, value, spoil):

@@ -48,7 +48,7 @@ class RollBackState(NamedTuple):
     bad_run: jax.Array  # int32: bad steps in a row.
     calm_run: jax.Array  # int32: steps since the last event, saturating.
     cooldown_left: jax.Array  # int32, >= 0.
-    restores: jax.Array  # int32: since the last snapshot was taken.
+    restores: jax.Array  # int32: since one was taken, but for nan and inf.
     roll_backs: jax.Array  # int32: since `init`, saturating.
     rolled_back: jax.Array  # bool: whether the last step rolled back.
     refusal: jax.Array  # int32: a `Refusal`, of the last step.
@@ -114,9 +114,12 @@ def plan(
 
 
 def after_action(
-    settings: RollBackSettings, planned: RollBackState, action, refused
+    settings: RollBackSettings, planned: RollBackState, action, refused, counts
 ) -> RollBackState:
-    """Return the state after the action that was carried out, or met a `Refusal`."""
+    """Return the state after the action that was carried out, or met a `Refusal`.
+
+    `counts`, bool (), tells whether a restored snapshot counts towards the limit.
+    """
     done = (action > NOTHING) & (refused == 0)
     took, restored = done & (action < RESTORE), done & (action >= RESTORE)
     shifted = jnp.concatenate([jnp.zeros((1,), jnp.int32), planned.ages[:-1]])
@@ -128,7 +131,7 @@ def after_action(
         from_init=planned.from_init & ~took,
         bad_run=jnp.where(restored, 0, planned.bad_run),
         cooldown_left=jnp.where(restored, cooldown, planned.cooldown_left),
-        restores=jnp.where(took, 0, count_if(restored, planned.restores)),
+        restores=jnp.where(took, 0, count_if(restored & counts, planned.restores)),
         roll_backs=count_if(restored, planned.roll_backs),
         rolled_back=restored,
         refusal=jnp.maximum(refused, planned.refusal),
