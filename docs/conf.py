@@ -23,7 +23,6 @@ extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
-    "sphinx.ext.viewcode",
     "sphinx_copybutton",
     "sphinx_design",
     "docstrings",
@@ -61,4 +60,9 @@ html_theme_options = {
     "use_download_button": False,
     "use_fullscreen_button": False,
     "show_navbar_depth": 1,
+    "navbar_persistent": [],
+    "logo": {"text": "stablegrad"},
 }
+html_context = {"default_mode": "auto"}
+html_favicon = "_static/icon.svg"
+html_logo = "_static/icon.svg"
