@@ -81,7 +81,8 @@ def look(page: Page, url: str) -> tuple[list[str], list[str], list[str]]:
     if wide > room + 1:
         wrong.append(f"scrolls sideways: {wide} in {room} pixels")
     broken = page.evaluate(
-        "[...document.images].filter(i => i.complete && !i.naturalWidth).map(i => i.src)"
+        "[...document.images].filter(i => i.complete && !i.naturalWidth)"
+        ".map(i => i.src)"
     )
     wrong += [f"broken image {source}" for source in broken]
     links = page.evaluate(
@@ -158,7 +159,7 @@ def main(argv=None) -> int:
                 places[url] = set(found)
                 seen += wrong
                 wrong.clear()
-                print(f"{device:8} {name:32} {'ok' if not seen else seen}")
+                print(f"{device:8} {name:32} {seen or 'ok'}")
                 complaints += [f"{name} ({device}): {what}" for what in seen]
                 if options.screenshots and name in options.pages:
                     options.screenshots.mkdir(parents=True, exist_ok=True)

@@ -61,8 +61,7 @@ def restructured(lines, own=""):
             else:
                 done.append(line)
             continue
-        before = lines[i - 1].strip() if i else ""
-        apart = not before
+        apart = not (i and lines[i - 1].strip())
         if literal and indent < literal[0]:
             literal = False
         outer = len(previous) - len(previous.lstrip())
@@ -70,11 +69,11 @@ def restructured(lines, own=""):
         bars = apart and line.lstrip().startswith("|")
         doctest = line.lstrip().startswith(">>>")
         item = previous.lstrip().startswith(("- ", "* "))
-        if not literal and (block or bars) and not (doctest or item):
-            if not SECTION.match(previous.strip()):
-                flush()
-                done.extend([" " * outer + "::", ""])
-                literal = (indent, 4 if bars else 0)
+        text = doctest or item or SECTION.match(previous.strip())
+        if not literal and (block or bars) and not text:
+            flush()
+            done.extend([" " * outer + "::", ""])
+            literal = (indent, 4 if bars else 0)
         if literal:
             done.append(" " * literal[1] + line)
         elif doctest or (done and not prose and done[-1].lstrip().startswith(">>>")):
@@ -89,9 +88,10 @@ def restructured(lines, own=""):
 
 
 def process(app, what, name, obj, options, lines):
-    """Runs before Napoleon, on each docstring."""
+    """Runs before Napoleon, which would take what precedes a colon for a type."""
     del app, what, obj, options
-    lines[:] = restructured(lines, name)
+    renamed = ["Result:" if line == "Returns:" else line for line in lines]
+    lines[:] = restructured(renamed, name)
 
 
 def setup(app):

@@ -10,7 +10,7 @@ import pytest
 import stablegrad as sg
 
 DOCS = Path(__file__).parents[2] / "docs"
-ENTRY = re.compile(r"^\.\. auto(?:function|class):: (stablegrad\.[\w.]+)$", re.MULTILINE)
+ENTRY = re.compile(r"^\.\. auto(?:function|class):: (stablegrad[\w.]+)$", re.MULTILINE)
 ENTRIES = [
     entry
     for page in sorted((DOCS / "api").glob("*.md"))
