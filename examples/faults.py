@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import style
 from digits import Split
-from matplotlib.figure import Figure
 
 
 class Plan(NamedTuple):
@@ -50,36 +50,83 @@ def batches(
         yield images, labels
 
 
-def draw(histories: dict[str, list[dict]], plan: Plan, path: Path) -> None:
-    """Loss, gradient norm and learning-rate scale over the steps, skips marked."""
-    figure = Figure(figsize=(10, 8), layout="constrained")
-    axes = figure.subplots(3, 1, sharex=True, height_ratios=(3, 3, 2))
-    colors = dict(zip(histories, ("C3", "C1", "C2", "C0", "0.6"), strict=True))
+LOOKS = {  # Colour, and what the label says before the accuracy.
+    "plain": (style.RED, "AdamW"),
+    "usual": (style.ORANGE, "clip, apply_if_finite"),
+    "unprobed": (style.GREEN, "stabilize"),
+    "guarded": (style.BLUE, "stabilize, value_fn="),
+    "reference": (style.GREY, "no faults"),
+}
+LEAST, MOST = 1e-4, 1e2  # Of the loss; values beyond are drawn at the edge.
+SMOOTHED = 15  # Steps of the median over each.
+
+
+def draw(
+    histories: dict[str, list[dict]], scores: dict[str, str], plan: Plan, path: Path
+) -> None:
+    """Loss and learning-rate scale over the steps, each run named where it ends."""
+    figure, ((losses,), (scales,)) = style.sheet(
+        10,
+        6,
+        rows=2,
+        title="Five runs, the same faults: the guarded one ends as if there were none",
+        sharex=True,
+        height_ratios=(4, 1),
+    )
+    ends = {}
     for name, history in histories.items():
-        style = {"color": colors[name], "label": name, "linewidth": 1}
-        for axis, key in ((axes[0], "loss"), (axes[1], "grad_norm")):
-            values = np.array([seen[key] for seen in history], np.float64)
-            values = np.clip(np.where(np.isfinite(values), values, np.nan), 1e-4, 1e4)
-            axis.plot(values, **style)
-            dead = np.flatnonzero(np.isfinite(values))
-            if len(dead) and dead[-1] + 1 < len(values):
-                axis.plot(dead[-1], values[dead[-1]], "x", color=colors[name])
-        if "lr_scale" in history[0]:
-            axes[2].plot([seen["lr_scale"] for seen in history], **style)
-            skips = [step for step, seen in enumerate(history) if seen["skipped"]]
-            axes[2].plot(skips, np.full(len(skips), 1.15), "|", color=colors[name])
-    for axis, label in zip(
-        axes, ("training loss", "gradient norm", "lr_scale, skips |"), strict=True
-    ):
-        axis.set_yscale("log")
-        axis.set_ylabel(label)
-        for start, width in spans(plan).values():
-            axis.axvspan(start, start + max(width, 2), color="0.9", zorder=0)
-    for name, (start, _) in spans(plan).items():
-        axes[0].annotate(name, (start, 1.02), xycoords=("data", "axes fraction"))
-    axes[1].legend(loc="upper left", ncols=5)
-    axes[2].set_xlabel("step (values beyond 1e-4 to 1e4 are drawn at the edge)")
-    figure.savefig(path, dpi=110)
+        color, label = LOOKS[name]
+        values = np.array([seen["loss"] for seen in history], np.float64)
+        seen_last = int(np.flatnonzero(np.isfinite(values))[-1])
+        values = np.clip(np.where(np.isfinite(values), values, np.nan), LEAST, MOST)
+        losses.plot(values, color=color, linewidth=0.6, alpha=0.25)
+        smooth = [
+            np.nanmedian(values[max(0, step - SMOOTHED + 1) : step + 1])
+            for step in range(seen_last + 1)
+        ]
+        losses.plot(smooth, color=color, linewidth=1.8)
+        text = f"{label}: {scores[name]}"
+        if seen_last + SMOOTHED < len(values):
+            losses.plot(seen_last, smooth[-1], "X", color=color, markersize=9)
+            losses.annotate(
+                f"{text}, nan from here on",
+                (seen_last, smooth[-1]),
+                xytext=(seen_last, smooth[-1] / 150),
+                color=color,
+                arrowprops={"arrowstyle": "-", "color": color, "relpos": (0, 1)},
+            )
+        else:
+            ends[text] = (smooth[-1], color)
+        if "lr_scale" in history[0] and name == "guarded":
+            scales.plot([seen["lr_scale"] for seen in history], color=color)
+    _name_ends(losses, ends, len(values))
+    losses.set(yscale="log", ylabel="training loss", ylim=(LEAST, MOST))
+    scales.set(
+        yscale="log", ylabel="factor on\nthe rate", xlabel="step", xlim=(0, len(values))
+    )
+    for i, (name, (start, width)) in enumerate(spans(plan).items()):
+        for axis in (losses, scales):
+            axis.axvspan(start, start + max(width, 4), color=style.SHADE, zorder=0)
+        place = (start, 0.98 - 0.06 * (i % 2))
+        losses.annotate(name, place, xycoords=("data", "axes fraction"), va="top")
+    losses.set_title("accuracy on test digits", loc="right", fontsize=9)
+    figure.savefig(path, dpi=100)
+
+
+def _name_ends(axis, ends: dict[str, tuple[float, str]], steps: int) -> None:
+    """Writes a name beside the end of each line, none over another."""
+    below = 0.0
+    for text, (value, color) in sorted(ends.items(), key=lambda item: item[1][0]):
+        below = max(value, below * 2.2)
+        axis.annotate(
+            text,
+            (steps, below),
+            xytext=(6, 0),
+            textcoords="offset points",
+            color=color,
+            va="center",
+            annotation_clip=False,
+        )
 
 
 def spans(plan: Plan) -> dict[str, tuple[int, int]]:

@@ -216,7 +216,8 @@ def main(argv=None) -> int:
     except KeyboardInterrupt:
         console.print(f"interrupted; what was measured so far is in {telemetry}")
         return 130
-    faults.draw(histories, plan, options.out / "rescue.png")
+    scores = {row[0]: row[2] for row in rows}
+    faults.draw(histories, scores, plan, options.out / "rescue.png")
     report(console, options, rows, events, time.perf_counter() - started)
     return 0
 

@@ -28,6 +28,17 @@ def test_every_python_snippet_runs_and_prints_what_it_says(capsys):
         assert line.startswith(promise.removesuffix("...").rstrip())
 
 
+def test_it_is_short_enough_to_be_read():
+    assert len(README.splitlines()) <= 150
+    assert len(README.encode()) <= 10_000
+
+
+def test_what_it_links_to_is_there():
+    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
+    assert len(links) >= 8
+    assert not [link for link in links if not (ROOT / link).exists()]
+
+
 def test_ci_runs_the_test_commands_of_the_readme():
     assert 'pip install -e ".[test]" && pytest\n' in README
     assert "`pytest -m slow`" in README
