@@ -12,6 +12,9 @@ tells how much of that gain is real: `window = max(t / 8, 20)` steps after t ste
 `balance` lies in (-1, 1). It is near 1 while the loss falls, near 0 while noise hides
 what the loss does, and near -1 where less than a twentieth of the gains is real: there
 steps are too long for the noise.
+
+A loss further than 4 spreads from `near` has jumped: with the data, or in one batch. It
+moves `far` and `near` as one, and is neither progress nor its opposite.
 """
 
 from typing import NamedTuple
@@ -22,6 +25,7 @@ import jax.numpy as jnp
 from ..._norms import LARGEST
 
 SHARE, SHORTEST = 1 / 8, 20.0  # Of all steps that `far` remembers; and at least.
+JUMP = 4.0  # Spreads from `near` beyond which a loss has jumped.
 REAL = 0.05  # Share of the gains on own batches that the loss must really lose.
 
 
@@ -49,9 +53,12 @@ def after_loss(progress: Progress, loss, steps) -> Progress:
     mean = lambda old, new, length: _mean(old, new, length, steps)
     length = window(steps)
     distance = jnp.where(steps == 0, 0.0, jnp.abs(loss - progress.far))
+    jump = loss - progress.near
+    jumps = jnp.isfinite(loss) & (jnp.abs(jump) > JUMP * progress.spread)
+    moved = lambda x: jnp.where(jumps, jnp.clip(x + jump, -LARGEST, LARGEST), x)
     return progress._replace(
-        far=mean(progress.far, loss, length),
-        near=mean(progress.near, loss, length / 2),
+        far=mean(moved(progress.far), loss, length),
+        near=mean(moved(progress.near), loss, length / 2),
         spread=mean(progress.spread, distance, length),
     )
 

@@ -23,8 +23,9 @@ from ._progress import Progress, after_gain, after_loss, balance, init_progress
 DENSE = 5  # The first probes, one a step: R has to be found.
 DECAY = 0.8  # Weight of the past in averages over probes: five of them.
 GAIN = 0.3  # Of log R for r: a probe moves R by a third at most.
-FIRST_TARGET = 0.3  # Below the line's minimum, 1/2: own batches flatter at the start.
-PACE = 0.03  # Of the target for `balance`: it passes 1 after 23 good probes.
+FIRST_TARGET = 1 / 2  # The minimum along the step.
+PACE = 0.03  # Of the target for `balance`: it passes 1 after 17 good probes.
+LONGER = 4.0  # Times the last step: where R has to be found anew.
 ACCEPT = 1 / 2  # Largest r of the first step; one that is shortened aims at half of it.
 SHOWN = ("ratio", "scale", "probes", "cuts", "mismatch", "target")  # For `metrics`.
 NEVER = LARGEST  # A radius that does not bind; the state stays finite.
@@ -65,6 +66,15 @@ def readings(state: TrustRegionState) -> dict[str, jax.Array]:
 def binds(state: TrustRegionState) -> jax.Array:
     """Return whether the optimizer's last step was longer than the radius."""
     return state.trust_radius < state.own_length
+
+
+def before_step(state: TrustRegionState, length) -> TrustRegionState:
+    """Return the state before a step of `length`: a much longer one starts anew."""
+    anew = jnp.isfinite(length) & (length > LONGER * state.own_length)
+    known = jnp.where(anew, 0, state.probes_known)
+    # A state that was reset to zeros is no trap.
+    radius = jnp.where(state.trust_radius > 0, state.trust_radius, NEVER)
+    return state._replace(trust_radius=radius, probes_known=known)
 
 
 def is_due(state: TrustRegionState, every) -> jax.Array:
@@ -113,11 +123,15 @@ def after_probe(
     move = jnp.where(move > 0, move * (1 + won) / 2, move)
     # A step whose change cannot be seen is short enough to grow.
     move = jnp.where(found.known, move, jnp.where(found.blind, 1.0, 0.0))
-    radius = jnp.minimum(state.trust_radius, 2 * own_length) * jnp.exp(GAIN * move)
+    # A radius far above the step shrinks from where it is felt.
+    felt = jnp.minimum(state.trust_radius, 2 * own_length)
+    radius = jnp.where(move < 0, felt, state.trust_radius) * jnp.exp(GAIN * move)
     # If no part may be taken, the length is not the cause, and the radius stays.
     radius = jnp.where(alarm, state.trust_radius, radius)
     radius = jnp.where(harmful, length * found.part, radius)
-    radius = jnp.where(found.mismatch, NEVER, jnp.clip(radius, 1e-30, NEVER))
+    # Later, gradients that differ from the loss's are those of rounding.
+    mismatch = found.mismatch & (state.steps_tried < DENSE)
+    radius = jnp.where(mismatch, NEVER, jnp.clip(radius, 1e-30, NEVER))
     shorter = jnp.minimum(1.0, radius / (length * found.part))
     gain = jnp.where(alarm, jnp.nan, -(found.excess + found.slope))
     progress = after_gain(
@@ -129,7 +143,7 @@ def after_probe(
             trust_ratio=jnp.clip(r, -LARGEST, LARGEST),
             trust_probes=state.trust_probes + found.looks,
             trust_cuts=count_if(harmful, state.trust_cuts),
-            trust_mismatch=found.mismatch,
+            trust_mismatch=mismatch,
             trust_target=target,
             mean_excess=excess * shorter**2,
             mean_slope=slope * shorter,

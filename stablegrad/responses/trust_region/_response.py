@@ -11,10 +11,10 @@ from .._base import Foresight, Response
 from ._probe import KINDS, Attempt, look
 from ._radius import (
     ACCEPT,
-    NEVER,
     TrustRegionState,
     after_probe,
     after_step,
+    before_step,
     init_radius,
     is_due,
     longest_rise,
@@ -41,21 +41,24 @@ def trust_region(
     and denominator averaged over probes, every step, also between probes, is held to a
     radius R, and each probe moves R and the r that it aims at:
 
-        |step_t| = min(|d_t|, R),  R <= 2 |d_t|
-        target  <- clip(target + 0.03 balance, 0, 2),  0.3 at first
-        log R   <- log R + 0.3 clip(target - r, -1, 1),  rises times (1 + balance) / 2
+        |step_t| = min(|d_t|, R)
+        target  <- clip(target + 0.03 balance, 0, 2),  1/2 at first
+        log R   <- log R + 0.3 clip(target - r, -1, 1),  rises times (1 + balance) / 2,
+                   falls from 2 |d_t| at most
         balance  = (D - 0.05 G) / (|D| + 0.05 G + error)
 
     D is the fall of the loss in a step, over the last eighth of the run, `error` its
     deviation by noise, and G the mean fall that a step causes on its own batch. While
     the loss falls, the target rises above the r of healthy steps, and a cut is soon
     forgotten. Where less than a twentieth of what steps gain on their own batch is
-    real, steps are too long for the noise, and the target sinks.
+    real, steps are too long for the noise, and the target sinks. A jump of the loss, as
+    after a change of the data, counts neither way.
 
     The first five steps are probed, then every `every`-th, and half as often while R
     does not bind. A step that would double the loss, or make it nan or inf, is
-    shortened before it is taken, as is a first step of r above 1/2; the schedule's rate
-    is never exceeded.
+    shortened before it is taken, as is a first step of r above 1/2. A step four times
+    as long as the last one is a first step again. The schedule's rate is never
+    exceeded.
 
     Pass the loss and a function of the parameters that repeats it, on the same batch
     and with the same random numbers, averaged over devices if the gradients are:
@@ -126,10 +129,8 @@ def _trust_region(every, probe, required) -> Response:
 
     def look_ahead(state: TrustRegionState, attempt: Attempt) -> Foresight:
         length = attempt.length
-        # A state that was reset to zeros is no trap.
-        radius = state.trust_radius
-        state = state._replace(trust_radius=jnp.where(radius > 0, radius, NEVER))
         sound = (length > 0) & jnp.isfinite(length)
+        state = before_step(state, length)
         held = jnp.minimum(1.0, state.trust_radius / jnp.where(sound, length, 1.0))
         held = jnp.where(sound, held, 1.0).astype(jnp.float32)
         # A step whose length overflows is longer than any radius.

@@ -91,7 +91,6 @@ def test_an_inf_in_one_element_of_every_step_does_not_stop_the_others(rows):
         assert not seen["skipped"] and seen["kept_out_elements"] == 1
         assert seen["trust_probes"] > t and seen["trust_scale"] > 0
         assert params["w"][1, 1] == 1 and (params["w"] != before["w"]).sum() > 0
-    assert seen["trust_radius"] < np.inf
     assert loss_fn(params) < 0.1 * loss_fn(start)
     chex.assert_tree_all_finite((params, state))
 

@@ -29,7 +29,7 @@ class Oracle:
 
     def __init__(self, every):
         self.every, self.radius, self.own = every, np.inf, 0.0
-        self.excess, self.slope, self.target = 0.0, 0.0, 0.3
+        self.excess, self.slope, self.target = 0.0, 0.0, 0.5
         self.far, self.near, self.spread, self.gain = 0.0, 0.0, 0.0, 0.0
         self.steps, self.known, self.r, self.looks, self.cuts = 0, 0, 0.0, 0, 0
         self.branches = set()
@@ -47,6 +47,9 @@ class Oracle:
     def step(self, case):
         """The part of the step that is taken, and whether there was an alarm."""
         own, loss = abs(case["d"]), case["loss"]
+        if own > 4 * self.own:
+            self.branches.add("anew")
+            self.known = 0
         held, alarm = min(1.0, self.radius / own), False
         scale = held
         binds = self.radius < self.own
@@ -60,7 +63,10 @@ class Oracle:
             scale = held * found["part"] if found["accepted"] else 0.0
         count = self.steps + 1
         far, near = (1 / min(w, count) for w in (self.window(), self.window() / 2))
+        jump = 4 * self.spread
         self.spread += far * (abs(loss - self.far) * (count > 1) - self.spread)
+        if abs(loss - self.near) > jump:
+            self.far, self.near = self.far + loss - self.near, loss
         self.far += far * (loss - self.far)
         self.near += near * (loss - self.near)
         self.steps, self.own = count, own
@@ -119,7 +125,8 @@ class Oracle:
             self.branches.add("grows" if move > 0 else "shrinks")
             move *= (1 + won) / 2 if move > 0 else 1
             move = move if known else float(found["blind"])
-            self.radius = min(self.radius, 2 * own) * np.exp(0.3 * move)
+            felt = min(self.radius, 2 * own) if move < 0 else self.radius
+            self.radius = felt * np.exp(0.3 * move)
         shorter = min(1.0, self.radius / (length * part))
         self.excess, self.slope = self.excess * shorter**2, self.slope * shorter
         if not alarm:
@@ -198,6 +205,7 @@ def test_the_state_machine_is_the_one_of_the_docstrings(every):
     radius = np.where(state.trust_radius < _radius.NEVER, state.trust_radius, np.inf)
     # Every branch was taken.
     wanted = {"bound", "free", "harmful", "grows", "shrinks", "rises", "stays"}
+    wanted |= {"anew"}
     assert branches - {"no part"} == wanted, branches
     low, high = state.trust_target.min(), state.trust_target.max()
     assert low < 0.1 and high > 0.6, (low, high)
@@ -330,7 +338,9 @@ def test_a_probe_that_is_not_finite_or_an_alarm_never_lengthens():
 
 def test_a_probe_moves_the_radius_by_a_third_unless_it_is_an_alarm():
     state, found, length, after, alarm = probed()
-    start = np.minimum(state.trust_radius, 2 * np.float64(length))
+    start = np.float64(state.trust_radius)
+    shrinks = np.asarray(after.trust_radius) < start
+    start = np.where(shrinks, np.minimum(start, 2 * np.float64(length)), start)
     move = np.log(np.asarray(after.trust_radius) / start)[~np.asarray(alarm)]
     assert np.abs(move).max() < 0.3 + 1e-4
     assert (move > 0.29).any() and (move < -0.29).any()
@@ -392,6 +402,20 @@ def test_an_alarm_is_a_rise_that_doubles_the_loss_or_leaves_its_usual_range():
     later = start._replace(progress=usual, steps_tried=jnp.int32(1))
     assert _radius.longest_rise(later, jnp.float32(0.1)) == 8
     assert _radius.longest_rise(later, jnp.float32(9)) == 9
+
+
+@pytest.mark.slow
+def test_a_mismatch_after_the_first_steps_is_rounding_and_nothing_is_let_go():
+    found = jax.tree.map(lambda x: x[0], random_looks(1, 0))
+    found = found._replace(
+        mismatch=jnp.array(True), accepted=jnp.array(False), looks=jnp.int32(8)
+    )
+    state = _radius.init_radius()._replace(
+        trust_radius=jnp.float32(1e-3), steps_tried=jnp.int32(5)
+    )
+    after, alarm = _radius.after_probe(state, found, 1e-3, 1.0, 4)
+    assert not alarm and not after.trust_mismatch
+    assert after.trust_radius <= 2e-3
 
 
 @pytest.mark.slow

@@ -171,7 +171,7 @@ def test_sgd_converges_at_any_multiple_of_its_stable_rate(probe):
     found = at_rates(optax.sgd, rates, quadratic, START, 1000, probe=probe)
     first, losses = found["loss"][:, :1], found["loss"]
     assert (losses <= first).all()
-    assert (losses[:, 200:] < 1e-3 * first).all()
+    assert (losses[:, 200:] < 2e-3 * first).all()
     assert (found["last"] < 1e-6 * first[:, 0]).all()
 
 
@@ -301,8 +301,9 @@ def test_no_step_is_longer_than_the_radius_of_before_probed_or_not(probe):
     _, found, _ = mixed(probe)
     length, before = lengths(found)[:, 1:], found["trust_radius"][:, :-1]
     assert np.isfinite(before).sum() > 10_000
-    # Where the loss overflows it is not so: see the next test but one.
-    told = np.isfinite(found["loss_value"][:, 1:])
+    # Where the loss overflows it is not so: see the next test but one. Of shorter steps
+    # the squares underflow.
+    told = np.isfinite(found["loss_value"][:, 1:]) & (length > 1e-18)
     assert (length <= before * (1 + 1e-5))[told].all()
     unprobed = np.diff(found["trust_probes"]) == 0
     assert (unprobed & (length > 0.99 * before)).sum() > 1000
@@ -327,13 +328,14 @@ def test_one_batch_with_a_small_gradient_does_not_free_the_next_ones():
     assert found["loss"][0, 36:].max() < 1  # It is 7e10 at step 43.
 
 
-def test_a_rate_that_jumps_is_held_to_twice_the_last_probed_step():
+def test_a_rate_that_jumps_is_held_to_where_the_loss_falls():
     rate = steps_where(slice(12, None), 1e4, 0.05)
     _, found = sgd_runs(rate)
     assert calm({"trust_scale": found["trust_scale"][0, :12]})
-    moved = lengths(found)[0]
-    # Probed at step 8, after which a move is at most by exp(0.3).
-    assert moved[12] <= 2 * moved[8] * np.exp(0.3)
+    # Probed out of turn, and shortened at once: step 12 is not one of every eight.
+    assert found["trust_probes"][0, 12] > found["trust_probes"][0, 11]
+    assert found["trust_cuts"][0, 11:13].tolist() == [0, 1]
+    assert found["loss"][0, 13] < found["loss"][0, 12]
     assert found["loss"].max() == found["loss"][0, 0]
     assert found["last"] < 1e-6
 
@@ -505,7 +507,8 @@ def test_gradients_of_another_loss_are_said_and_left_to_the_optimizer(scale):
 def test_steps_of_no_length_do_not_put_the_probes_out_of_step(k):
     tx = guarded(optax.MultiSteps(optax.sgd(20.0), k).gradient_transformation())
     _, found = jax.jit(lambda: run(tx, quadratic, START, 40 * k))()
-    assert 5 + 8 <= found["trust_probes"][-1] <= 5 + 12 + 8
+    # Of 40 steps; looks at shorter steps and at steps that were much longer included.
+    assert 5 + 8 <= found["trust_probes"][-1] <= 48
     assert found["last"] < 0.05 * quadratic(START)
 
 
