@@ -73,7 +73,7 @@ def test_pre_commit_runs_what_ci_checks():
 
 
 def test_ci_builds_the_documentation_with_warnings_as_errors_and_runs_tutorials():
-    ci = (ROOT / ".ci" / "run").read_text()
+    ci = "".join((ROOT / ".ci" / name).read_text() for name in ("run", "tutorials"))
     builds = re.findall(r"timeout (\d+) sphinx-build (.*)", ci)
     assert [int(limit) for limit, _ in builds] == [180, 600]
     assert all("-W" in options for _, options in builds)
