@@ -74,7 +74,8 @@ def before_step(state: TrustRegionState, length) -> TrustRegionState:
     known = jnp.where(anew, 0, state.probes_known)
     # A state that was reset to zeros is no trap.
     radius = jnp.where(state.trust_radius > 0, state.trust_radius, NEVER)
-    return state._replace(trust_radius=radius, probes_known=known)
+    target = jnp.where(anew, FIRST_TARGET, state.trust_target)
+    return state._replace(trust_radius=radius, probes_known=known, trust_target=target)
 
 
 def is_due(state: TrustRegionState, every) -> jax.Array:
