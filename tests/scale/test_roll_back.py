@@ -11,7 +11,7 @@ import optax
 import pytest
 from helpers.mapping import AXIS as SHARD, DEVICES, mapped, mesh
 from helpers.meshing import AXIS, under
-from helpers.scenario import parameter_of
+from helpers.scenario import parameter_of, step_of
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
@@ -47,16 +47,9 @@ def start():
 
 
 def step_with(tx, apply=True):
-    def step(params, state, value):
-        grads = jax.tree.map(lambda p: p - 0.5, params)
-        if apply:
-            params, state = sg.apply(tx, grads, state, params, value=value)
-        else:
-            updates, state = tx.update(grads, state, params, value=value)
-            params = optax.apply_updates(params, updates)
-        return params, state, sg.metrics(state)
-
-    return step
+    step = step_of(tx, "apply" if apply else "update")
+    grads = lambda params: jax.tree.map(lambda p: p - 0.5, params)
+    return lambda params, state, value: step(params, state, grads(params), value)
 
 
 def drive(step, params, state, steps=STEPS):
