@@ -40,6 +40,7 @@ def measured(wanted, remedies: bool) -> list[Result]:
         results = []
         for case in wanted:
             results.append(run(data, case, remedies))
+            jax.clear_caches()  # A process may hold so many programs and no more.
             progress.advance(bar)
     return results
 

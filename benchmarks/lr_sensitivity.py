@@ -8,10 +8,12 @@
 
 Task A is a small character transformer, B a deep network without normalisation on
 scikit-learn's digits; C, a small tanh network that fits a curve, trains well at most
-rates, and shows what a method costs there. Each method trains at every rate of a
-log-spaced grid at once, from the same weights on the same batches; what is stated is
-what it made of each rate. Results are kept in `--out`, and the tables show every row
-with the seeds that are there: `--only NAME --fresh` computes one anew beside them.
+rates, and shows what a method costs there. D, E and G are language models of growing
+size, K a recurrent network that no method was tuned on. G needs a GPU and a folder of
+text, `--data-dir`; without them its rows are not measured. Each method trains at every
+rate of a log-spaced grid at once, from the same weights on the same batches; what is
+stated is what it made of each rate. Results are kept in `--out`, and the tables show
+every row with the seeds that are there: `--only NAME --fresh` computes one anew.
 """
 
 import shutil
@@ -30,7 +32,8 @@ from rich.progress import Progress, TaskID
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from _lr_sensitivity import figure, report, running
-from _lr_sensitivity.methods import BARE, Method, methods
+from _lr_sensitivity.language import gpt_task, recurrent_task, small_task, tuning_task
+from _lr_sensitivity.methods import BARE, CLIP, Method, methods
 from _lr_sensitivity.rows import Row, Table
 from _lr_sensitivity.store import Store, place
 from _lr_sensitivity.tasks import Task, curve_task, digits_task, text_task
@@ -48,12 +51,20 @@ class Entry(NamedTuple):
     make: Callable[..., Task]  # steps -> task
     steps: int
     title: str
-    peers: bool = True  # Whether it has rows for them.
+    rows: Callable[[Method], bool] = lambda method: True  # Those that it has.
+
+
+def _ours(method: Method) -> bool:
+    return method.ours or method.name == BARE
+
+
+def _few(method: Method) -> bool:
+    return method.name in (BARE, CLIP, "trust_region", "stabilize")
 
 
 ENTRIES = {
     "A": Entry(text_task, 300, "A: transformer, AdamW"),
-    "A-1000": Entry(text_task, 1000, "A: transformer, AdamW", peers=False),
+    "A-1000": Entry(text_task, 1000, "A: transformer, AdamW", rows=_ours),
     "B-adam": Entry(digits_task, 600, "B: ReLU network, Adam"),
     "B-momentum": Entry(
         lambda steps: digits_task("momentum", steps=steps),
@@ -69,14 +80,29 @@ ENTRIES = {
         lambda steps: curve_task(steps=steps),
         3000,
         "C: tanh network, Adam",
-        peers=False,
+        rows=_ours,
     ),
     "C-momentum": Entry(
         lambda steps: curve_task("momentum", steps=steps),
         3000,
         "C: tanh network, momentum",
-        peers=False,
+        rows=_ours,
     ),
+    "D": Entry(small_task, 500, "D: transformer as GPT-2, AdamW", rows=_few),
+    "E": Entry(
+        lambda steps: tuning_task(steps=steps),
+        500,
+        "E: the network of D tuned on another text",
+        rows=_few,
+    ),
+    "E-first": Entry(
+        lambda steps: tuning_task("language", steps=steps),
+        500,
+        "E, judged on the first text",
+        rows=_few,
+    ),
+    "G": Entry(gpt_task, 500, "G: GPT of 10.6 million parameters, AdamW", rows=_few),
+    "K": Entry(recurrent_task, 500, "K, kept: LSTM, RMSProp", rows=_few),
 }
 
 
@@ -90,6 +116,21 @@ class Plan(NamedTuple):
     rounds: int  # Of step times; 0 for none.
     folder: Path
     fresh: bool
+    data_dir: str | None  # The text of G.
+
+    def task(self, key: str, steps: int | None = None) -> Task:
+        """The task, at its own number of steps unless told otherwise."""
+        entry = ENTRIES[key]
+        steps = steps or self.steps or entry.steps
+        if key == "G":
+            return entry.make(self.data_dir, steps=steps)
+        return entry.make(steps=steps)
+
+    def measurable(self, key: str) -> bool:
+        """Whether this machine can train it."""
+        return key != "G" or (
+            self.data_dir is not None and jax.default_backend() != "cpu"
+        )
 
 
 def row(
@@ -145,8 +186,7 @@ def table(
     plan: Plan, key: str, listed: list[Method], progress: Progress, bar: TaskID
 ) -> Table:
     """One task: a method that fails is reported, and does not stop the others."""
-    entry = ENTRIES[key]
-    task = entry.make(steps=plan.steps or entry.steps)
+    entry, task = ENTRIES[key], plan.task(key)
     clock = Clock(task, plan.rounds)
     rows, failed, start = [], {}, float("nan")
 
@@ -170,20 +210,15 @@ def table(
     return Table(title, task.rates, task.trivial_loss, start, rows, failed)
 
 
-def applicable(key: str) -> list[Method]:
+def applicable(plan: Plan, key: str) -> list[Method]:
     """The rows of a task."""
-    entry = ENTRIES[key]
-    task = entry.make(steps=1)
-    return [
-        method
-        for method in methods()
-        if method.applies(task) and (entry.peers or method.ours or method.name == BARE)
-    ]
+    task, wanted = plan.task(key, steps=1), ENTRIES[key].rows
+    return [method for method in methods() if wanted(method) and method.applies(task)]
 
 
 def tables(plan: Plan) -> dict[str, Table]:
     """All tasks."""
-    rows = {key: applicable(key) for key in plan.keys}
+    rows = {key: applicable(plan, key) for key in plan.keys if plan.measurable(key)}
     with Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("", total=sum(map(len, rows.values())))
         return {
@@ -205,6 +240,7 @@ def parsed(argv) -> tuple[Plan, bool]:
         "--only", nargs="+", metavar="METHOD", choices=names, default=names,
         help="compute these methods only; the others are shown where they are there",
     )  # fmt: skip
+    parser.add_argument("--data-dir", help="folder of *.txt files for G")
     parser.add_argument("--steps", type=whole(1), help="in place of each task's own")
     parser.add_argument(
         "--rounds", type=whole(0), default=15, help="of step times, 0 for none"
@@ -229,6 +265,7 @@ def parsed(argv) -> tuple[Plan, bool]:
         rounds=options.rounds,
         folder=options.out,
         fresh=options.fresh,
+        data_dir=options.data_dir,
     )
     return plan, options.report
 
@@ -242,6 +279,9 @@ def main(argv=None) -> int:
         f"{jax.default_backend()}, jax {jax.__version__}, optax {optax.__version__}."
     )
     name = Path(__file__).stem
+    left = [key for key in plan.keys if key not in seen]
+    if left:
+        about += f" Not measured here: {', '.join(left)}."
     text = report.whole(
         seen,
         methods(),

@@ -7,6 +7,8 @@ import pytest
 jax.config.update("jax_numpy_rank_promotion", "raise")
 if jax.config.jax_num_cpu_devices < 0:  # `JAX_NUM_CPU_DEVICES` is not set.
     jax.config.update("jax_num_cpu_devices", 8)
+if jax.default_backend() != "cpu":  # Oracles are of float64, products not of TF32.
+    jax.config.update("jax_default_matmul_precision", "highest")
 
 
 def pytest_runtest_setup(item):

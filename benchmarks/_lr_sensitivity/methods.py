@@ -17,7 +17,7 @@ from .running import EXTRAS, Evaluated, as_trained
 from .tasks import WARM_UP, Task
 
 WINDOW_OF_PLATEAU = 20  # Steps averaged: an epoch of the digits at batch 64 has 22.
-BARE = "optimizer alone"
+BARE, CLIP = "optimizer alone", "clip_by_global_norm"
 KINDS = ("bare", "clip", "guard", "rate", "ours")
 
 
@@ -59,7 +59,7 @@ def _peers() -> list[Method]:
         factor=0.5, patience=5, accumulation_size=WINDOW_OF_PLATEAU
     )
     clips = {
-        "clip_by_global_norm": (lambda _: optax.clip_by_global_norm(1.0), "norm 1"),
+        CLIP: (lambda _: optax.clip_by_global_norm(1.0), "norm 1"),
         "adaptive_grad_clip": (lambda _: optax.adaptive_grad_clip(0.01), "0.01"),
         "clip_by_block_rms": (lambda _: optax.clip_by_block_rms(1.0), "rms 1"),
         "AutoClip": (

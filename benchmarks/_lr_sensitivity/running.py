@@ -59,16 +59,21 @@ def program(task: Task, build: Build, evaluated: Evaluated = as_trained, extras=
 
     def one(rate, params, keys):
         tx = build(rate)
-        (last, state), _ = jax.lax.scan(
+        (last, state), losses = jax.lax.scan(
             lambda carry, key: train_step(task, tx, carry, key, extras),
             (params, tx.init(params)),
             keys,
         )
         last = evaluated(state, last)
         accuracy = jnp.nan if task.accuracy is None else task.accuracy(last)
-        return task.final_loss(last), accuracy, task.dead(last)
+        judged = losses[-task.tail :].mean() if task.tail else task.final_loss(last)
+        return judged, accuracy, task.dead(last)
 
-    return jax.jit(jax.vmap(one, in_axes=(0, None, None)))
+    if task.together:
+        return jax.jit(jax.vmap(one, in_axes=(0, None, None)))
+    return jax.jit(
+        lambda rates, params, keys: jax.lax.map(lambda x: one(x, params, keys), rates)
+    )
 
 
 def inputs(task: Task, seed: int):
@@ -80,7 +85,7 @@ def inputs(task: Task, seed: int):
 
 def digest(run, task: Task) -> str:
     """Tells programs apart: task, steps, settings and code, but not the machine."""
-    whole = run.trace(*jax.eval_shape(lambda: inputs(task, 0))).jaxpr
+    whole = run.trace(*inputs(task, 0)).jaxpr
     # Addresses and lines of source differ without any difference in what is computed.
     text = re.sub(r"0x[0-9a-f]+|\S+\.py:\d+", "", str(whole))
     told = hashlib.sha256(text.encode())

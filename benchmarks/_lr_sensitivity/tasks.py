@@ -46,13 +46,15 @@ class Task(NamedTuple):
     dead: Callable[[Any], jax.Array]  # Share of hidden units that are always zero.
     trivial_loss: float  # Of the best constant predictor.
     optimizer: Callable[[Any], optax.GradientTransformation]  # rate -> optimizer
+    tail: int = 0  # Last steps whose mean loss is the final loss, if not 0.
+    together: bool = True  # Whether all rates fit the device at once.
 
 
-def _mean_loss(scores, labels):
+def mean_loss(scores, labels):
     return optax.softmax_cross_entropy_with_integer_labels(scores, labels).mean()
 
 
-def _entropy(labels, classes) -> float:
+def entropy(labels, classes) -> float:
     shares = np.bincount(labels.ravel(), minlength=classes) / labels.size
     shares = shares[shares > 0]
     return float(-(shares * np.log(shares)).sum())
@@ -94,7 +96,7 @@ def text_task(steps: int = 300, batch_size: int = 16) -> Task:
 
     def loss(params, window):
         scores = transformer.logits(params, window[:, :-1])
-        return _mean_loss(scores, window[:, 1:])
+        return mean_loss(scores, window[:, 1:])
 
     return Task(
         name="A",
@@ -107,7 +109,7 @@ def text_task(steps: int = 300, batch_size: int = 16) -> Task:
         final_loss=lambda params: loss(params, windows),
         accuracy=None,
         dead=lambda params: jnp.zeros(()),
-        trivial_loss=_entropy(held_out, characters),
+        trivial_loss=entropy(held_out, characters),
         optimizer=lambda rate: optax.adamw(
             optax.warmup_constant_schedule(0.0, rate, WARM_UP), b2=0.95
         ),
@@ -140,7 +142,7 @@ def digits_task(optimizer: str = "adam", batch_size: int = 64, steps: int = 600)
 
     def loss(params, batch):
         images, labels = batch
-        return _mean_loss(scores(params, images), labels)
+        return mean_loss(scores(params, images), labels)
 
     def batch(key):
         rows = jax.random.randint(key, (batch_size,), 0, len(train_labels))
@@ -166,7 +168,7 @@ def digits_task(optimizer: str = "adam", batch_size: int = 64, steps: int = 600)
         final_loss=lambda params: loss(params, (train_images, train_labels)),
         accuracy=accuracy,
         dead=dead,
-        trivial_loss=_entropy(_digits()[1], 10),
+        trivial_loss=entropy(_digits()[1], 10),
         optimizer=build,
     )
 

@@ -15,14 +15,22 @@ def init(
     layers: int = LAYERS,
     width: int = WIDTH,
     context: int = CONTEXT,
+    deviation: float | None = None,
 ):
-    """Parameters, of which LayerNorm scales start at one."""
+    """Parameters, of which LayerNorm scales start at one.
+
+    With `deviation`, all others are normal as in GPT-2: those that write to the
+    residual stream are smaller by sqrt(2 layers).
+    """
     keys = iter(jax.random.split(key, 3 + 4 * layers))
     lecun = jax.nn.initializers.lecun_normal()
-    embed = jax.nn.initializers.normal(width**-0.5)
+    embed = jax.nn.initializers.normal(deviation or width**-0.5)
 
-    def kernel(*shape):
-        return lecun(next(keys), shape)
+    def kernel(*shape, residual=False):
+        if deviation is None:
+            return lecun(next(keys), shape)
+        scale = deviation / (2 * layers) ** 0.5 if residual else deviation
+        return scale * jax.random.normal(next(keys), shape)
 
     return {
         "characters": embed(next(keys), (characters, width)),
@@ -31,9 +39,9 @@ def init(
             {
                 "norm": jnp.ones((2, width)),
                 "queries_keys_values": kernel(width, 3 * width),
-                "out": kernel(width, width),
+                "out": kernel(width, width, residual=True),
                 "up": kernel(width, 4 * width),
-                "down": kernel(4 * width, width),
+                "down": kernel(4 * width, width, residual=True),
             }
             for _ in range(layers)
         ],
@@ -43,27 +51,27 @@ def init(
 
 
 def _normalised(x, scale):
-    x = x - x.mean(-1, keepdims=True)
-    return scale * x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6)
+    wide = x.astype(jnp.float32)
+    wide = wide - wide.mean(-1, keepdims=True)
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + 1e-6)
+    return scale * wide.astype(x.dtype)
 
 
-def _attended(x, layer):
+def _attended(x, layer, heads):
     batch, length, width = x.shape
     projected = x @ layer["queries_keys_values"]
-    shape = (batch, length, 3, HEADS, width // HEADS)
+    shape = (batch, length, 3, heads, width // heads)
     queries, keys, values = jnp.moveaxis(projected.reshape(shape), 2, 0)
-    scores = jnp.einsum("bthd,bshd->bhts", queries, keys) * (width // HEADS) ** -0.5
-    past = jnp.tril(jnp.ones((length, length), bool))
-    weights = jax.nn.softmax(jnp.where(past, scores, -1e30), axis=-1)
-    mixed = jnp.einsum("bhts,bshd->bthd", weights, values)
+    mixed = jax.nn.dot_product_attention(queries, keys, values, is_causal=True)
     return mixed.reshape(batch, length, width) @ layer["out"]
 
 
-def logits(params, text):
-    """Scores of the next character, (batch, length, characters)."""
+def logits(params, text, heads: int = HEADS, dtype=jnp.float32):
+    """Scores of the next character, (batch, length, characters), computed in dtype."""
+    params = jax.tree.map(lambda x: x.astype(dtype), params)
     x = params["characters"][text] + params["positions"][: text.shape[1]]
     for layer in params["layers"]:
-        x = x + _attended(_normalised(x, layer["norm"][0]), layer)
+        x = x + _attended(_normalised(x, layer["norm"][0]), layer, heads)
         hidden = jax.nn.gelu(_normalised(x, layer["norm"][1]) @ layer["up"])
         x = x + hidden @ layer["down"]
     return _normalised(x, params["norm"]) @ params["head"]

@@ -15,6 +15,7 @@ from ._readings import ClipNumbers
 
 # The mean of equal unit vectors has length 1, of independent ones about 0.2.
 LEAST_LENGTH = 0.5
+LEAST_NORM = float(jnp.finfo(jnp.float32).tiny) ** 0.5  # Below it squares lose digits.
 
 
 class DirectionState(NamedTuple):
@@ -45,7 +46,8 @@ def limit_direction(
 
     Returns:
         A transformation for `optax.chain`. A gradient with a nan or inf, or of norm
-        1e18 or more, becomes zeros. The state holds one float32 a parameter.
+        1e18 or more, becomes zeros; one of norm below 1e-19 passes and leaves the mean
+        as it was. The state holds one float32 a parameter.
 
     Raises:
         ValueError: If a concrete argument is out of range.
@@ -72,7 +74,7 @@ def limit_direction(
         (mean,) = memory
         measured = measure(updates)
         finite = measured.finite
-        usable = finite & (measured.norm > 0)
+        usable = finite & (measured.norm >= LEAST_NORM)
         norm = jnp.where(usable, measured.norm, 1.0)
         length = jnp.sqrt(mean_square)
         inverse = 1 / jnp.maximum(length, 1e-12)

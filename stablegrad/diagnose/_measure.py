@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from . import _taps
-from ._program import Op, Program, Value
+from ._program import Op, Program, Value, split
 from ._site import Site
 
 Statistics = dict[str, dict[str, jax.Array]]
@@ -143,7 +143,7 @@ class Instrument:
     def _scan(self, op: Op, arguments, probes):
         params, body = op.eqn.params, op.body
         assert body is not None
-        fixed, carried = params["num_consts"], params["num_carry"]
+        fixed, carried = split(op.eqn)
         depth = {key for key, around in self.scans.items() if op in around}
         inner = {key: probes[key] for key in depth if key in probes}
 

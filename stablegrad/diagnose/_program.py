@@ -185,7 +185,7 @@ def _append(program: Program, eqn, parent, name: str, ins: list[Value]) -> list[
 
 def _body(eqn, ins: list[Value]) -> Program:
     """Return the program of one iteration; what is carried counts as data."""
-    fixed, carried = eqn.params["num_consts"], eqn.params["num_carry"]
+    fixed, carried = split(eqn)
     inner = []
     for i, (var, outer) in enumerate(zip(_inner(eqn).invars, ins, strict=True)):
         is_data = outer.is_data or fixed <= i < fixed + carried
@@ -193,6 +193,14 @@ def _body(eqn, ins: list[Value]) -> Program:
         sliced = outer.sliced or i >= fixed + carried
         inner.append(Value(var.aval, is_data, leaves, sliced and bool(leaves)))
     return _program(eqn.params["jaxpr"], inner)
+
+
+def split(eqn) -> tuple[int, int]:
+    """Return how many inputs of a scan are fixed, and how many after them carried."""
+    if "ft_in" in eqn.params:  # JAX 0.11 and later.
+        fixed, carried, _ = map(len, eqn.params["ft_in"].unpack())
+        return fixed, carried
+    return eqn.params["num_consts"], eqn.params["num_carry"]
 
 
 def _inner(eqn):

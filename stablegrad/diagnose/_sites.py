@@ -6,7 +6,7 @@ import numpy as np
 
 from . import _elementwise
 from ._follow import after_bias, after_shift, is_near, is_passed_on
-from ._program import Op, Program, Value
+from ._program import Op, Program, Value, split
 from ._site import Site, last_layer
 from ._softmaxes import softmaxes
 from ._streams import mark_normalised, residual_sums
@@ -50,7 +50,7 @@ def _in_program(program: Program, path, sliced, known) -> list[Site]:
 def _mark_recurrent(op: Op, sites: list[Site]) -> None:
     """Find the layers of a scan's body that take what is carried."""
     assert op.body is not None
-    fixed, carried = op.eqn.params["num_consts"], op.eqn.params["num_carry"]
+    fixed, carried = split(op.eqn)
     state = op.body.ins[fixed : fixed + carried]
     own = set(op.body.values())
     for site in sites:

@@ -180,6 +180,8 @@ def test_nothing_of_the_size_of_a_parameter_is_held_or_copied(shape):
     # JAX before 0.10.2 stores the squares of a leaf on a CPU while it adds them up.
     size = params["w"].nbytes
     least = size / 8 if jax.__version_info__ >= (0, 10, 2) else 1.1 * size
+    if jax.default_backend() != "cpu":  # Sums of blocks, one a group of threads.
+        least = size / 2
     assert program.memory_analysis().temp_size_in_bytes < least
     copies = [
         line

@@ -18,6 +18,7 @@ START = jnp.array([1.0, 1.0])
 PROBES = ["forward", "hvp"]
 BOTH = pytest.mark.parametrize("probe", core(PROBES, "forward"))
 FREE = float(np.finfo(np.float32).max)
+TINY = float(np.finfo(np.float32).tiny)  # Below it a GPU keeps digits, a CPU none.
 RUNS, STEPS = 64, 400  # Of `sgd_runs`, compiled once for each probe.
 
 
@@ -292,7 +293,7 @@ def test_no_step_is_longer_than_the_optimizer_wanted_in_any_element(probe):
     fine = np.isfinite(wanted).all(axis=-1) & ~found["skipped"]
     assert fine.sum() > 0.9 * fine.size
     assert (np.sign(taken) * np.sign(wanted) >= 0)[fine].all()
-    assert (np.abs(taken) <= np.abs(wanted) * (1 + 1e-6))[fine].all()
+    assert (np.abs(taken) <= np.abs(wanted) * (1 + 1e-6) + TINY)[fine].all()
     assert (taken[~fine] == 0).all()
 
 
