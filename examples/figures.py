@@ -4,17 +4,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
+import style
 
 
 def draw_schedules(outcomes: dict[str, Any], kinds: dict[str, str], path: Path) -> None:
     """Rate, gradient norm and loss over the steps: a column a kind of schedule."""
     columns = list(dict.fromkeys(kinds.values()))
-    figure = Figure(figsize=(14, 8), layout="constrained")
-    axes = figure.subplots(3, len(columns), sharex=True, sharey="row", squeeze=False)
+    figure, axes = style.sheet(
+        14,
+        8,
+        3,
+        len(columns),
+        title="The same network under each schedule",
+        sharex=True,
+        sharey="row",
+    )
     for name, out in outcomes.items():
         column = columns.index(kinds[name])
-        color = f"C{[n for n in kinds if kinds[n] == kinds[name]].index(name)}"
+        among = [other for other in kinds if kinds[other] == kinds[name]]
+        color = style.CYCLE[among.index(name) % len(style.CYCLE)]
         for axis, values in zip(
             axes[:, column], (out.rates, out.norms, out.losses), strict=True
         ):
@@ -34,16 +42,23 @@ def draw_schedules(outcomes: dict[str, Any], kinds: dict[str, str], path: Path) 
 
 def draw_layers(outcomes: dict[str, dict[str, Any]], path: Path) -> None:
     """The gradient norm over the layers, at the start and after training."""
-    figure = Figure(figsize=(4.5 * len(outcomes) + 1, 8), layout="constrained")
-    axes = figure.subplots(2, len(outcomes), sharey="row", squeeze=False)
+    figure, axes = style.sheet(
+        4.5 * len(outcomes) + 1,
+        8,
+        2,
+        len(outcomes),
+        title="Gradient norm by layer, before and after training",
+        sharey="row",
+    )
     names = list(dict.fromkeys(name for found in outcomes.values() for name in found))
     for column, (title, networks) in enumerate(outcomes.items()):
         for axis, when in zip(axes[:, column], ("at_start", "at_end"), strict=True):
             for name, out in networks.items():
                 norms = getattr(out, when)
                 norms = np.clip(np.where(norms > 0, norms, np.nan), 1e-15, 1e12)
-                style = {"color": f"C{names.index(name)}", "marker": "."}
-                axis.plot(range(1, len(norms) + 1), norms, label=name, **style)
+                color = style.CYCLE[names.index(name) % len(style.CYCLE)]
+                layers = range(1, len(norms) + 1)
+                axis.plot(layers, norms, label=name, color=color, marker=".")
             axis.set_yscale("log")
             axis.locator_params(axis="x", integer=True)
         axes[0, column].set_title(title)

@@ -230,6 +230,7 @@ def test_one_trace_serves_many_calls(name):
     assert len(traces) <= before + 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", core(BUILT, "clip_by_zscore"))
 def test_one_that_is_built_within_a_trace_can_be_used_after_it(name):
     params, built = {"w": jnp.ones(3)}, []
@@ -258,6 +259,7 @@ def test_works_the_same_without_jit(name):
     chex.assert_trees_all_close(plain, fast, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", core(TRANSFORMATIONS, "clip_by_zscore"))
 def test_works_for_an_ensemble_under_vmap(name):
     tx, params = made(name), jax.tree.map(lambda x: jnp.stack([x] * 4), PARAMS)

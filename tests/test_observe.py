@@ -123,6 +123,7 @@ def test_a_loss_that_was_not_passed_is_nan_and_a_lambda_is_called_signal():
     assert seen["skip_fixed_signal_limit"] == 1.0
 
 
+@pytest.mark.slow
 def test_a_nan_is_reported_as_nan_while_the_state_stays_finite():
     tx = guarded()
     bad = {"dense": {"bias": jnp.zeros(2), "kernel": jnp.full((2, 3), jnp.nan)}}
@@ -145,6 +146,7 @@ NESTINGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", core(NESTINGS, "chain", "inject"))
 def test_finds_the_guard_inside_other_transformations(name):
     tx = NESTINGS[name](sg.guard(optax.sgd(0.1)))
@@ -178,6 +180,7 @@ def test_reading_an_unguarded_state_is_an_error_that_says_what_to_pass():
             read(state)
 
 
+@pytest.mark.slow
 def test_events_name_the_leaf_and_join_steps_in_a_row():
     tx = guarded()
     norms = np.ones(200)  # As many as of the test of the log.
@@ -193,6 +196,7 @@ def test_events_name_the_leaf_and_join_steps_in_a_row():
     assert str(first).startswith("steps 1 to 2: skip (nonfinite gradient), leaf w, ")
 
 
+@pytest.mark.slow
 def test_events_tell_of_back_off_and_halt():
     tx = sg.guard(
         optax.sgd(0.1),
@@ -223,6 +227,7 @@ def test_an_outlier_event_names_the_leaf_with_the_largest_norm():
     assert sg.metrics(state)["first_bad_leaf"] == -1
 
 
+@pytest.mark.slow
 def test_health_is_finite_parameters_and_no_halt():
     tx = sg.guard(optax.sgd(0.1), sg.skip(), sg.halt(after=2))
     healthy = jax.jit(sg.is_healthy)
@@ -289,6 +294,7 @@ def square_root():
     return optax.stateless(lambda grads, params: jax.tree.map(jnp.sqrt, grads))
 
 
+@pytest.mark.slow
 def test_an_element_that_was_kept_out_is_counted_and_its_leaf_named():
     tx = sg.guard(square_root())
     grads = jax.tree.map(jnp.ones_like, PARAMS)
@@ -321,6 +327,7 @@ def ensemble(norms):
     return params, state
 
 
+@pytest.mark.slow
 def test_events_of_an_ensemble_say_which_member():
     _, state = ensemble([[1.0, np.nan, 1.0], [np.inf, 1.0, 1.0]])
     told = [(e.member, e.step, e.reason) for e in sg.events(state)]

@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import tomllib
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
 
@@ -21,7 +21,11 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def test_the_version_is_that_of_the_metadata():
-    assert sg.__version__ == version("stablegrad") == PROJECT["version"]
+    try:
+        installed = version("stablegrad")
+    except PackageNotFoundError:
+        pytest.skip("a source tree that was never installed has no metadata")
+    assert sg.__version__ == installed == PROJECT["version"]
 
 
 NOT_INSTALLED = """
@@ -202,6 +206,7 @@ def cycle(found):
     return None
 
 
+@pytest.mark.slow
 def test_a_module_imports_from_its_own_room_and_earlier_ones():
     found = modules(ROOT / "stablegrad")
     assert {name.split(".")[1] for name in found} == set(ROOMS)

@@ -74,6 +74,7 @@ def test_smallest_of_no_leaves_is_one():
     assert Scales(ONE, ()).smallest() == 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("second", SCALES)
 @pytest.mark.parametrize("first", SCALES)
 def test_the_minimum_is_taken_element_by_element(first, second):

@@ -3,35 +3,29 @@
 import itertools
 from pathlib import Path
 
-import matplotlib
 import numpy as np
+import style
+from matplotlib.axes import Axes
 
 from .rows import Table
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
-
-# Told apart in grey by width, marker and dashes; in colour by hue as well.
-PEERS = {
-    "clip": ("#4f7cb5", "#a3bfe3"),
-    "guard": ("#8a8a8a",),
-    "rate": ("#3f8f68", "#9fcfb4"),
-}
-OURS = ("#b2182b", "#d6604d", "#762a83", "#e08214", "#8c510a")
+# Methods are told apart by colour and marker, their kinds by width and dashes.
+PEERS = {"clip": "-", "guard": (0, (5, 2)), "rate": (0, (1, 1.5))}
 MARKERS = "osD^v"
-DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (3, 1, 1, 1, 1, 1)))
 FLOOR = 1e-4  # Losses on B reach zero, which a logarithm has no room for.
 
 
 def _styles(tables: list[Table]) -> dict[str, dict]:
     """One style a method, the same in every panel."""
     kinds = {row.method: row.kind for data in tables for row in data.rows}
-    peers = {
-        kind: itertools.cycle(itertools.product(colours, DASHES))
-        for kind, colours in PEERS.items()
-    }
-    ours = itertools.cycle(zip(OURS, MARKERS, strict=True))
+    peers = itertools.cycle((style.GREY, style.SKY, style.PURPLE, style.YELLOW))
+    ours = itertools.cycle(
+        zip(
+            (style.BLUE, style.GREEN, style.RED, style.ORANGE, style.PURPLE),
+            MARKERS,
+            strict=True,
+        )
+    )
     styles = {}
     for method, kind in kinds.items():
         if kind == "bare":
@@ -39,11 +33,10 @@ def _styles(tables: list[Table]) -> dict[str, dict]:
         elif kind == "ours":
             colour, marker = next(ours)
             styles[method] = {
-                "color": colour, "marker": marker, "ms": 4, "lw": 2.6, "zorder": 5,
+                "color": colour, "marker": marker, "ms": 4, "lw": 2.4, "zorder": 5,
             }  # fmt: skip
         else:
-            colour, dashes = next(peers[kind])
-            styles[method] = {"color": colour, "ls": dashes, "lw": 0.9}
+            styles[method] = {"color": next(peers), "ls": PEERS[kind], "lw": 1.2}
     return styles
 
 
@@ -52,25 +45,23 @@ def _panel(axes: Axes, data: Table, styles: dict[str, dict]) -> None:
         loss = np.maximum(row.scores.loss, FLOOR)
         axes.plot(data.rates, loss, label=row.method, **styles[row.method])
     axes.axhline(data.initial_loss, color="black", lw=0.6, ls=":")
-    axes.set(title=data.title, xlabel="learning rate", xscale="log", yscale="log")
+    axes.set(xlabel="learning rate", xscale="log", yscale="log")
+    axes.set_title(data.title, fontsize=9)
     if min(row.scores.loss.min() for row in data.rows) > 1:
         axes.set_yscale("linear")
-    axes.title.set_fontsize(9)
-    axes.grid(alpha=0.25, lw=0.5)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def draw(tables: list[Table], path: Path) -> None:
-    """Writes the figure, at 200 dots an inch."""
+    """Write the figure."""
     tables = [data for data in tables if data.rows]
     styles, columns = _styles(tables), min(3, len(tables))
     lines = -(-len(tables) // columns)
-    figure, grid = plt.subplots(
+    figure, grid = style.sheet(
+        max(3.6 * columns, 6),
+        3.1 * lines + 1.6,
         lines,
         columns,
-        squeeze=False,
-        figsize=(3.6 * columns, 3.1 * lines + 1.4),
-        layout="constrained",
+        title="Final loss at each learning rate (dotted: before training)",
     )
     panels = list(grid.flat)
     for axes, data in zip(panels, tables, strict=False):
@@ -92,5 +83,4 @@ def draw(tables: list[Table], path: Path) -> None:
         fontsize=7,
         frameon=False,
     )
-    figure.savefig(path, dpi=200)
-    plt.close(figure)
+    figure.savefig(path, dpi=130)

@@ -32,6 +32,7 @@ def several(tx, **settings):
     return optax.MultiSteps(tx, K, **settings)
 
 
+@pytest.mark.slow
 def test_a_nan_micro_batch_does_not_kill_the_accumulator():
     assert dies(several(ADAM))
     run = train(guarded(several(ADAM)))

@@ -38,6 +38,7 @@ def asked_again(batch, loss, grads):
     return {"value": loss, "grad": grads, "value_fn": value_fn}
 
 
+@pytest.mark.slow
 @every_search
 def test_a_guard_around_a_line_search_trains_through_the_faults(name):
     inner = optax.chain(optax.sgd(1.0), SEARCHES[name])

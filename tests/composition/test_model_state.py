@@ -66,6 +66,7 @@ def test_batch_statistics_stay_finite_only_if_the_step_keeps_a_copy(keep):
     assert (loss < 0.2) == whole
 
 
+@pytest.mark.slow
 def test_linens_batch_statistics_stay_as_they_were_when_a_step_is_skipped():
     class State(train_state.TrainState):
         batch_stats: dict
@@ -102,6 +103,7 @@ def test_linens_batch_statistics_stay_as_they_were_when_a_step_is_skipped():
         assert all(jax.tree.leaves(changes))
 
 
+@pytest.mark.slow
 def test_what_a_step_changed_is_kept_if_any_guard_skipped_and_else_is_new():
     guarded = sg.guard(optax.sgd(0.1), sg.skip(sg.fixed(2.0)))
     tx = optax.chain(sg.guard(optax.identity(), sg.skip(sg.fixed(9.0))), guarded)

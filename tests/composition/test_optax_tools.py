@@ -82,6 +82,7 @@ def test_apply_takes_a_guard_with_a_wrapped_update():
     assert calls == [{"value": 1.0}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", core(["update", "apply"], "apply"))
 def test_integer_gradients_of_float_parameters_count_as_floats(method):
     tx, params = sg.guard(optax.adam(0.1)), {"w": jnp.ones(3)}
@@ -113,6 +114,7 @@ def test_schedule_free_is_evaluated_on_the_guarded_inner_state():
     assert (found != PARAMS["b"]).all()
 
 
+@pytest.mark.slow
 def test_a_state_without_its_guards_is_that_of_the_optimizer_alone():
     params = {"w": jnp.ones(3)}
     clip, adam = optax.clip(1.0), optax.adam(0.1)

@@ -40,6 +40,7 @@ def in_last_bias(grad_fn, params, batch, fault):
     return loss, {**grads, "last": last}
 
 
+@pytest.mark.slow
 def test_injected_hyperparameters_wait_while_a_step_is_rejected():
     inner = optax.inject_hyperparams(optax.adam)(learning_rate=FALLING)
     assert dies(inner)

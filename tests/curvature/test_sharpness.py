@@ -99,6 +99,7 @@ def preconditioned(gradients, curvature, b1=0.9, b2=0.999, eps=1e-8):
     return np.max(curvature / floored), np.max(curvature / p)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "steps_before, b1, b2", core([(0, 0.9, 0.999), (3, 0.8, 0.95)], (0, 0.9, 0.999))
 )

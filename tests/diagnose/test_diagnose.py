@@ -147,6 +147,7 @@ def test_all_frameworks_give_the_same_layers_and_numbers(name):
             np.testing.assert_allclose(ours, theirs, rtol=1e-3, err_msg=field)
 
 
+@pytest.mark.slow
 def test_a_scan_over_layers_gives_one_layer_an_iteration():
     def scanned(params, x):
         def step(x, layer):
@@ -414,6 +415,7 @@ def test_a_rule_of_ones_own_is_asked_and_can_be_explained_by_another():
     assert [v.follows for v in report.verdicts] == ["", "cause"]
 
 
+@pytest.mark.slow
 def test_the_report_is_text_a_page_a_figure_and_json(tmp_path):
     tx = sg.stabilize(optax.adam(1e-3))
     params = plain_params(layer1=12.0)

@@ -54,6 +54,7 @@ def fused(name):
     return jax.jit(lambda g, s, p: sg.apply(OPTIMIZERS[name], g, s, p, value=1.0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e25])
 @pytest.mark.parametrize("name", core(OPTIMIZERS, "guarded momentum"))
 def test_a_rejected_step_returns_every_bit_as_it_was(name, bad):

@@ -60,6 +60,7 @@ def assert_one_event(state, kind, reason=""):
     assert (event.kind, event.reason, event.leaf) == (kind, reason, "w")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size, apply", core(WAYS, ("small", False), ("large", True)))
 def test_an_element_of_the_update_is_kept_out_and_the_others_move(size, apply):
     tx = sg.guard(dividing("update"))
@@ -128,6 +129,7 @@ def test_elements_kept_out_of_update_and_state_at_one_place_count_once():
     np.testing.assert_array_equal(seen["kept_out_elements"], [0, 1, 0, 0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size, apply", core(WAYS, ("small", False)))
 def test_a_step_without_a_finite_element_counts_as_rejected_and_halts(size, apply):
     broken = optax.stateless(lambda g, p: jax.tree.map(lambda x: x / x * -0.1, g))

@@ -95,6 +95,7 @@ def test_a_value_that_is_not_a_real_scalar_is_an_error(value, rules):
         tx.update(PARAMS, tx.init(PARAMS), PARAMS, value=value)
 
 
+@pytest.mark.slow
 def test_a_float64_loss_beyond_float32_counts_as_finite(x64):
     tx = sg.guard(optax.sgd(0.1), sg.skip(sg.nonfinite(of="value")))
     _, state = tx.update(PARAMS, tx.init(PARAMS), PARAMS, value=1e300)

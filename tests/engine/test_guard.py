@@ -156,6 +156,7 @@ def test_a_gradient_is_clipped_to_the_right_size_up_to_1e18(norm, size):
     assert sg.metrics(state)["skipped"] == (size == 0)
 
 
+@pytest.mark.slow
 def test_statistics_learn_on_rejected_steps_too():
     # A lasting shift above the skip threshold must become normal while skipped.
     norms = np.concatenate([np.ones(40), np.full(100, 1e3)])
@@ -165,6 +166,7 @@ def test_statistics_learn_on_rejected_steps_too():
     assert not seen["skipped"][85:].any()
 
 
+@pytest.mark.slow
 def test_responses_share_a_step_and_each_does_its_part():
     tx = sg.guard(
         optax.sgd(1.0),
@@ -194,6 +196,7 @@ def test_extra_arguments_reach_the_inner_transformation():
     assert set(heard) == {"value", "flavour"}
 
 
+@pytest.mark.slow
 def test_each_member_of_an_ensemble_is_guarded_on_its_own():
     tx = sg.guard(optax.adam(0.1), sg.skip())
     params = {"w": jnp.ones((3, 2))}
@@ -253,6 +256,7 @@ def test_one_trace_serves_a_whole_run(method):
     assert (now["halted_steps"] > 0) and not now["skipped"]
 
 
+@pytest.mark.slow
 def test_the_compiled_step_never_calls_the_host_and_its_state_can_be_donated():
     # Rule 12; and every number needs a buffer of its own.
     tx = sg.stabilize(optax.adamw(0.1))

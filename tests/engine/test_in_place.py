@@ -53,6 +53,7 @@ def gradients(faults=()):
     return {name: jnp.asarray(leaf, jnp.float32) for name, leaf in grads.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", core(INNER, "adamw"))
 def test_apply_decides_as_update_does_and_gives_the_same(name):
     faults = [(5, np.nan), (9, 1e5), (10, np.inf), (20, 50.0), (30, -np.inf)]
@@ -156,6 +157,7 @@ def test_nothing_measures_the_update_without_a_threshold_on_it():
         assert not {"update_norm", "raw_update_norm"} & set(seen)
 
 
+@pytest.mark.slow
 def test_exact_updates_is_accepted_with_a_warning():
     with pytest.warns(DeprecationWarning, match="`exact_updates` has no effect"):
         tx = sg.guard(optax.sgd(0.1), exact_updates=True)

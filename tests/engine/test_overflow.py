@@ -84,6 +84,7 @@ def test_healthy_steps_of_every_size_are_taken(name):
     assert (after["w"] != params["w"]).mean() > 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", core(["sgd", "adam", "rmsprop", "adagrad"], "adam"))
 def test_a_gradient_is_rejected_from_a_norm_of_1e18_and_no_step_breaks_anything(name):
     inner = OPTIMIZERS[name]
@@ -130,6 +131,7 @@ def assert_one_rejected(params, state, seen, reason):
     return event
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [1e15, 1e17, 0.9e18])
 def test_a_huge_gradient_that_the_optimizer_bears_is_taken(value):
     assert run(ADAMW, value)[2]["skipped_steps"][-1] == 0
@@ -162,6 +164,7 @@ def assert_one_kept_out(params, state, seen):
     assert (event.reason, event.leaf) == ("", "w")
 
 
+@pytest.mark.slow
 def test_an_element_of_an_update_that_overflows_is_kept_out():
     tx = sg.guard(optax.sgd(1e25), sg.skip())
     assert_one_kept_out(*run(tx, 1e17))

@@ -44,6 +44,7 @@ TRANSFORMATIONS = {
 }
 
 
+@pytest.mark.slow
 def test_an_update_is_a_function_whose_traces_can_be_counted():
     tx = sg.stabilize(optax.adam(0.1))
     update = jax.jit(chex.assert_max_traces(tx.update, n=1))
@@ -71,6 +72,7 @@ def test_an_unjitted_update_compiles_one_program(name):
         assert len(found) == 1
 
 
+@pytest.mark.slow
 def test_an_unjitted_apply_compiles_one_program():
     tx, params = sg.guard(optax.adam(0.1)), PARAMS
     state = tx.init(params)
@@ -123,6 +125,7 @@ def test_a_new_value_fn_is_used_and_the_old_one_is_not_kept(method):
     assert kept() is None
 
 
+@pytest.mark.slow
 def test_one_value_fn_compiles_one_program():
     tx, value_fn = sg.guard(scaled_by_value_fn()), Constant(2.0)
     state = tx.init(PARAMS)
@@ -132,6 +135,7 @@ def test_one_value_fn_compiles_one_program():
         assert len(found) == 1
 
 
+@pytest.mark.slow
 def test_an_unjitted_update_does_what_a_jitted_one_does():
     tx = sg.guard(optax.adam(0.1), sg.skip())
     grads = {"w": jnp.arange(6.0).reshape(3, 2)}

@@ -41,6 +41,7 @@ def train(kept, steps=STEPS):
     return state, grads, seen
 
 
+@pytest.mark.slow
 def test_a_history_holds_the_last_steps_oldest_first():
     state, grads, seen = train(KEPT)
     found = sg.history(state)

@@ -80,6 +80,7 @@ def norms_by_hand(name, grads):
     }[name]
 
 
+@pytest.mark.slow
 @every
 @pytest.mark.parametrize("scale", core([1e-15, 1.0, 1e15], 1e15))
 def test_norms_of_groups_are_those_written_out(name, scale):
@@ -93,6 +94,7 @@ def test_norms_of_groups_are_those_written_out(name, scale):
     np.testing.assert_allclose(found, norms_by_hand(name, grads), rtol=1e-5)
 
 
+@pytest.mark.slow
 @every
 def test_factors_reach_the_elements_of_their_group(name):
     per, count = GRANULARITIES[name]
@@ -109,6 +111,7 @@ def test_factors_reach_the_elements_of_their_group(name):
         chex.assert_trees_all_equal(done["head"], grads["head"])
 
 
+@pytest.mark.slow
 @every
 @pytest.mark.parametrize("scale", core([1e-15, 1.0, 1e15], 1e15))
 def test_one_pass_tells_what_the_two_measurements_tell(name, scale):
@@ -162,6 +165,7 @@ def fault_run(response, leaf="kernel", times=1e3, at=60, steps=70):
 PER = {"leaf": "leaf", "unit": "unit", "kind": by_kind}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per", core(PER, "unit"))
 def test_clip_leaves_the_groups_that_are_fine_alone(per):
     grads, moved, seen, _ = fault_run(sg.clip(sg.zscore(4.0, per=PER[per])))
@@ -173,6 +177,7 @@ def test_clip_leaves_the_groups_that_are_fine_alone(per):
     assert np.abs(moved["body"]["kernel"][59]).max() < 30  # Of 1000.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per", core(PER, "leaf"))
 def test_skip_sees_one_bad_group_among_many(per):
     rule = sg.zscore(8.0, per=PER[per])

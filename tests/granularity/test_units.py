@@ -248,6 +248,7 @@ def shifted(tree, layers=1):
     return tuple(tuple(a + layers for a in axes) for axes in unit_axes(tree))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use_bias", [True, False])
 @pytest.mark.parametrize(
     "layers, width, heads", [(3, 4, 2), (4, 4, 2), (2, 4, 2), (4, 4, 4), (6, 6, 3)]

@@ -26,6 +26,7 @@ def loss_of(model, x):
     return jnp.mean((model(x) - 1.0) ** 2)
 
 
+@pytest.mark.slow
 def test_nnx_trains_through_bad_batches_in_one_program_and_says_so():
     model = Model(nnx.Rngs(0))
     tx = optax.chain(sg.stabilize(optax.adam(0.05)), optax.identity())
@@ -104,6 +105,7 @@ def test_linens_own_apply_gradients_works_and_is_warned_of():
     assert sg.metrics(after.opt_state)["guarded_steps"] == 1
 
 
+@pytest.mark.slow
 def test_flax_serialization_restores_a_guard():
     tx = sg.guard(optax.adam(0.1), sg.skip())
     params = {"w": jnp.array([1.0, 2.0])}

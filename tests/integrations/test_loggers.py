@@ -61,6 +61,7 @@ class Memory:
         self.rows.append((step, dict(numbers)))
 
 
+@pytest.mark.slow
 def test_ten_scalars_are_told_unasked_and_all_on_request():
     state = state_after(1.0)
     told = sg.scalars(state)
@@ -96,6 +97,7 @@ def test_numbers_of_responses_that_a_guard_does_not_have_are_left_out():
     assert told["clip_by_norm_clipped_steps"] == 1
 
 
+@pytest.mark.slow
 def test_scalars_of_an_ensemble_say_to_take_one_member():
     state = jax.vmap(TX.init)({"w": jnp.zeros((3, 2))})
     with pytest.raises(ValueError, match="stacked over an ensemble"):

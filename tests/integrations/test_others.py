@@ -13,6 +13,7 @@ from helpers.training import of_norm
 import stablegrad as sg
 
 
+@pytest.mark.slow
 def test_equinox_models_train_and_their_leaves_are_named():
     model = eqx.nn.MLP(3, 1, 8, 1, key=jax.random.key(0))
     tx = sg.guard(optax.adam(0.05), sg.skip())

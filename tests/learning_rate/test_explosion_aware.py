@@ -160,6 +160,7 @@ SCHEDULES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "door, name",
     core(
@@ -390,6 +391,7 @@ def test_parameters_of_any_dtype_train_at_a_float32_rate(dtype):
     assert after.hyperparams == before.hyperparams
 
 
+@pytest.mark.slow
 def test_a_wide_schedule_scales_wide_updates_without_rounding(x64):
     tx = sg.scale_by_explosion_aware_schedule(lambda step: 0.1, sg.fixed(LIMIT))
     params = {"w": jnp.array([1.0], jnp.float64)}
@@ -427,6 +429,7 @@ def test_a_second_schedule_is_numbered_in_the_metrics():
     assert len(told) == 10
 
 
+@pytest.mark.slow
 def test_settings_may_be_swept_under_vmap():
     def last_rate(factor, rate):
         rule = sg.fixed(LIMIT, of="value")

@@ -115,6 +115,7 @@ def nnx_training():
     return model, nnx.Optimizer(model, tx, wrt=nnx.Param)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [True, False])
 def test_nnx_assigns_the_state_back(compiled):
     model, optimizer = nnx_training()

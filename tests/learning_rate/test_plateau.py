@@ -202,6 +202,7 @@ def test_the_first_evaluation_is_never_bad():
     assert cuts([1e30], patience=0) == cuts([-1e30], patience=0, mode="max") == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode, sign", [("min", 1.0), ("max", -1.0)])
 @pytest.mark.parametrize("best", core([-1.0, 1.0], -1.0))
 def test_a_worse_metric_is_never_better_whatever_its_sign(mode, sign, best):
@@ -377,6 +378,7 @@ def test_a_metric_that_is_not_a_scalar_is_an_error():
         tx.update(PARAMS, tx.init(PARAMS), value=jnp.ones(2))
 
 
+@pytest.mark.slow
 def test_inside_a_guard_the_metric_of_a_rejected_step_is_not_seen():
     tx = sg.guard(sg.reduce_on_plateau(0.5, 0), sg.skip())
     state = tx.init(PARAMS)

@@ -75,6 +75,7 @@ def test_without_a_loss_the_published_rule_judges_norms_alone():
     np.testing.assert_array_equal(skipped, oracles.olmo_skip(None, norms))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rule, streak", core([("olmo", 129), ("levanter", 129)], ("olmo", 129))
 )
@@ -117,6 +118,7 @@ def test_a_lasting_shift_is_refused_for_ever_by_axlearn_as_published():
     assert decisions(tx, norms, np.full(STEPS, 3.0))[0][600:].all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("published", core([True, False], False))
 def test_a_nan_gradient_never_reaches_the_parameters(published):
     norms = np.ones(40)

@@ -96,6 +96,7 @@ def history(**settings):
     return scan(tx, grads, PARAMS, values)[2][:2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, SETTINGS])
 def test_it_is_the_guard_that_its_docstring_spells_out(settings):
     grads, values = eventful()
@@ -136,6 +137,7 @@ def test_a_step_without_the_loss_is_warned_of_once():
     tx.update(PARAMS, tx.init(PARAMS), PARAMS, value=None)
 
 
+@pytest.mark.slow
 def test_without_a_value_the_loss_thresholds_stay_silent():
     tx = sg.stabilize(optax.adam(0.1))
     params, state = PARAMS, tx.init(PARAMS)
@@ -221,6 +223,7 @@ def test_one_lasting_rise_of_the_loss_costs_one_cut_and_the_rate_comes_back(fact
     assert scale.min() == 0.5 and (scale[300 + 200 :] == 1).all()
 
 
+@pytest.mark.slow
 def test_a_loss_that_has_risen_and_falls_costs_no_cut():
     norms, values = healthy(700)
     values[300:] += 50 * np.exp(-np.arange(400) / 30)
@@ -229,6 +232,7 @@ def test_a_loss_that_has_risen_and_falls_costs_no_cut():
     assert sg.metrics(state)["backed_off_steps"] == 0
 
 
+@pytest.mark.slow
 def test_a_loss_that_keeps_rising_lowers_the_rate_to_the_floor():
     norms, values = healthy(360)
     values[300:] += 2.0 ** np.arange(60)
@@ -237,6 +241,7 @@ def test_a_loss_that_keeps_rising_lowers_the_rate_to_the_floor():
     assert np.min(seen["lr_scale"]) == np.float32(0.01)
 
 
+@pytest.mark.slow
 def test_a_kind_of_batch_that_comes_every_sixteenth_step_is_data():
     norms, values = healthy(3000)
     norms[::16] *= 50
@@ -248,6 +253,7 @@ def test_a_kind_of_batch_that_comes_every_sixteenth_step_is_data():
     assert np.asarray(seen["clip_scale"])[1000:].min() >= 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size, at", [(1e17, 1), (1e4, 2), (1e17, 10)])
 def test_a_finite_spike_during_warm_up_does_not_freeze_adam(size, at):
     # Adam's second moment would remember 1e17 for 80,000 steps.

@@ -46,6 +46,7 @@ def stepper(tx):
     return step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", core(OPTIMIZERS, "adamw"))
 def test_an_adopted_run_goes_on_bit_for_bit(name):
     bare = OPTIMIZERS[name]()
@@ -61,6 +62,7 @@ def test_an_adopted_run_goes_on_bit_for_bit(name):
     assert sg.metrics(state)["guarded_steps"] == 15
 
 
+@pytest.mark.slow
 def test_the_adopted_state_is_one_from_init_but_for_its_arrays():
     params, inner = trained(optax.adamw(0.1))
     tx = sg.stabilize(optax.adamw(0.1), sg.roll_back())
@@ -74,6 +76,7 @@ def test_the_adopted_state_is_one_from_init_but_for_its_arrays():
     [leaf.block_until_ready() for leaf in jax.tree.leaves((params, inner))]
 
 
+@pytest.mark.slow
 def test_events_count_on_from_the_step():
     params, inner = trained(optax.sgd(0.1))
     tx = sg.guard(optax.sgd(0.1), sg.skip())

@@ -60,6 +60,7 @@ def limits(tx, params, state):
     return {name: x.item() for name, x in seen.items() if name.endswith("_limit")}
 
 
+@pytest.mark.slow
 def test_what_both_guards_have_is_carried_over(old):
     params, state = old
     moved = sg.migrate(second(), params, state)
@@ -79,6 +80,7 @@ def test_what_both_guards_have_is_carried_over(old):
     assert now["skip_window_zscore_grad_norm_limit"] == float("inf")  # Is new.
 
 
+@pytest.mark.slow
 def test_a_cut_of_the_learning_rate_stays(old):
     params, state = old
     tx = second()
@@ -101,6 +103,7 @@ def test_snapshots_begin_with_what_was_carried_over(old):
         chex.assert_trees_all_equal(own, all_of[all_of.size - width :])
 
 
+@pytest.mark.slow
 def test_a_guard_that_migrates_to_itself_decides_as_before(old):
     params, state = old
     moved = sg.migrate(first(), params, state)

@@ -56,6 +56,7 @@ def copy_of(tree):
     return jax.tree.map(jnp.array, tree)
 
 
+@pytest.mark.slow
 def test_bad_data_is_the_same_again_and_the_example_is_found():
     state = STEP(start(), BAD)
     kept = jax.device_get(state)
@@ -92,6 +93,7 @@ def test_an_example_counts_with_its_own_gradient():
         np.testing.assert_allclose(one.grad_norm, optax.tree.norm(grads), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_fault_of_the_hardware_that_has_passed_gives_other_numbers():
     state = Machine(np.nan)(start(), BATCH)
     assert sg.metrics(state[1])["skipped"]

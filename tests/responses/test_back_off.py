@@ -47,6 +47,7 @@ def run(norms, values, *skips, **options):
     return seen, params, state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("confirm", core([1, 2, 3], 2))
 @pytest.mark.parametrize(
     "hold, regrow, floor", core([(0, 7, 1e-4), (5, 20, 0.3)], (5, 20, 0.3))
@@ -70,6 +71,7 @@ def test_matches_the_float64_oracle(confirm, hold, regrow, floor):
     np.testing.assert_allclose(seen["lr_scale"], expected, rtol=RTOL)
 
 
+@pytest.mark.slow
 def test_the_cut_applies_to_the_step_that_exploded():
     seen, params, _ = run(np.ones(3), [1.0, 9.0, 1.0], WATCHED, factor=0.25)
     np.testing.assert_allclose(seen["lr_scale"], [1.0, 0.25, 0.25], rtol=RTOL)
@@ -78,6 +80,7 @@ def test_the_cut_applies_to_the_step_that_exploded():
     np.testing.assert_allclose(seen["update_norm"], [1.0, 0.25, 0.25], rtol=RTOL)
 
 
+@pytest.mark.slow
 def test_regrowth_undoes_one_cut_in_regrow_steps_and_stops_at_one():
     values = np.ones(60)
     values[1] = 9.0
@@ -128,6 +131,7 @@ def test_a_traced_factor_of_nan_neither_scales_nor_stays():
     np.testing.assert_array_equal(seen["lr_scale"], 1.0)
 
 
+@pytest.mark.slow
 def test_a_rise_that_lasts_cuts_once():
     seen, _, state = run(np.ones(200), np.array([1.0] + [9.0] * 199))
     np.testing.assert_allclose(seen["lr_scale"][1:], 0.5, rtol=RTOL)
@@ -141,6 +145,7 @@ def test_what_keeps_rising_is_followed_down_to_the_floor():
     np.testing.assert_allclose(seen["lr_scale"], expected, rtol=RTOL)
 
 
+@pytest.mark.slow
 def test_calm_arms_the_next_cut():
     values = np.array([1.0, 9.0, 1.0, 9.0, 1.0, 1.0, 1.0, 9.0])
     options = {"hold_steps": 2, "regrow_steps": 10**6}
@@ -149,11 +154,13 @@ def test_calm_arms_the_next_cut():
     np.testing.assert_allclose(seen["lr_scale"], expected, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_without_a_hold_every_explosion_cuts():
     seen, _, _ = run(np.ones(4), [1.0, 9.0, 9.0, 9.0], hold_steps=0)
     np.testing.assert_allclose(seen["lr_scale"], [1, 0.5, 0.25, 0.125], rtol=RTOL)
 
 
+@pytest.mark.slow
 def test_a_rise_of_another_signal_is_a_further_rise():
     rule = sg.back_off(sg.fixed(5.0, of="value"), sg.fixed(5.0))
     tx = sg.guard(optax.sgd(1e-6), rule)
@@ -175,6 +182,7 @@ def test_a_single_bad_batch_costs_nothing_with_two_to_confirm():
     np.testing.assert_array_equal(seen["lr_scale"], 1.0)
 
 
+@pytest.mark.slow
 def test_a_rise_that_fades_is_not_confirmed():
     values = [1.0, 9.0, 8.0, 7.0, 6.0, 1.0, 1.0, 8.0, 8.0, 9.0]
     seen, _, _ = run(np.ones(10), values, confirm_steps=2)
@@ -237,6 +245,7 @@ def test_rejects_arguments_out_of_range(name, value):
         sg.back_off(sg.nonfinite(), **{name: value})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [np.int64, np.float32, jnp.int32])
 def test_steps_may_be_whole_numbers_of_any_kind(number):
     rule = sg.back_off(sg.nonfinite(), hold_steps=number(3), regrow_steps=number(4))
@@ -278,6 +287,7 @@ def limited(norms, values, inner=None, explosion=None, **options):
     return scan(tx, of_norm(norms), PARAMS, values)[2][1]
 
 
+@pytest.mark.slow
 def test_the_gradient_is_clipped_only_while_the_rate_is_low():
     seen = limited(
         norms=[4.0, 4.0, 4.0, 1.0, 4.0, 4.0],

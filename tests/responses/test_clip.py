@@ -26,6 +26,7 @@ def to_one():
     return sg.guard(optax.identity(), sg.clip(sg.fixed(1.0)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", [0.0, 0.5, 1.0, 7.0, 1e10, 0.9e18])
 def test_shrinks_to_the_limit_and_never_grows(norm, strict):
     updates, state = one_step(to_one(), of_norm([norm])["w"][0])
@@ -49,6 +50,7 @@ def test_float16_gradients_of_300_are_clipped_to_the_right_size():
     np.testing.assert_array_equal(updates["w"], np.ones(16))
 
 
+@pytest.mark.slow
 def test_per_leaf_shrinks_only_the_leaf_that_explodes():
     grads = {"calm": jnp.array([0.6, 0.8]), "wild": jnp.array([3e5, 4e5])}
     tx = sg.guard(optax.identity(), sg.clip(sg.fixed(1.0, per="leaf")))
@@ -71,6 +73,7 @@ def test_several_clips_apply_the_smallest_factor_not_the_product():
     np.testing.assert_allclose(updates["b"], [1.0 / np.sqrt(64.25)], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_update_norm_limits_what_is_applied_whatever_the_learning_rate():
     # Adam undoes any clipping of the gradient, so only this limits its step.
     tx = sg.guard(optax.adam(10.0), sg.clip(sg.fixed(0.1, of="update_norm")))
@@ -113,6 +116,7 @@ def test_an_update_norm_that_jumps_is_followed_by_degrees():
     np.testing.assert_allclose(moved[-1], seen["raw_update_norm"][-1], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_detector_sees_the_raw_norm_not_the_clipped_one():
     # Rule 10. Fed with clipped norms, the level would stay at 1 for ever.
     norms = np.concatenate([np.ones(30), np.full(200, 50.0)])

@@ -45,6 +45,7 @@ def test_finite_outliers_never_halt():
     assert not seen["halted"].any()
 
 
+@pytest.mark.slow
 def test_nonfinite_steps_count_across_outliers_until_one_is_taken():
     norms = [1.0, np.nan, 9.0, np.nan, 1.0, np.nan]
     tx = sg.guard(optax.sgd(0.1), sg.skip(sg.fixed(2.0)), sg.halt(after=2))

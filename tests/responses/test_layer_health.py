@@ -82,6 +82,7 @@ def test_signals_are_those_of_the_last_check_leaf_by_leaf(every):
     ]
 
 
+@pytest.mark.slow
 def test_it_changes_nothing():
     grads = gradients()
     grads["block1"]["kernel"] = grads["block1"]["kernel"].at[50].multiply(1e4)
@@ -91,6 +92,7 @@ def test_it_changes_nothing():
     chex.assert_tree_all_finite(state)
 
 
+@pytest.mark.slow
 def test_a_layer_that_leaves_its_usual_range_is_named_and_no_other():
     grads = gradients()
     grads["block1"]["kernel"] = grads["block1"]["kernel"].at[50].multiply(100)
@@ -137,6 +139,7 @@ def test_labels_are_measured_together_and_none_is_left_out():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", core([jnp.nan, jnp.inf], jnp.nan))
 def test_a_rejected_step_is_not_checked_and_reaches_no_statistic(bad):
     grads = gradients(12)
@@ -153,6 +156,7 @@ def test_a_rejected_step_is_not_checked_and_reaches_no_statistic(bad):
     np.testing.assert_allclose(found, wanted, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_ratio_is_that_of_the_step_as_it_is_taken():
     grads = jax.tree.map(lambda x: jnp.full((1, *x.shape), 3.0), PARAMS)
     clip = sg.clip(sg.fixed(0.5))

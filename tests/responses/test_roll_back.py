@@ -147,6 +147,7 @@ def test_restored_nans_do_not_count_towards_the_limit():
     chex.assert_tree_all_finite(rows[-1][:2])
 
 
+@pytest.mark.slow
 def test_what_is_poisoned_in_silence_is_found_when_it_should_be_kept():
     # Its gradient is finite, so nothing else sees it.
     def silent(params, state, value, spoil):
@@ -172,6 +173,7 @@ def test_an_event_soon_after_a_snapshot_gives_it_up():
     assert newest_snapshot(rows, taken + 3) == taken
 
 
+@pytest.mark.slow
 def test_trouble_that_comes_back_goes_further_back_and_then_halts():
     rows, state = run(DEEP, OLDER, values=dict.fromkeys(range(18, STEPS), 100.0))
     rolled = [t for t, row in enumerate(rows) if row[2]["rolled_back"]]
@@ -201,6 +203,7 @@ def test_through_update_parameters_come_back_within_a_rounding():
     assert sg.metrics(state)["roll_backs"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [np.nan, 1e6])
 def test_through_update_what_cannot_come_back_halts_and_names_apply(value):
     def poison(params, state):
@@ -214,6 +217,7 @@ def test_through_update_what_cannot_come_back_halts_and_names_apply(value):
         sg.raise_if_halted(state)
 
 
+@pytest.mark.slow
 def test_without_roll_back_poisoned_parameters_halt_and_the_leaf_is_named():
     tx = sg.guard(optax.adam(0.05), sg.skip(), sg.halt(after=3))
     _, state = run(stepper(tx), tx, poison={25: nan_at("w")})
@@ -224,6 +228,7 @@ def test_without_roll_back_poisoned_parameters_halt_and_the_leaf_is_named():
         sg.raise_if_halted(state)
 
 
+@pytest.mark.slow
 def test_parameters_that_are_poisoned_from_the_start_are_no_snapshot():
     params, _ = nan_at("w")(PARAMS, None)
     rows, state = run(APPLY, TX, params=params)
@@ -233,6 +238,7 @@ def test_parameters_that_are_poisoned_from_the_start_are_no_snapshot():
         sg.raise_if_halted(state)
 
 
+@pytest.mark.slow
 def test_a_step_by_hand_and_a_scan_do_the_same():
     values = np.ones(STEPS, np.float32)
     values[20:23] = 100.0
@@ -251,6 +257,7 @@ def test_a_step_by_hand_and_a_scan_do_the_same():
     assert sg.metrics(state)["roll_backs"] == 1
 
 
+@pytest.mark.slow
 def test_statistics_go_back_to_those_of_the_snapshot():
     rule = sg.roll_back(LOSS, **SETTINGS)
     tx = sg.guard(optax.sgd(0.01), sg.clip(sg.rarity()), rule)
@@ -273,6 +280,7 @@ def test_snapshots_lie_where_they_are_wanted_and_are_restored_from_there(memory)
         assert kinds == {memory}
 
 
+@pytest.mark.slow
 def test_nothing_but_a_snapshot_is_copied():
     tx = guarded(optax.adamw(1e-3))
     params = {"w": jnp.ones((512, 512))}
@@ -298,6 +306,7 @@ class Model(nnx.Module):
         self.layer = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", core([True, False], True))
 def test_the_nnx_helper_restores_poisoned_parameters_bit_for_bit(compiled):
     model = Model()
@@ -322,6 +331,7 @@ def test_the_nnx_helper_restores_poisoned_parameters_bit_for_bit(compiled):
     assert optimizer.step[...] == 16
 
 
+@pytest.mark.slow
 def test_an_ensemble_rolls_back_member_by_member():
     params = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), PARAMS)
     state = jax.vmap(TX.init)(params)

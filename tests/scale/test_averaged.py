@@ -174,6 +174,7 @@ def train_replicas(tx):
     return np.asarray(params), state
 
 
+@pytest.mark.slow
 def test_replicas_stay_equal_with_averaged_gradients():
     tx = sg.guard(
         optax.sgd(0.02),

@@ -28,6 +28,7 @@ def one_step(tx, grads, where, check_vma=True, **extra):
     return step(params, grads, extra)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tracked, copies", [(True, 1), (False, DEVICES)])
 def test_a_leaf_that_every_device_has_counts_once_where_that_can_be_told(
     tracked, copies
@@ -136,6 +137,7 @@ def test_units_have_no_axis_name():
         sg.guard(optax.sgd(1.0), sg.clip(sg.zscore(2.5, per="unit")), axis_name=AXIS)
 
 
+@pytest.mark.slow
 def test_averaged_gradients_need_no_axis_name():
     tx = sg.guard(optax.adam(0.1), sg.clip(sg.fixed(1.0)), sg.skip())
     params = {"w": jnp.ones(4)}

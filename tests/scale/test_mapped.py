@@ -79,6 +79,7 @@ def assert_agreed(state):
                 np.testing.assert_array_equal(other, first, err_msg=str(path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "optimizer, mode, size, tracked",
     core(

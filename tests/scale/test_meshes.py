@@ -96,6 +96,7 @@ def test_half_precision_is_judged_as_float32_on_one_device(
 STATES = list(itertools.product((EXPLICIT, AUTO), (SETS_MESH, PUTS_ALONE), LAYOUTS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, sets_mesh, layout", STATES)
 @pytest.mark.parametrize("optimizer", core(OPTIMIZERS, "guard"))
 def test_every_array_of_a_fresh_state_lies_where_the_parameters_are(

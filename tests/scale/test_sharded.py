@@ -56,6 +56,7 @@ def biggest(size: str) -> int:
     return max(leaf.size for leaf in parameters(size).values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", core(MODES, "apply"))
 @pytest.mark.parametrize("optimizer", core(OPTIMIZERS, "stabilize"))
 @pytest.mark.parametrize(
@@ -108,6 +109,7 @@ def test_a_gather_is_seen_where_there_is_one():
 PLAIN = {"w": jnp.arange(32.0).reshape(8, 4) / 10, "b": jnp.ones(4)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 @pytest.mark.parametrize(
     "tx",

@@ -117,6 +117,7 @@ def lsuv_params(size):
     return {name: {"kernel": size * kernel} for name in ("z", "a", "head")}
 
 
+@pytest.mark.slow
 def test_lsuv_gives_every_layer_unit_variance_and_nothing_but_a_factor():
     before = lsuv_params(30.0)
     after = structure.lsuv(lsuv_network, before, tolerance=0.001)

@@ -60,6 +60,7 @@ def test_a_limit_of_zero_stops_the_gradient():
         chex.assert_trees_all_equal(found, jnp.zeros(SHAPE))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
 def test_a_nonfinite_part_passes_as_it_is_and_touches_no_other(bad):
     gradient = jnp.full(SHAPE, 10.0).at[2, 1, 0].set(bad)
@@ -125,6 +126,7 @@ def nnx_model():
     )
 
 
+@pytest.mark.slow
 def test_the_nnx_layer_limits_what_lies_before_it_only():
     model, x = nnx_model(), jnp.ones((2, 3))
     grads = jax.jit(

@@ -32,6 +32,7 @@ def test_a_soft_cap_is_a_scaled_tanh_that_keeps_small_logits():
     assert soft_cap(logits.astype(jnp.bfloat16), 50.0).dtype == jnp.bfloat16
 
 
+@pytest.mark.slow
 def test_z_loss_has_its_value_at_uniform_logits_and_its_gradient():
     assert float(z_loss(jnp.zeros(32768))) == pytest.approx(1.081e-2, rel=1e-3)
     logits = jax.random.normal(jax.random.key(0), (7,))
@@ -41,6 +42,7 @@ def test_z_loss_has_its_value_at_uniform_logits_and_its_gradient():
     np.testing.assert_allclose(found, 0.2 * np.log(total) * np.exp(z) / total, 1e-5)
 
 
+@pytest.mark.slow
 def test_normalized_queries_and_keys_bound_the_logits_whatever_their_size():
     query, key = jax.random.normal(jax.random.key(0), (2, 100, DEPTH)) * 1e4
     query, key = normalize_qk(query, key)
@@ -93,6 +95,7 @@ class Network(nnx.Module):
         )
 
 
+@pytest.mark.slow
 def test_after_clip_logits_no_head_of_an_nnx_attention_exceeds_the_limit():
     model, x = Network(), jax.random.normal(jax.random.key(1), (2, 6, 16))
     # Two heads with large logits; biases count as kernels do.
@@ -121,6 +124,7 @@ def test_after_clip_logits_no_head_of_an_nnx_attention_exceeds_the_limit():
     assert now["clip_logits_scale"] == pytest.approx(10 / before["layer"].max())
 
 
+@pytest.mark.slow
 def test_the_logits_of_linen_have_the_names_of_its_parameters():
     attention = linen_layers.Attention(qk_norm=True)
     model = flax.linen.Sequential(
@@ -147,6 +151,7 @@ def stacked(heads=HEADS):
     return {"query": {"kernel": kernel}, "key": {"kernel": kernel[:, :, :1]}}
 
 
+@pytest.mark.slow
 def test_stacked_layers_have_a_factor_each_and_shared_keys_are_left_alone():
     params = stacked()
     logits = 100 * jnp.ones((3, HEADS)).at[1, 2].set(4.0)

@@ -84,6 +84,7 @@ def test_a_fixed_point_at_the_edge_of_chaos_has_no_depth_scale(weights, biases, 
     assert found.depth_scale > 1e4
 
 
+@pytest.mark.slow
 def test_signals_of_relu_die_out_stay_or_grow_without_bound():
     below, at, above = (fixed_point(jax.nn.relu, sw) for sw in (1.9, 2.0, 2.1))
     assert (below.variance, above.variance) == (0.0, math.inf)
@@ -114,6 +115,7 @@ def squared_gradients(activation, weight_variance, key):
     return squares, jnp.mean(jnp.square(grads), axis=-1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "activation", core([jax.nn.relu, jnp.tanh, exact_gelu, jax.nn.silu], jnp.tanh)
 )

@@ -51,6 +51,7 @@ NAMES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text, expected", core(NAMES, NAMES[5], NAMES[6]))
 def test_a_name_is_optaxs_own_optimizer_behind_its_clips(text, expected):
     found = updates_of(candidate(text).build(0.1, STEPS))
@@ -128,6 +129,7 @@ EXPECTED = {  # At steps 0, 5, 10, 15, 50, 75, 90 and 100 of 100, for a rate of 
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_policy_follows_its_formula_and_never_exceeds_the_rate(name):
     def at(rate, steps):
@@ -141,6 +143,7 @@ def test_a_policy_follows_its_formula_and_never_exceeds_the_rate(name):
     assert jax.jit(at)(jnp.float32(1.0), jnp.arange(STEPS)).max() <= 1 + 1e-6
 
 
+@pytest.mark.slow
 def test_lookahead_is_optaxs_seen_from_the_fast_weights():
     wrapped = lookahead(optax.adam(0.1), 5, 0.5)
     pair_tx = optax.lookahead(optax.adam(0.1), 5, 0.5)

@@ -95,6 +95,7 @@ def test_the_table_has_a_line_for_each_and_says_what_its_columns_mean(result):
     assert max(map(len, lines)) < 120
 
 
+@pytest.mark.slow
 def test_it_is_drawn_and_saved_with_all_curves(result, tmp_path):
     figure = result.figure()
     curves, rates = figure.axes
@@ -209,6 +210,7 @@ def test_every_example_comes_once_an_epoch_in_an_order_of_the_seeds_own():
     np.testing.assert_array_equal(np.asarray(draws(0, 2, 3)), drawn[2:5])
 
 
+@pytest.mark.slow
 def test_a_training_step_of_ones_own_is_the_same_run(result):
     def step(tx, params, opt_state, batch):
         loss, grads = jax.value_and_grad(loss_fn)(params, batch)
@@ -238,6 +240,7 @@ def test_a_candidate_that_fails_is_told_and_the_others_run():
     assert "broken: RuntimeError: no such thing" in str(seen)
 
 
+@pytest.mark.slow
 def test_a_transformation_that_reads_its_rate_in_python_runs_rate_by_rate(result):
     def picky(rate):
         return optax.sgd(float(rate), momentum=0.9)
@@ -263,6 +266,7 @@ def test_a_transformation_runs_at_its_own_rate():
     assert np.isfinite(row.loss.mean)
 
 
+@pytest.mark.slow
 def test_a_run_is_ended_after_evaluations_without_a_better_loss():
     rising = lambda params, batch: {"loss": jnp.sum(params**2), "accuracy": 0.5}
     climb = lambda params, batch: -loss_fn(params, batch)
@@ -277,6 +281,7 @@ def test_a_run_is_ended_after_evaluations_without_a_better_loss():
     assert whole.rounds == STEPS and np.isfinite(whole.train[0]).all()
 
 
+@pytest.mark.slow
 def test_a_run_that_breaks_counts_as_no_better_than_before_training():
     row = compare("sgd", learning_rates=(0.1, 1e20), validation=ROWS).rows[0]
     assert row.diverged.tolist() == [[-1], [1]]
@@ -344,6 +349,7 @@ def test_lookahead_is_judged_by_its_slow_weights():
     np.testing.assert_allclose(row.validation[0, 0], descent(0.1)[0], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_candidate_may_ask_for_more_and_a_step_must_pass_it_on():
     tx = lambda rate, steps: sg.guard(optax.sgd(rate), sg.trust_region())
     held = sg.sweep.Candidate("held", tx, extra=("value", "value_fn"))
@@ -381,6 +387,7 @@ def test_schedule_free_is_judged_by_its_averaged_weights():
     assert abs(last - averaged) > 1e-3 * averaged
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", core([7, 1000, 2300], 7))
 def test_validation_in_slices_is_the_mean_over_all_and_a_dead_unit_fires_nowhere(size):
     rng = np.random.default_rng(0)

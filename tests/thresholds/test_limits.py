@@ -60,6 +60,7 @@ THRESHOLDS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threshold", THRESHOLDS, ids=lambda t: t.name)
 def test_a_norm_of_1e18_counts_as_nonfinite_and_teaches_nothing(threshold):
     norms = np.append(lognormal(60), [1e18, 3e38] * 10)

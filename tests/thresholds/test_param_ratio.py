@@ -19,6 +19,7 @@ def clipped(tx, grads, params=PARAMS):
     return jax.jit(tx.update)(grads, tx.init(params), params)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per, axis", [("unit", 0), ("leaf", None)])
 def test_each_group_is_held_to_a_share_of_its_own_parameters(per, axis):
     tx = sg.guard(optax.sgd(1.0), sg.clip(sg.param_ratio(0.1, per=per)))
@@ -37,6 +38,7 @@ def test_it_holds_updates_too():
     np.testing.assert_allclose(out["kernel"], -0.5 * PARAMS["kernel"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_weights_of_zero_move_as_if_their_units_had_norm_eps():
     zeros = jax.tree.map(jnp.zeros_like, PARAMS)
     tx = sg.guard(optax.sgd(1.0), sg.clip(sg.param_ratio(0.1, eps=0.5)))

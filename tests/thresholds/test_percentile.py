@@ -38,6 +38,7 @@ def oracle(signals, q, window, warmup, patience, norm=True):
     return np.array(seen_limits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("q", core([10.0, 50.0, 99.5], 99.5))
 @pytest.mark.parametrize(
     "window, warmup, patience", core([(60, 25, 50), (9, 4, 6)], (60, 25, 50))
@@ -65,6 +66,7 @@ def test_flags_about_the_stated_share_of_healthy_steps(sigma):
     assert 0.002 < exceeded.mean() < 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", [2.0, 10.0, 1e6, 1e15])
 def test_a_lasting_rise_is_normal_after_patience(factor):
     norms = lognormal(1400)
@@ -98,6 +100,7 @@ def test_an_outlier_in_the_very_first_step_leaves_the_limit_right():
     assert limit[24] > 10 and limit[25] < 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_nonfinite_value_changes_nothing_but_its_own_step(bad):
     norms = lognormal(120)

@@ -94,6 +94,7 @@ def test_loss_limits_match_the_float64_oracle():
     assert exceeded[[120, 121, 270, 271]].all() and not exceeded[280:].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sigma", [0.05, 0.2, 0.5, 1.0])
 def test_healthy_steps_pass_and_outliers_of_six_deviations_do_not(sigma):
     norms = lognormal(6000, sigma)
@@ -103,6 +104,7 @@ def test_healthy_steps_pass_and_outliers_of_six_deviations_do_not(sigma):
     assert limits(DEFAULT, norms)[1][at].all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", [2, 5, 10, 100, 1e4])
 def test_a_lasting_shift_is_usual_after_a_few_steps(factor):
     norms = lognormal(1000)
@@ -173,6 +175,7 @@ def test_groups_are_followed_each_by_itself():
         np.testing.assert_allclose(together[:, i], alone, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_settings_may_be_swept_under_vmap():
     table = eventful(1)[:, None]
 

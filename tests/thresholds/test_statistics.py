@@ -37,6 +37,7 @@ def entries(kind, width):
     return values.astype(np.float32), seen.astype(np.int32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", core(["normal", "ties", "constant", "heavy"], "heavy"))
 @pytest.mark.parametrize("width", [3, 25, stats.RANKED, stats.RANKED + 1, 200])
 def test_quantiles_are_those_of_numpy(width, kind):

@@ -73,6 +73,7 @@ def test_a_lasting_shift_is_normal_once_it_fills_half_the_window(factor):
     assert not exceeded[200 + 33 :].any()
 
 
+@pytest.mark.slow
 def test_a_constant_signal_does_not_flag_its_last_digit():
     norms = 1 + 1e-6 * np.random.default_rng(0).normal(size=300)
     assert not limits(sg.window_zscore(3.0), norms)[1].any()

@@ -110,6 +110,7 @@ def test_the_heavy_tail_of_small_losses_is_not_flagged():
     assert limits(LOSS, losses)[1].mean() < 1e-3
 
 
+@pytest.mark.slow
 def test_a_jump_of_a_loss_is_flagged_wherever_its_zero_is():
     noise = 0.1 * np.random.default_rng(0).normal(size=200)
     for level in (-2.0, 0.0, 2.0):
@@ -119,12 +120,14 @@ def test_a_jump_of_a_loss_is_flagged_wherever_its_zero_is():
         assert exceeded[150] and exceeded.sum() == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sigma", core([0.05, 0.2, 0.5], 0.2))
 def test_flags_about_the_stated_share_of_healthy_steps(sigma):
     _, exceeded, _ = limits(DEFAULT, lognormal(20_000, sigma))
     assert 0.003 < exceeded.mean() < 0.01  # 0.6 % of a normal law is above 2.5.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", [2.0, 10.0, 1e6, 1e15])
 @pytest.mark.parametrize("sigma", [0.02, 0.2])
 def test_a_lasting_shift_is_normal_after_patience_and_twelve_steps(factor, sigma):

@@ -37,6 +37,7 @@ def r_of(found):
     return _probe.ratio(found.excess, found.slope)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_excess_slope_and_ratio_are_the_closed_forms_of_a_quadratic(kind):
     rng = np.random.default_rng(0)
@@ -62,6 +63,7 @@ def test_excess_slope_and_ratio_are_the_closed_forms_of_a_quadratic(kind):
     assert found.known.all() and found.accepted.all()
 
 
+@pytest.mark.slow
 @BOTH
 @pytest.mark.parametrize(
     "tx, critical",

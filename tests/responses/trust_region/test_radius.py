@@ -233,6 +233,7 @@ def line(loss, r, d=1.0, noise=0.0):
 
 
 # Steps of r = 3 at first; of a healthy step, or one at the edge of stability, later.
+@pytest.mark.slow
 @pytest.mark.parametrize("later, probes", [(0.2, 25), (0.5, 30), (1.0, 45)])
 @pytest.mark.parametrize("noise", [0.0, 0.02])
 def test_an_early_cut_is_forgotten_within_stated_probes_while_the_loss_falls(
@@ -249,6 +250,7 @@ def test_an_early_cut_is_forgotten_within_stated_probes_while_the_loss_falls(
     assert free[first:].mean() > 0.99 and made <= probes, (first, made, free.mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noise", [0.0, 0.01])
 def test_the_target_sinks_where_gains_on_own_batches_are_not_real(noise):
     # Every step gains 0.8 of 0.1 on its own batch, but the next loss is as before.
@@ -259,6 +261,7 @@ def test_the_target_sinks_where_gains_on_own_batches_are_not_real(noise):
     assert scale[0, -1] < 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", ["high", "low", "grow"])
 def test_an_option_of_the_old_law_warns_and_has_no_effect(option):
     with pytest.warns(DeprecationWarning, match=f"`{option}` .* has no effect"):
@@ -321,6 +324,7 @@ def probed(count=20_000, seed=0):
     return state, found, length, *after(state, found, length, own, 4)
 
 
+@pytest.mark.slow
 def test_no_probe_of_any_kind_makes_the_state_other_than_finite():
     *_, after, _ = probed()
     for name, field in after._asdict().items():

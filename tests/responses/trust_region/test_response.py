@@ -166,6 +166,7 @@ def test_beyond_the_catapult_a_two_layer_net_still_learns(probe):
     assert (held["last"] < 1e-3 * held["loss"][:, 0]).all()
 
 
+@pytest.mark.slow
 @BOTH
 def test_sgd_converges_at_any_multiple_of_its_stable_rate(probe):
     rates = 0.2 * np.array([1.5, 10.0, 100.0, 1e6])
@@ -516,6 +517,7 @@ def test_steps_of_no_length_do_not_put_the_probes_out_of_step(k):
 # How it runs.
 
 
+@pytest.mark.slow
 def test_forward_passes_are_made_at_five_steps_and_then_at_every_eighth_while_free():
     calls = []
 
@@ -570,6 +572,7 @@ def test_it_works_the_same_without_jit():
     np.testing.assert_allclose(radius, found["trust_radius"][0, 1], rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("probe", core(PROBES, "hvp"))
 def test_bfloat16_complex_and_integer_leaves_keep_their_dtypes(probe):
     params = {
@@ -792,6 +795,7 @@ def stabilized(**more):
     return stack(rows)
 
 
+@pytest.mark.slow
 def test_stabilize_holds_with_a_value_fn():
     losses, _ = stabilized(value_fn=quadratic)
     assert losses[-1] < 0.01 * quadratic(START)
