@@ -125,7 +125,7 @@ def guard(
     if exact_updates is not None:
         warnings.warn(
             "`exact_updates` has no effect: norms are always exact. It will be removed "
-            "in the next release.",
+            "in 0.3.0.",
             DeprecationWarning,
             stacklevel=2,
         )

@@ -116,7 +116,7 @@ def stabilize(
         warnings.warn(
             "`clip_z`, `skip_z` and `back_off_z` have no effect: `stabilize` judges by "
             "`rarity`; see `share`, `refuse_factor` and `loss_margin`. They will be "
-            "removed in the next release.",
+            "removed in 0.3.0.",
             DeprecationWarning,
             stacklevel=2,
         )

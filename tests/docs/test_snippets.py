@@ -17,26 +17,53 @@ PAGES = [
 EXTRAS = {"clu", "mlflow", "tensorboardX", "wandb"}  # Not what tests install.
 
 
-def missing_extra(code):
+def snippets(page):
+    return SNIPPET.findall(page.read_text())
+
+
+def extra(code):
+    """The optional library that a snippet imports, if any."""
     wanted = set(re.findall(r"^\s*(?:import|from) (\w+)", code, re.MULTILINE))
-    for name in sorted(EXTRAS & wanted):
-        pytest.importorskip(name)
+    return next(iter(EXTRAS & wanted), None)
+
+
+OPTIONAL = [
+    (page, name)
+    for page in PAGES
+    for name in sorted(filter(None, set(map(extra, snippets(page)))))
+]
+
+
+def run(page, chosen, folder):
+    """Runs snippets one after the other, and checks what they print."""
+    namespace, printed = {"__name__": "snippets"}, io.StringIO()
+    with contextlib.chdir(folder), contextlib.redirect_stdout(printed):
+        for snippet in chosen:
+            exec(compile(snippet, str(page), "exec"), namespace)
+    promised = re.findall(r"^print\(.*\)  # (.*)$", "\n".join(chosen), re.MULTILINE)
+    lines = iter(printed.getvalue().splitlines())
+    for promise in promised:
+        start = promise.removesuffix("...").rstrip()
+        assert any(line.startswith(start) for line in lines), promise
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_snippets_of_a_page_run_and_print_what_they_say(page, tmp_path):
-    snippets = SNIPPET.findall(page.read_text())
-    missing_extra("\n".join(snippets))
-    namespace, printed = {"__name__": "snippets"}, io.StringIO()
-    with contextlib.chdir(tmp_path), contextlib.redirect_stdout(printed):
-        for snippet in snippets:
-            exec(compile(snippet, str(page), "exec"), namespace)
-    promised = re.findall(r"^print\(.*\)  # (.*)$", "\n".join(snippets), re.MULTILINE)
-    lines = iter(printed.getvalue().splitlines())
-    for promise in promised:
-        start = promise.removesuffix("...").rstrip()
-        assert any(line.startswith(start) for line in lines), promise
+    run(page, [code for code in snippets(page) if extra(code) is None], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # Those libraries' own.
+@pytest.mark.parametrize("page, name", OPTIONAL, ids=lambda part: Path(part).stem)
+def test_the_snippets_of_an_optional_library_run_where_it_is(
+    page, name, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # As the page says.
+    pytest.importorskip(name)
+    run(
+        page, [code for code in snippets(page) if extra(code) in (None, name)], tmp_path
+    )
 
 
 def test_no_python_is_shown_that_no_test_runs():

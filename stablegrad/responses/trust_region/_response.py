@@ -111,7 +111,7 @@ def trust_region(
         if given is not None:
             warnings.warn(
                 f"`{name}` of `trust_region` has no effect any more: the law has no "
-                "bounds to set. Leave it out.",
+                "bounds to set. It will be removed in 0.3.0.",
                 DeprecationWarning,
                 stacklevel=2,
             )
