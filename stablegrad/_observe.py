@@ -1,5 +1,6 @@
 """Reading a guard: metrics for a logger, health for a loop."""
 
+import warnings
 from typing import Any
 
 import jax
@@ -139,7 +140,8 @@ def keep_if_skipped(state: Any, old: Any, new: Any) -> Any:
             `metrics`; of several guards, one that skipped is enough.
         old: A pytree of arrays from before the step. It must not be changed in place
             meanwhile: `nnx.state(model, ...)` refers to the model's own variables, so
-            take `jax.tree.map(lambda x: x, nnx.state(model, nnx.BatchStat))`.
+            take `jax.tree.map(lambda x: x, nnx.state(model, nnx.BatchStat))`. If all
+            arrays of both trees are the same objects, there is a warning.
         new: The same after the step, nan and inf included.
 
     Returns:
@@ -164,6 +166,14 @@ def keep_if_skipped(state: Any, old: Any, new: Any) -> Any:
         raise ValueError(
             "`old` and `new` must be the same pytree from before and after the step, "
             f"with equal shapes and dtypes; got\n  old: {before}\n  new: {after}"
+        )
+    pairs = list(zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True))
+    if pairs and all(before is after for before, after in pairs):
+        warnings.warn(
+            "`old` and `new` are the same arrays, so nothing is kept. `nnx.state` "
+            "refers to the model's variables: copy them before the forward pass with "
+            "`jax.tree.map(lambda x: x, nnx.state(model, nnx.BatchStat))`.",
+            stacklevel=2,
         )
     skipped = jnp.asarray(_reading.last_step(found[0]).skipped)
     for other in found[1:]:

@@ -3,6 +3,7 @@
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from flax import linen, nnx
@@ -135,3 +136,18 @@ def test_health_looks_at_every_tree_that_is_given():
     assert sg.is_healthy(state, good, good) and sg.is_healthy(state, params=good)
     assert not sg.is_healthy(state, good, bad)
     assert not sg.is_healthy(state, bad) and not sg.is_healthy(state, params=bad)
+
+
+def test_variables_by_reference_are_warned_of_since_nothing_of_them_is_kept():
+    tx = sg.guard(optax.sgd(0.1), sg.skip())
+    params = jnp.ones(2)
+    _, state = tx.update(jnp.full(2, jnp.nan), tx.init(params), params)
+    layer = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+    reference = nnx.state(layer, nnx.BatchStat)
+    copied = jax.tree.map(lambda x: x, reference)
+    layer(jnp.full((4, 3), jnp.nan))
+    with pytest.warns(UserWarning, match="the same arrays"):
+        lost = sg.keep_if_skipped(state, reference, nnx.state(layer, nnx.BatchStat))
+    assert np.isnan(jax.tree.leaves(lost)[0]).all()
+    kept = sg.keep_if_skipped(state, copied, nnx.state(layer, nnx.BatchStat))
+    chex.assert_tree_all_finite(jax.tree.leaves(kept))
