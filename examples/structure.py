@@ -28,14 +28,15 @@ and a combination, on the same batches:
 
 The theory, printed first, needs no data: `chi` is the factor on squared gradients from
 one layer to the layer before. The profile shows the gradient norm of the hidden layers
-from first to last, before training and after it. Ctrl-C reports what is finished.
+from first to last, before training and after it. At the largest depth, `sg.diagnose`
+reads each network before and after training, and a second table has the first cause
+that it names. Ctrl-C reports what is finished.
 """
 
 import argparse
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import digits
@@ -43,10 +44,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from classifiers import epoch, make_evaluate, make_step, start
+from classifiers import cross_entropy, epoch, make_evaluate, make_step, start
 from figures import draw_layers
 from flax import nnx
 from options import Parser, whole
+from remedies import PATIENTS, QUICK, REMEDIES, Deep
 from rich import box
 from rich.console import Console
 from rich.progress import Progress
@@ -55,50 +57,7 @@ from telemetry import Telemetry
 
 import stablegrad as sg
 from stablegrad.structure import activation_init, fixed_point, gain
-from stablegrad.structure.nnx import PreNormBlock, ScaledResidual
 
-lecun = nnx.initializers.lecun_normal()
-three_times_lecun = nnx.initializers.variance_scaling(9.0, "fan_in", "normal")
-nesterov = partial(optax.sgd, momentum=0.9, nesterov=True)
-leaky_relu = partial(nnx.leaky_relu, negative_slope=0.1)
-# The patients: activation, initialiser of the kernels, and variance of these.
-PATIENTS = {
-    "vanishing": (nnx.sigmoid, lecun, 1.0),
-    "exploding": (jnp.tanh, three_times_lecun, 9.0),
-}
-
-
-class Recipe(NamedTuple):
-    """A network and its optimizer; None: what the patient has."""
-
-    activation: Callable | None = None
-    norm: str | None = None  # "batch" or "layer".
-    dropout: float = 0.0
-    initialised: bool = False  # Whether by the gain of the activation.
-    residual: bool = False
-    # rate -> optimizer
-    optimizer: Callable[[float], optax.GradientTransformation] = optax.sgd
-    rate: float = 0.05
-
-
-REMEDIES = {
-    "none": Recipe(),
-    "ReLU": Recipe(activation=nnx.relu),
-    "leaky ReLU": Recipe(activation=leaky_relu),
-    "batch norm": Recipe(norm="batch"),
-    "layer norm": Recipe(norm="layer"),
-    "dropout 0.2": Recipe(dropout=0.2),
-    "initialisation": Recipe(initialised=True),
-    "residual": Recipe(residual=True),
-    "residual, layer norm": Recipe(residual=True, norm="layer"),
-    "NAG": Recipe(optimizer=nesterov),
-    "Adam": Recipe(optimizer=optax.adam, rate=1e-3),
-    "gradient clip": Recipe(
-        optimizer=lambda rate: optax.chain(sg.clip_by_norm(1.0), optax.sgd(rate))
-    ),
-    "all of it": Recipe(nnx.relu, "layer", 0.0, True, True, optax.adam, 1e-3),
-}
-QUICK = ("none", "initialisation", "residual, layer norm", "gradient clip")
 COLUMNS = (
     "remedy",
     "accuracy",
@@ -113,56 +72,6 @@ COLUMNS = (
 )
 
 
-class Layer(nnx.Module):
-    """A dense layer of a network: dropout(activation(norm(W x + b)))."""
-
-    def __init__(self, width: int, recipe: Recipe, kernel_init, *, rngs: nnx.Rngs):
-        """`recipe.activation` must be given."""
-        self.dense = nnx.Linear(width, width, kernel_init=kernel_init, rngs=rngs)
-        norms = {"batch": nnx.BatchNorm, "layer": nnx.LayerNorm}
-        # A residual branch has its norm in front of it.
-        own = recipe.norm and not recipe.residual
-        self.norm = norms[recipe.norm](width, rngs=rngs) if own else None
-        self.activation = recipe.activation
-        self.dropout = nnx.Dropout(recipe.dropout, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Shape (batch, width), and so the result."""
-        x = self.dense(x)
-        return self.dropout(self.activation(self.norm(x) if self.norm else x))
-
-
-class Deep(nnx.Module):
-    """A dense layer, `depth` - 1 hidden ones of equal width, and the logits.
-
-    The hidden ones are stacked and scanned, which compiles as fast at any depth.
-    """
-
-    def __init__(self, sizes, recipe: Recipe, kernel_init, *, rngs: nnx.Rngs):
-        """`sizes` are inputs, width, depth and classes."""
-        inputs, width, depth, classes = sizes
-        self.first = nnx.Linear(inputs, width, kernel_init=kernel_init, rngs=rngs)
-        self.activation = recipe.activation
-
-        @nnx.split_rngs(splits=depth - 1)
-        @nnx.vmap(in_axes=(0,), out_axes=0)
-        def stacked(rngs: nnx.Rngs) -> nnx.Module:
-            layer = Layer(width, recipe, kernel_init, rngs=rngs)
-            if recipe.residual and recipe.norm:
-                return PreNormBlock(layer, nnx.LayerNorm(width, rngs=rngs))
-            return ScaledResidual(layer) if recipe.residual else layer
-
-        self.hidden = stacked(rngs)
-        self.head = nnx.Linear(width, classes, kernel_init=lecun, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Logits, shape (batch, classes), of rows of shape (batch, inputs)."""
-        scan = nnx.scan(
-            lambda x, layer: layer(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry
-        )
-        return self.head(scan(self.activation(self.first(x)), self.hidden))
-
-
 class Outcome(NamedTuple):
     """What a network came to, and what it took."""
 
@@ -171,6 +80,7 @@ class Outcome(NamedTuple):
     at_start: np.ndarray  # What `examine` found at the first step.
     at_end: np.ndarray  # The same at the last step.
     seconds: float
+    causes: tuple[str, str] | None  # What `diagnosis` said before and after training.
 
 
 def remember_layers() -> optax.GradientTransformation:
@@ -195,6 +105,29 @@ def examine(trained) -> np.ndarray:
     A report with more in it fits here; `bars` and the table show what it returns.
     """
     return np.array(trained.opt_state[0])
+
+
+def make_diagnosis(graphdef, rest) -> Callable:
+    """`diagnosis(params, batch)`: the first cause that `diagnose` names, and where."""
+    rest = jax.tree.map(jnp.copy, rest)  # The step donates its own.
+
+    def loss_fn(params, batch):
+        model = nnx.merge(graphdef, params, rest, copy=True)
+        model.train()
+        images, labels = batch
+        return cross_entropy(model(images), labels)
+
+    def diagnosis(params, batch) -> str:
+        causes = sg.diagnose(loss_fn, params, batch).causes
+        if not causes:
+            return "within usual limits"
+        first = causes[0]
+        alike = sum(cause.rule == first.rule for cause in causes)
+        where = f" at {first.layer}" if first.layer else ""
+        more = f" and {alike - 1} more" if alike > 1 else ""
+        return f"{first.severity}: {first.rule}{where}{more}"
+
+    return diagnosis
 
 
 def bars(norms: np.ndarray, layers: int = 8) -> str:
@@ -227,6 +160,10 @@ def train(
     model = Deep(sizes, recipe, kernel_init, rngs=nnx.Rngs(options.seed))
     tx = optax.chain(remember_layers(), recipe.optimizer(recipe.rate))
     graphdef, trained = start(model, tx)
+    batch = options.train.images[:256], options.train.labels[:256]
+    diagnosis = make_diagnosis(graphdef, trained.rest)
+    deepest = depth == max(options.depths)
+    said = [diagnosis(trained.params, batch)] if deepest else []
     step, evaluate = make_step(graphdef, tx), make_evaluate(graphdef)
     order, steps = np.random.default_rng(options.seed), 0
     for number in range(1, options.epochs + 1):
@@ -243,11 +180,16 @@ def train(
     loss, accuracy = evaluate(trained, options.test)
     at_end = examine(trained)
     log.write(steps, row | {"loss": loss, "accuracy": accuracy})
+    if said:
+        said.append(diagnosis(trained.params, batch))
+        log.write(steps, row | {"cause_at_start": said[0], "cause_at_end": said[1]})
     for layer, (first, last) in enumerate(zip(at_start, at_end, strict=True)):
         row = {"patient": patient, "remedy": remedy, "depth": depth, "layer": layer}
         log.write(steps, row | {"norm_at_start": first, "norm_at_end": last})
     log.flush()
-    return Outcome(accuracy, loss, at_start, at_end, time.perf_counter() - began)
+    seconds = time.perf_counter() - began
+    causes = (said[0], said[1]) if said else None
+    return Outcome(accuracy, loss, at_start, at_end, seconds, causes)
 
 
 def theory() -> Table:
@@ -288,6 +230,17 @@ def table_of(title: str, outcomes: dict[str, Outcome]) -> Table:
             *profiles,
             f"{out.seconds:.1f} s",
         )
+    return table
+
+
+def table_of_causes(title: str, outcomes: dict[str, Outcome]) -> Table:
+    """What `diagnose` said of each network, before training and after it."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    for column in ("remedy", "diagnosis before training", "diagnosis after it"):
+        table.add_column(column)
+    for name, out in outcomes.items():
+        if out.causes:
+            table.add_row(name, *out.causes)
     return table
 
 
@@ -335,6 +288,8 @@ def main(argv=None) -> int:
         say(f"interrupted after {done} of {len(wanted)} networks")
     for title, networks in outcomes.items():
         console.print(table_of(title, networks))
+        if any(out.causes for out in networks.values()):
+            console.print(table_of_causes(title, networks))
     if outcomes:
         draw_layers(outcomes, options.out / "structure.png")
         say(

@@ -47,6 +47,13 @@ def test_one_patient_vanishes_the_other_explodes_and_pre_norm_cures_both(ran):
     assert ratio["exploding", "none"] > 3
     for patient in structure.PATIENTS:
         assert 0.2 < ratio[patient, "residual, layer norm"] < 5
+    causes = {
+        (row["patient"], row["remedy"]): row["cause_at_start"]
+        for row in lines_of(ran)
+        if "cause_at_start" in row
+    }
+    assert causes.keys() == start.keys()
+    assert causes["vanishing", "none"] == "critical: vanishing"
     # Clipping shrinks what the optimizer gets, and cures no profile.
     for patient in structure.PATIENTS:
         clipped = start[patient, "gradient clip"]
@@ -60,11 +67,12 @@ def test_every_network_has_a_row_and_the_theory_comes_first(
     monkeypatch.setattr(structure, "train", out)
     structure.main([*SIZES, "--quick", "--out", str(tmp_path)])
     printed = capsys.readouterr().out
-    theory, title, tables = printed.partition("vanishing, 8 hidden layers  ")
+    theory, title, tables = printed.partition("vanishing, 8 hidden layers")
     assert title
     assert "0.056" in theory and "1.860" in theory
     for remedy in structure.QUICK:
-        assert tables.count(f" {remedy} ") == 2
+        assert tables.count(f" {remedy} ") == 4  # Profiles and causes, two patients.
+    assert tables.count("critical: vanishing") == 2 * len(structure.QUICK)
     assert (tmp_path / "structure.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -89,7 +97,8 @@ def test_a_profile_shows_what_is_tiny_huge_and_not_finite():
 
 def outcome(accuracy):
     norms = np.ones(5)
-    return structure.Outcome(accuracy, 1.0, norms, norms, 2.0)
+    causes = "critical: vanishing", "within usual limits"
+    return structure.Outcome(accuracy, 1.0, norms, norms, 2.0, causes)
 
 
 def test_ctrl_c_keeps_the_networks_that_are_finished(tmp_path, monkeypatch, capsys):
