@@ -22,6 +22,7 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th, td { text-align: right; padding: .2rem .5rem; border-bottom: 1px solid var(--line);
   white-space: nowrap; } th:first-child, td:first-child { text-align: left; }
 th { color: var(--soft); font-weight: 500; } .wide { overflow-x: auto; }
+.questions td { white-space: normal; }
 section.verdict { border-left: 4px solid; padding: .4rem 1rem; margin: 1rem 0;
   background: var(--box); } .verdict h3 { margin: .2rem 0; font-size: 1rem; }
 dl { display: grid; grid-template-columns: 5.5rem 1fr; margin: .5rem 0; }
@@ -92,7 +93,7 @@ def _questions(report: "Report") -> str:
         f"<td>{found.get(rule.name, 'within usual limits')}</td></tr>"
         for rule in report.rules
     )
-    return f"<table>{rows}</table>"
+    return f'<table class="questions">{rows}</table>'
 
 
 def _profile(report: "Report") -> str:
