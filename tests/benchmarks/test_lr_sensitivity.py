@@ -170,6 +170,63 @@ def test_rates_are_trained_side_by_side(script):
     np.testing.assert_allclose(seen.final_loss, [2 * 0.98**6, 2 * 0.8**6], rtol=1e-5)
 
 
+def test_one_rate_after_the_other_is_the_same_and_a_tail_is_its_mean_loss(script):
+    task = toy(steps=3)._replace(together=False)
+    seen = part("running").curve(task, optax.sgd, seed=0)
+    np.testing.assert_allclose(seen.final_loss, [2 * 0.98**6, 2 * 0.8**6], rtol=1e-5)
+    seen = part("running").curve(task._replace(tail=2), optax.sgd, seed=0)
+    expected = [np.mean([2 * x**2, 2 * x**4]) for x in (0.98, 0.8)]  # Before the step.
+    np.testing.assert_allclose(seen.final_loss, expected, rtol=1e-5)
+
+
+SHAPE = {"layers": 1, "width": 8, "heads": 2, "context": 8, "batch": 2}
+
+
+def language_tasks(folder):
+    language = part("language")
+    shape = language.Shape(**SHAPE)
+    narrow = language.Shape(**SHAPE, dtype=jnp.bfloat16)
+    (folder / "text.txt").write_text("To be, or not to be. " * 400)
+    return {
+        "D": language.small_task(steps=2, shape=shape),
+        "E": language.tuning_task(steps=2, shape=shape),
+        "E-first": language.tuning_task("language", steps=2, shape=shape),
+        "G": language.gpt_task(str(folder), steps=2, shape=narrow),
+        "K": language.recurrent_task(steps=2, width=8, context=8),
+    }
+
+
+def test_language_models_learn_and_tuning_starts_from_a_trained_network(
+    script, tmp_path
+):
+    seen = {}
+    for name, task in language_tasks(tmp_path).items():
+        task = task._replace(rates=np.array([1e-3]))
+        with jax.numpy_rank_promotion("allow"):  # As users run it.
+            seen[name] = part("running").curve(task, task.optimizer, seed=0)
+        assert np.isfinite(seen[name].final_loss).all(), name
+        assert 0 <= seen[name].accuracy[0] <= 1
+        assert seen[name].initial_loss[0] > task.trivial_loss, name
+    # Judged on both texts; the network of E has been trained, the one of D has not.
+    assert seen["E"].initial_loss != seen["E-first"].initial_loss
+    assert seen["E"].initial_loss < seen["D"].initial_loss
+
+
+def test_the_two_texts_of_tuning_are_parts_of_the_manual(script):
+    texts = part("language").manual()
+    length = lambda text: len(text.train) + len(text.held_out)
+    assert length(texts["library"]) > 50_000
+    parts = length(texts["library"]) + length(texts["language"])
+    assert parts == length(texts["whole"])
+
+
+def test_the_large_model_is_not_measured_without_a_gpu_and_a_text(script, tmp_path):
+    small = ["--quick", "--rounds", "0", "--only", *METHODS, "--out", str(tmp_path)]
+    assert script.main([*small, "--tasks", "G"]) == 0
+    text = (tmp_path / "lr_sensitivity.md").read_text()
+    assert "Not measured here: G." in text and "## G" not in text
+
+
 def test_steps_are_timed_both_ways(script):
     clock = part("timing").Clock(toy(), rounds=1)
     plain = clock.times(optax.sgd(0.1), ("value",))
@@ -196,7 +253,7 @@ def test_a_method_that_fails_is_a_row(script, tmp_path, monkeypatch, capsys):
     "arguments, message",
     [
         (["--only", "hope"], "argument --only: invalid choice: 'hope'"),
-        (["--tasks", "D"], "argument --tasks: invalid choice: 'D'"),
+        (["--tasks", "Z"], "argument --tasks: invalid choice: 'Z'"),
         (["--seeds", "0"], "argument --seeds: must be an integer >= 1, got '0'"),
         (["--steps", "few"], "argument --steps: must be an integer >= 1, got 'few'"),
     ],
