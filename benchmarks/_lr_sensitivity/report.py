@@ -5,7 +5,7 @@ import numpy as np
 from stablegrad.sweep import _scores as scores
 from stablegrad.sweep._scores import Mean
 
-from .goals import HEALTHY, best_peer, goals
+from .goals import LEGEND as ABOUT_GOALS, best_peer, goals
 from .methods import Method
 from .rows import Row, Table
 
@@ -124,7 +124,7 @@ def summary(tables: dict[str, Table], ours: list[str]) -> str:
         for key, row in peers.items()
         if row is not None
     )
-    text = f"{_markdown(['goal', 'task', *ours], lines)}\n\n{HEALTHY}"
+    text = f"{_markdown(['goal', 'task', *ours], lines)}\n\n{ABOUT_GOALS}"
     return text + (f"\n\nBest peers: {best}." if best else "")
 
 

@@ -69,32 +69,37 @@ def cells(text, method):
     return dict(zip(header, row, strict=True))
 
 
-def test_healthy_rates_are_below_the_bare_cliff(script):
-    seen = score(curve(np.array([3.2, 3, 2.9, 2.95, 3.05, 2.9, np.nan])))
-    assert seen.cliff == RATES[4]
-    expected = [True] * 4 + [False] * 3
-    np.testing.assert_array_equal(part("goals").healthy(seen, RATES), expected)
+def test_good_rates_are_those_near_the_best_that_do_not_break(script):
+    seen = score(curve(np.array([3.2, 3, 2.9, 2.95, 3.18, 3.2, np.nan])))
+    expected = [False, True, True, True, True, False, False]
+    np.testing.assert_array_equal(part("goals").good(seen), expected)
 
 
 def test_a_goal_is_met_or_missed(script):
     rows, goals = part("rows"), part("goals")
     made = {"bare": curve(LOSSES), "clip": curve(LOSSES), "ours": curve(LOSSES / 1.1)}
-    flat = curve(np.full(7, 2.9))
 
-    def told(mine):
+    def told(mine, task="A"):
         listed = [
             rows.Row(
                 kind, kind, score(mine if kind == "ours" else made[kind]), None, seeds=1
             )
             for kind in made
         ]
-        table = {"A": rows.Table("A", RATES, 9.0, INITIAL, listed, {})}
-        about_a = [goal for goal in goals.goals() if goal.task == "A"]
-        return [goal.cell(table, "ours") for goal in about_a]
+        table = {task: rows.Table(task, RATES, 9.0, INITIAL, listed, {})}
+        chosen = [goal for goal in goals.goals() if goal.task == task]
+        return [goal.cell(table, "ours") for goal in chosen]
 
-    assert told(flat) == ["0 met", "0 met", "0 met", "0 met", "-"]
-    assert told(curve(LOSSES + 0.1))[2:4] == ["3.45 MISSED", "0.1 MISSED"]
-    assert told(made["ours"])[0].endswith("MISSED")
+    # LR sensitivity, loss over bare's, largest rates, step time.
+    assert told(curve(np.full(7, 2.95))) == [
+        "0.05 met",  # From bare's best.
+        "1.017 MISSED",
+        "1.017 met",
+        "-",
+    ]
+    assert told(curve(LOSSES + 0.1))[1:3] == ["1.034 MISSED", "3.448 MISSED"]
+    # LR sensitivity, loss minus bare's.
+    assert told(curve(np.full(7, 2.9015)), "B-adam") == ["0.0015 met", "0.0015 met"]
 
 
 def test_report_has_a_row_for_each_method(out):
