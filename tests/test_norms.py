@@ -36,6 +36,7 @@ def test_norm_is_right_at_every_scale_in_range(scale):
     assert seen.finite and seen.largest_leaf == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "complex64"])
 def test_norm_is_float32_for_every_dtype(dtype, strict):
     tree = {"w": jnp.full((4, 8), 300, dtype)}  # 300**2 overflows float16.

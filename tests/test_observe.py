@@ -53,6 +53,7 @@ def guarded():
     return sg.guard(optax.sgd(0.1), sg.clip(sg.zscore(2.5)), sg.skip(), sg.halt(5))
 
 
+@pytest.mark.slow
 def test_every_metric_is_a_documented_scalar():
     tx = sg.stabilize(optax.adam(0.1))
     seen = jax.jit(sg.metrics)(tx.init(PARAMS))
@@ -104,6 +105,7 @@ def test_limits_of_like_thresholds_are_numbered():
     assert seen["clip_fixed_grad_norm_limit_2"] == 2.0
 
 
+@pytest.mark.slow
 def test_names_stay_with_their_limits_when_the_state_has_been_through_jit():
     # Pytrees sort dicts by key, the responses are in the user's order.
     tx = sg.guard(optax.sgd(0.1), sg.skip(sg.fixed(9.0)), sg.clip(sg.fixed(2.0)))

@@ -214,6 +214,7 @@ def test_a_module_imports_from_its_own_room_and_earlier_ones():
     assert upward(found, ROOMS) == []
 
 
+@pytest.mark.slow
 def test_no_files_import_each_other_in_a_ring():
     assert cycle(modules(ROOT / "stablegrad")) is None
 

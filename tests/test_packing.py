@@ -54,6 +54,7 @@ def test_a_tree_comes_back_in_its_shapes_and_dtypes(name):
     chex.assert_trees_all_equal_shapes_and_dtypes(back, tree)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in TREES if name != "nothing"])
 def test_an_ensemble_keeps_its_leading_axes(name):
     many = jax.tree.map(lambda x: drawn((2, 3, *x.shape), str(x.dtype)), TREES[name])

@@ -43,6 +43,7 @@ every = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [np.nan, -np.inf])
 @every  # Slowest to change: one program for both.
 def test_a_nonfinite_step_becomes_zeros_and_teaches_nothing(name, bad):
@@ -123,6 +124,7 @@ def test_a_lasting_shift_is_followed_within_100_steps(name, factor):
         assert share[200] < 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["clip_by_ema", "clip_update_rms", "clip_by_max"])
 def test_a_leaf_that_explodes_leaves_the_others_alone(name):
     flat = healthy()
@@ -196,6 +198,7 @@ def test_zero_weights_leave_zero_by_default_and_hardly_as_published():
     assert sizes[0] > 0.04 and sizes[0] > 500 * sizes[1]
 
 
+@pytest.mark.slow
 def test_elements_are_clamped_in_order_by_default():
     # As published 1.01 becomes 0.1 beside an element of 10, and 0.99 stays.
     flat = healthy(60)

@@ -121,6 +121,7 @@ def test_adaptive_gradient_clipping_reproduces_the_golden_values(param, grad, ex
     np.testing.assert_allclose(out["bias"], expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "period, warmup", core([(500, 150), (100, 30), (0, 0)], (100, 30))
 )

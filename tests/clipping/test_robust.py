@@ -29,6 +29,7 @@ INJECTED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make, settings",
     core(INJECTED, INJECTED[1], INJECTED[-1]),
@@ -65,6 +66,7 @@ def test_a_large_float64_is_clamped_to_size_and_one_beyond_1e18_dropped(name, x6
     assert sg.metrics(state)[f"{name}_dropped_steps"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [

@@ -245,6 +245,7 @@ def test_a_function_of_the_rate_leaves_no_rate_to_tell():
 INJECTED = optax.inject_hyperparams(optax.sgd)(0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("told", [{}, {"learning_rate": 0.1}])
 def test_a_rate_in_the_optimizers_state_is_read(told, plain):
     found = critical(tx=INJECTED, steps=0, **told)
@@ -323,6 +324,7 @@ def test_a_loss_that_cannot_be_hashed_works(plain):
     assert critical(Unhashable(), steps=0).forward == plain.forward
 
 
+@pytest.mark.slow
 def test_flax_nnx_and_linen_models_give_the_closed_form():
     inputs = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
     batch = jnp.asarray(inputs), jnp.ones((8, 1))

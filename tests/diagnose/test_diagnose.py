@@ -381,6 +381,7 @@ def test_the_noise_scale_of_shards_is_that_of_a_known_gradient():
     assert report.facts.batch.noise_scale == pytest.approx(25 / (4 * 25), rel=0.5)
 
 
+@pytest.mark.slow
 def test_examples_that_are_bad_or_far_too_large_are_listed():
     bad = X.at[3, 2].set(jnp.nan)
     report = sg.diagnose(tanh_net, plain_params(), bad)

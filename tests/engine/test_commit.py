@@ -78,6 +78,7 @@ def test_an_element_of_the_update_is_kept_out_and_the_others_move(size, apply):
     assert_one_event(state, "keep_out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("apply", core([False, True], False), ids=["update", "apply"])
 def test_an_element_of_the_inner_state_is_kept_out_and_the_step_is_taken(apply):
     tx = sg.guard(dividing("memory"))
@@ -95,6 +96,7 @@ def test_an_element_of_the_inner_state_is_kept_out_and_the_step_is_taken(apply):
     assert_one_event(state, "keep_out")
 
 
+@pytest.mark.slow
 @on_cpu
 @pytest.mark.parametrize("apply", core([False, True], True), ids=["update", "apply"])
 def test_a_large_step_that_would_break_the_inner_state_is_rejected(apply):

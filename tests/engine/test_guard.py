@@ -129,6 +129,7 @@ def test_float16_adam_on_zero_gradients_never_emits_a_nan():
     assert sg.metrics(state)["skip_reason"] == sg.Reason.NONFINITE_UPDATE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "responses",
     [(), pytest.param((sg.skip(),), marks=pytest.mark.slow)],

@@ -204,6 +204,7 @@ def test_update_norms_are_judged_by_group_too():
     np.testing.assert_allclose(updates["head"]["bias"], -1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per", core(["leaf", "unit"], "leaf"))
 def test_statistics_of_a_thousand_groups_are_one_vector(per):
     params = {f"layer_{i:04d}": jnp.ones((2, 2)) for i in range(1000)}

@@ -158,6 +158,7 @@ def assert_nnx_units(module, x, axes):
     assert_units_are_what_feeds_each_output(run, plain["kernel"], axes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use_bias", core([True, False], True))
 @pytest.mark.parametrize(
     "heads, features, width", core([(2, 4, 5), (4, 4, 4)], (4, 4, 4))
@@ -197,6 +198,7 @@ def test_a_unit_of_nnx_attention_feeds_one_feature_of_one_head(use_bias):
         assert_nnx_units(getattr(attention, name), x, axes[f"{name}.kernel"])
 
 
+@pytest.mark.slow
 def test_a_unit_of_an_embedding_is_a_row():
     linen = initialised(nn.Embed(7, 3), jnp.zeros(2, jnp.int32))
     assert unit_axes(linen) == ((1,),)

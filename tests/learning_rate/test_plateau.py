@@ -220,6 +220,7 @@ def test_an_absolute_threshold_is_in_the_metrics_unit():
     assert cuts([100.0, 99.4, 99.0, 98.4], **options) == [2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad, window", [(np.nan, 1), (np.inf, 2), (-np.inf, 1)])
 def test_a_metric_that_is_not_finite_is_counted_and_otherwise_ignored(bad, window):
     values = [2.0, 2.0, 1.0, 1.0, 1.5, 1.5, 1.5, 1.5]

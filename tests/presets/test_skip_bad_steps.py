@@ -92,6 +92,7 @@ def test_one_nan_loss_skips_129_steps_as_published_and_one_by_default(rule, stre
     chex.assert_tree_all_finite(state)
 
 
+@pytest.mark.slow
 def test_an_outlier_hides_the_next_as_published_and_not_by_default():
     norms, values = history()
     values = np.full(STEPS, 3.0)

@@ -138,6 +138,7 @@ def test_a_rise_that_lasts_cuts_once():
     assert sg.metrics(state)["backed_off_steps"] == 1
 
 
+@pytest.mark.slow
 def test_what_keeps_rising_is_followed_down_to_the_floor():
     values = 5.0 + np.array([-4.0, 4.0, 7.9, 8.1, 16.1, 16.3, 33.0, 70.0])
     seen, _, _ = run(np.ones(8), values, factor=0.5, min_scale=0.1)
@@ -169,6 +170,7 @@ def test_a_rise_of_another_signal_is_a_further_rise():
     np.testing.assert_allclose(seen["lr_scale"], [1, 0.5, 0.5, 0.25], rtol=RTOL)
 
 
+@pytest.mark.slow
 def test_the_first_step_of_all_is_never_the_learning_rates_fault():
     seen, _, _ = run(np.ones(2), [9.0, 1.0])
     np.testing.assert_array_equal(seen["lr_scale"], [1.0, 1.0])

@@ -84,6 +84,7 @@ def test_update_norm_limits_what_is_applied_whatever_the_learning_rate():
     np.testing.assert_allclose(seen["update_norm"], 0.1, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_function_of_the_gradient_can_be_the_signal():
     def largest(updates, params, extra):
         del params, extra
@@ -95,6 +96,7 @@ def test_a_function_of_the_gradient_can_be_the_signal():
     assert "clip_fixed_largest_limit" in sg.metrics(state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
 def test_a_gradient_that_is_not_finite_is_rejected_and_not_clipped(bad):
     grads = {"a": jnp.array([5.0, bad]), "b": jnp.array([7.0])}
@@ -152,6 +154,7 @@ def first_element(updates, params, extra):
 BELOW_ZERO = sg.guard(optax.identity(), sg.clip(sg.fixed(-1.0, of=first_element)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signal, factor", [(0.0, 1), (-0.5, 1), (2.0, 0)])
 def test_a_negative_limit_never_turns_a_gradient_around(signal, factor):
     updates, _ = one_step(BELOW_ZERO, {"w": jnp.array([signal, 4.0])})

@@ -26,6 +26,7 @@ def test_a_stuck_stream_halts_and_leaves_the_parameters_as_they_were():
         sg.raise_if_halted(state)
 
 
+@pytest.mark.slow
 def test_one_good_step_clears_the_flag_and_trains_on():
     norms = [1.0, np.nan, np.nan, np.nan, 1.0]
     tx = sg.guard(optax.sgd(0.1), sg.skip(), sg.halt(after=2))
@@ -36,6 +37,7 @@ def test_one_good_step_clears_the_flag_and_trains_on():
     assert sg.metrics(state)["halted_steps"] == 2
 
 
+@pytest.mark.slow
 def test_finite_outliers_never_halt():
     tx = sg.guard(
         optax.sgd(0.1), sg.skip(sg.fixed(2.0), max_consecutive=30), sg.halt(after=5)

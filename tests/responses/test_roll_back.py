@@ -372,6 +372,7 @@ def test_the_preset_takes_it_along():
     assert len(jax.eval_shape(tx.init, PARAMS).snapshots) == 2
 
 
+@pytest.mark.slow
 def test_a_plateau_within_is_shown_once():
     inner = optax.chain(optax.sgd(0.1), sg.reduce_on_plateau(metric=None))
     state = guarded(inner).init(PARAMS)

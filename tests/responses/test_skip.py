@@ -40,6 +40,7 @@ def _leaves(tree):
     return jax.tree.leaves(tree)
 
 
+@pytest.mark.slow
 def test_rejected_steps_leave_no_trace_in_what_follows():
     clean = [1.0, 0.5, 2.0, 1.5]
     faulty = [1.0, jnp.nan, 0.5, jnp.inf, 2.0, 1.5]
@@ -130,6 +131,7 @@ def test_a_function_that_is_not_finite_is_a_reason_of_its_own():
     np.testing.assert_array_equal(seen["skip_reason"], expected)
 
 
+@pytest.mark.slow
 def test_one_exploding_leaf_is_enough_per_leaf():
     grads = {"a": jnp.ones((1, 3)), "b": jnp.full((1, 3), 100.0)}
     params = {"a": jnp.zeros(3), "b": jnp.zeros(3)}

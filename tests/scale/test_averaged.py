@@ -52,6 +52,7 @@ def guard_of(**options):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mapping", MAPPINGS)
 def test_averaged_gradients_have_the_norm_of_the_mean(mapping):
     tx = guard_of(axis_name=AXIS, averaged_gradients=True)
@@ -98,6 +99,7 @@ def pmap_is_a_mesh():
     return found[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mapping", MAPPINGS)
 def test_a_loss_of_each_device_without_axis_name_is_warned_of_once(mapping):
     if mapping == "pmap" and not pmap_is_a_mesh():

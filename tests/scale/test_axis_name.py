@@ -43,6 +43,7 @@ def test_a_leaf_that_every_device_has_counts_once_where_that_can_be_told(
     np.testing.assert_allclose(seen["clipped_grad_norm"], 1, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("averaged, shards", [(False, DEVICES), (True, 1)])
 def test_skip_bad_steps_sees_all_shards(averaged, shards):
     tx = sg.skip_bad_steps(optax.sgd(1.0), axis_name=AXIS, averaged_gradients=averaged)
@@ -105,6 +106,7 @@ def test_a_signal_of_each_shard_counts_with_its_mean(of, own, skipped):
     np.testing.assert_allclose(seen["loss_value"], own / DEVICES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "specs",
     [

@@ -13,6 +13,7 @@ he_normal = jax.nn.initializers.he_normal()
 WIDTH = 64
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("distribution", ["normal", "truncated_normal", "uniform"])
 def test_kernels_have_the_deviation_of_the_gain(distribution):
     init = structure.activation_init(jnp.tanh, distribution=distribution)

@@ -19,6 +19,7 @@ def normal_tail(x):
     return math.erfc(x / math.sqrt(2)) / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("activation", "forward", "backward"),
     [

@@ -141,6 +141,7 @@ def test_runs_in_groups_are_the_same_as_all_at_once(share, monkeypatch):
     assert len(np.unique(whole.train[0, :, 0])) == 3  # Seeds differ.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "data",
     [
@@ -221,6 +222,7 @@ def test_a_training_step_of_ones_own_is_the_same_run(result):
     np.testing.assert_allclose(made.train, result.row("momentum").train, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_candidate_that_fails_is_told_and_the_others_run():
     def broken(rate):
         raise RuntimeError("no such thing\nas this")
@@ -249,6 +251,7 @@ def test_a_transformation_that_reads_its_rate_in_python_runs_rate_by_rate(result
     np.testing.assert_allclose(row.train, result.row("momentum").train, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_is_done():
     def stop(rate):
         raise KeyboardInterrupt

@@ -75,6 +75,7 @@ def test_a_lasting_fall_is_followed_after_patience_and_some_steps():
     assert limit[175] < 3e-6
 
 
+@pytest.mark.slow
 def test_a_mean_of_zero_flags_nothing_and_recovers():
     losses = np.concatenate([np.zeros(50), lognormal(100)])
     limit, exceeded, state = limits(sg.ema_ratio(2.0, of="value"), losses)

@@ -32,6 +32,7 @@ def test_each_group_is_held_to_a_share_of_its_own_parameters(per, axis):
     np.testing.assert_allclose(clipped(tx, small)["kernel"], -0.05 * kernel, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_it_holds_updates_too():
     rule = sg.clip(sg.param_ratio(0.5, of="update_norm", per="leaf"))
     out = clipped(sg.guard(optax.sgd(10.0), rule), PARAMS)

@@ -167,6 +167,7 @@ def test_the_margin_changes_the_limit_alone():
     chex.assert_trees_all_equal(state, others)
 
 
+@pytest.mark.slow
 def test_groups_are_followed_each_by_itself():
     table = np.stack([eventful(0), lognormal(400, level=1e-6, seed=7)], axis=1)
     together, _, _ = limits(sg.rarity(per="leaf"), table)

@@ -49,6 +49,7 @@ def test_loss_limits_match_the_float64_oracle():
     np.testing.assert_allclose(seen, expected, rtol=RTOL, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_one_huge_outlier_hides_no_other_within_the_window():
     norms = lognormal(300)
     norms[200], norms[250] = 9e17, 8.0

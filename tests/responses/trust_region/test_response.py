@@ -676,6 +676,7 @@ def test_rejects_arguments_out_of_range(options, message):
         sg.trust_region(**options)
 
 
+@pytest.mark.slow
 def test_nothing_is_promoted_implicitly(strict):
     tx = guarded(optax.sgd(1.0))
     jax.eval_shape(stepper(tx), START, tx.init(START))
