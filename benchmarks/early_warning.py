@@ -11,9 +11,9 @@ of the last 100 steps and 5 of their deviations, for two steps. It is foretold i
 next 32 steps, nor in the 100 before it, is a false alarm; warnings less than 20 steps
 apart are one. The first 200 steps of a run are not counted.
 
-The margin is chosen on some runs: the one that foretells most spikes with at most 0.8
-false alarms in 1,000 steps. It is judged on others, other seeds and other kinds of
-runs, where at most 1 is the goal: other kinds raise more than those it is chosen on.
+The margin is chosen on some runs: the one that foretells most spikes with at most 1
+false alarm in 1,000 steps. It is judged on others: other seeds, and other kinds of
+runs.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from _early_warning.scores import NOTHING, Score, score
 from options import Parser, whole
 
 MARGINS = tuple(2 ** (k / 8) for k in range(13))
-MOST_FALSE = 0.8  # In 1,000 steps of the runs that the margin is chosen on.
+MOST_FALSE = 1.0  # In 1,000 steps.
 TUNED_ON = (
     "regression, tanh",
     "regression, GELU",
@@ -43,7 +43,7 @@ TUNED_ON = (
     "regression, tanh, batch 256",
     "regression, tanh, momentum",
 )
-TUNING_SEEDS, JUDGING_SEEDS = [0, 1], [40, 41]
+TUNING_SEEDS, JUDGING_SEEDS = [0, 1], [20, 21]
 
 
 def scored(runs, margin: float) -> Score:
