@@ -1,5 +1,7 @@
 """What a model updates by itself in the forward pass, which no optimizer can undo."""
 
+import contextlib
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -48,8 +50,10 @@ def trained(keep):
             kept = sg.keep_if_skipped(optimizer.opt_state, before, after)
             nnx.update(model, kept)
 
-    for x in X:
-        step(model, optimizer, x)
+    aliased = pytest.warns(UserWarning, match="the same arrays")
+    with aliased if keep == "an alias" else contextlib.nullcontext():
+        for x in X:
+            step(model, optimizer, x)
     assert sg.metrics(optimizer)["skipped_steps"] == 1
     return model
 
