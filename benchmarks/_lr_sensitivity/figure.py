@@ -83,4 +83,4 @@ def draw(tables: list[Table], path: Path) -> None:
         fontsize=7,
         frameon=False,
     )
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=85)
