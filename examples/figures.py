@@ -66,4 +66,4 @@ def draw_layers(outcomes: dict[str, dict[str, Any]], path: Path) -> None:
     axes[0, 0].set_ylabel("gradient norm at the start")
     axes[1, 0].set_ylabel("gradient norm, last step")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper")
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=90)
