@@ -56,9 +56,10 @@ def draw_layers(outcomes: dict[str, dict[str, Any]], path: Path) -> None:
             for name, out in networks.items():
                 norms = getattr(out, when)
                 norms = np.clip(np.where(norms > 0, norms, np.nan), 1e-15, 1e12)
-                color = style.CYCLE[names.index(name) % len(style.CYCLE)]
+                again, place = divmod(names.index(name), len(style.CYCLE))
+                look = {"color": style.CYCLE[place], "ls": "--" if again else "-"}
                 layers = range(1, len(norms) + 1)
-                axis.plot(layers, norms, label=name, color=color, marker=".")
+                axis.plot(layers, norms, label=name, marker=".", **look)
             axis.set_yscale("log")
             axis.locator_params(axis="x", integer=True)
         axes[0, column].set_title(title)
