@@ -31,6 +31,7 @@ from rich.progress import Progress, TaskID
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import text
 from _lr_sensitivity import figure, report, running
 from _lr_sensitivity.language import gpt_task, recurrent_task, small_task, tuning_task
 from _lr_sensitivity.methods import BARE, CLIP, Method, methods
@@ -67,39 +68,21 @@ ENTRIES = {
     "A-1000": Entry(text_task, 1000, "A: transformer, AdamW", rows=_ours),
     "B-adam": Entry(digits_task, 600, "B: ReLU network, Adam"),
     "B-momentum": Entry(
-        lambda steps: digits_task("momentum", steps=steps),
-        600,
-        "B: ReLU network, momentum",
+        partial(digits_task, "momentum"), 600, "B: ReLU network, momentum"
     ),
     "B-batch-8": Entry(
-        lambda steps: digits_task(batch_size=8, steps=steps),
-        600,
-        "B: ReLU network, Adam, batch 8",
+        partial(digits_task, batch_size=8), 600, "B: ReLU network, Adam, batch 8"
     ),
-    "C-adam": Entry(
-        lambda steps: curve_task(steps=steps),
-        3000,
-        "C: tanh network, Adam",
-        rows=_ours,
-    ),
+    "C-adam": Entry(curve_task, 3000, "C: tanh network, Adam", rows=_ours),
     "C-momentum": Entry(
-        lambda steps: curve_task("momentum", steps=steps),
-        3000,
-        "C: tanh network, momentum",
-        rows=_ours,
+        partial(curve_task, "momentum"), 3000, "C: tanh network, momentum", rows=_ours
     ),
     "D": Entry(small_task, 500, "D: transformer as GPT-2, AdamW", rows=_few),
     "E": Entry(
-        lambda steps: tuning_task(steps=steps),
-        500,
-        "E: the network of D tuned on another text",
-        rows=_few,
+        tuning_task, 500, "E: the network of D tuned on another text", rows=_few
     ),
     "E-first": Entry(
-        lambda steps: tuning_task("language", steps=steps),
-        500,
-        "E, judged on the first text",
-        rows=_few,
+        partial(tuning_task, "language"), 500, "E, judged on the first text", rows=_few
     ),
     "G": Entry(gpt_task, 500, "G: GPT of 10.6 million parameters, AdamW", rows=_few),
     "K": Entry(recurrent_task, 500, "K, kept: LSTM, RMSProp", rows=_few),
@@ -257,6 +240,11 @@ def parsed(argv) -> tuple[Plan, bool]:
         help="write the report and figure beside this file, too",
     )
     options = parser.parse_args(argv)
+    if options.data_dir is not None:
+        try:
+            text.load(options.data_dir)
+        except ValueError as error:
+            parser.error(str(error))
     plan = Plan(
         keys=[key for key in ENTRIES if key in (options.tasks or ENTRIES)],
         wanted=set(options.only),
@@ -281,8 +269,8 @@ def main(argv=None) -> int:
     name = Path(__file__).stem
     left = [key for key in plan.keys if key not in seen]
     if left:
-        about += f" Not measured here: {', '.join(left)}."
-    text = report.whole(
+        about += f" Not measured here: {', '.join(left)} needs a GPU and --data-dir."
+    written = report.whole(
         seen,
         methods(),
         about,
@@ -290,14 +278,14 @@ def main(argv=None) -> int:
         decided=plan.steps is None,  # The goals are for the tasks' own steps.
     )
     plan.folder.mkdir(parents=True, exist_ok=True)
-    (plan.folder / f"{name}.md").write_text(text, encoding="utf-8")
+    (plan.folder / f"{name}.md").write_text(written, encoding="utf-8")
     drawn = [data for data in seen.values() if data.rows]
     if drawn:
         figure.draw(drawn, plan.folder / f"{name}.png")
     if publish:
         for suffix in (".md", ".png") if drawn else (".md",):
             shutil.copy(plan.folder / f"{name}{suffix}", HERE / f"{name}{suffix}")
-    print(text)
+    print(written)
     return 0
 
 

@@ -9,7 +9,6 @@ K, kept: an LSTM under RMSProp. No constant of a method was chosen on it.
 
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from pydoc_data.topics import topics
 from typing import NamedTuple
 
@@ -17,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from text import Text, load
 
 from . import transformer
 from .tasks import Task, entropy, mean_loss
@@ -45,20 +45,12 @@ D = Shape(layers=4, width=64, heads=4, context=64, batch=128)
 G = Shape(layers=6, width=384, heads=6, context=256, batch=64, dtype=jnp.bfloat16)
 
 
-class Text(NamedTuple):
-    """Characters as numbers, int32."""
-
-    train: np.ndarray  # The first nine tenths.
-    held_out: np.ndarray
-    characters: int  # How many there are.
-
-
-def encoded(text: str, alphabet: list[str]) -> Text:
-    """A text cut in two."""
+def encoded(text: str, alphabet: str) -> Text:
+    """A text cut in two, in an alphabet that it may share with others."""
     number = {character: i for i, character in enumerate(alphabet)}
     numbers = np.array([number[character] for character in text], np.int32)
     cut = len(numbers) * 9 // 10
-    return Text(numbers[:cut], numbers[cut:], len(alphabet))
+    return Text(numbers[:cut], numbers[cut:], alphabet)
 
 
 @functools.cache
@@ -74,18 +66,8 @@ def manual() -> dict[str, Text]:
         "language": joined(lambda name: not of_library(name)),
         "library": joined(of_library),
     }
-    alphabet = sorted(set(texts["whole"]))
+    alphabet = "".join(sorted(set(texts["whole"])))
     return {kind: encoded(text, alphabet) for kind, text in texts.items()}
-
-
-@functools.cache
-def folder_text(folder: str) -> Text:
-    """Every *.txt of a folder, joined in the order of their names."""
-    paths = sorted(Path(folder).glob("*.txt"))
-    if not paths:
-        raise ValueError(f"{folder} holds no *.txt file.")
-    text = "".join(path.read_text(encoding="utf-8") for path in paths)
-    return encoded(text, sorted(set(text)))
 
 
 def _windows(numbers, length: int, count: int = JUDGED):
@@ -129,7 +111,7 @@ def _language_task(
         final_loss=lambda params: loss(params, windows),
         accuracy=accuracy,
         dead=lambda params: jnp.zeros(()),
-        trivial_loss=entropy(text.train, text.characters),
+        trivial_loss=entropy(text.train, len(text.alphabet)),
         **fields,
     )
 
@@ -143,7 +125,7 @@ def _transformer_task(name: str, text: Text, shape: Shape, **fields) -> Task:
     given = {
         "init": lambda key: transformer.init(
             key,
-            text.characters,
+            len(text.alphabet),
             shape.layers,
             shape.width,
             shape.context,
@@ -207,7 +189,7 @@ def gpt_task(folder: str, steps: int = 500, shape: Shape = G) -> Task:
     """Task G: six layers, width 384, context 256, batch 64, on a folder's text."""
     return _transformer_task(
         "G",
-        folder_text(folder),
+        load(folder, shape.context),
         shape,
         rates=GPT_RATES,
         steps=steps,
@@ -224,10 +206,10 @@ def recurrent_task(steps: int = 500, width: int = 128, context: int = 64) -> Tas
         keys = jax.random.split(key, 3)
         normal = jax.random.normal
         return {
-            "embedding": normal(keys[0], (text.characters, width)),
+            "embedding": normal(keys[0], (len(text.alphabet), width)),
             "kernel": normal(keys[1], (2 * width, 4 * width)) * (2 * width) ** -0.5,
             "bias": jnp.zeros(4 * width).at[width : 2 * width].set(1.0),  # Forget.
-            "head": normal(keys[2], (width, text.characters)) * width**-0.5,
+            "head": normal(keys[2], (width, len(text.alphabet))) * width**-0.5,
         }
 
     def logits(params, window):

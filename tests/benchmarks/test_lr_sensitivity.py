@@ -229,7 +229,10 @@ def test_the_large_model_is_not_measured_without_a_gpu_and_a_text(script, tmp_pa
     small = ["--quick", "--rounds", "0", "--only", *METHODS, "--out", str(tmp_path)]
     assert script.main([*small, "--tasks", "G"]) == 0
     text = (tmp_path / "lr_sensitivity.md").read_text()
-    assert "Not measured here: G." in text and "## G" not in text
+    assert (
+        "Not measured here: G needs a GPU and --data-dir." in text
+        and "## G" not in text
+    )
 
 
 def test_steps_are_timed_both_ways(script):
@@ -259,6 +262,7 @@ def test_a_method_that_fails_is_a_row(script, tmp_path, monkeypatch, capsys):
     [
         (["--only", "hope"], "argument --only: invalid choice: 'hope'"),
         (["--tasks", "Z"], "argument --tasks: invalid choice: 'Z'"),
+        (["--data-dir", "/nowhere"], "/nowhere is not a folder"),
         (["--seeds", "0"], "argument --seeds: must be an integer >= 1, got '0'"),
         (["--steps", "few"], "argument --steps: must be an integer >= 1, got 'few'"),
     ],
