@@ -15,8 +15,8 @@ finite counts as the one before training, and is marked `!`. On B it is the trai
 loss, on D, G and K the mean training loss of the last 50 steps. In brackets: test
 accuracy in %, of the next character on D, E, G and K. LR sensitivity: mean over rates
 of min(loss, loss before training) minus the method's own best, and its standard error
-over seeds; normalised: the same over what training gains at best. Band: decades of rates
-around the best within {scores.WITHIN} of its loss. Cliff: the lowest rate above the
+over seeds; normalised: the same over what training gains at best. Band: decades of
+rates around the best within {scores.WITHIN} of its loss. Cliff: the lowest rate above the
 best that is more than {scores.CLIFF} off. Flags: `trivial` at rates where some seed is
 no better than the best constant predictor, give or take 1 %; `dead` where
 {scores.DEAD:.0%} of the hidden units or more never fire on the training set.
