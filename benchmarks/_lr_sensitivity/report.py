@@ -18,8 +18,8 @@ of min(loss, loss before training) minus the method's own best, and its standard
 over seeds; normalised: the same over what training gains at best. Band: decades of
 rates around the best within {scores.WITHIN} of its loss.
 Cliff: the lowest rate above the best that is more than {scores.CLIFF} off.
-Flags: `trivial` at rates where some seed is no better than the best constant predictor, give or
-take 1 %; `dead` where
+Flags: `trivial` at rates where some seed is no better than the best constant
+predictor, give or take 1 %; `dead` where
 {scores.DEAD:.0%} of the hidden units or more never fire on the training set.
 Step time: of one step without vmap over the bare optimizer's in the same run, through
 `update`, for ours also through `stablegrad.apply`."""
