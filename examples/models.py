@@ -137,15 +137,16 @@ class ResNet(nnx.Module):
 class Layer(nnx.Module):
     """Causal self-attention and a GELU MLP, each behind a LayerNorm."""
 
-    def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs):
-        """`heads` must divide `width`."""
-        self.norm1 = nnx.LayerNorm(width, rngs=rngs)
+    def __init__(self, width: int, heads: int, *, dtype=None, rngs: nnx.Rngs):
+        """`heads` must divide `width`; `dtype` is the one that it computes in."""
+        given = {"dtype": dtype, "rngs": rngs}
+        self.norm1 = nnx.LayerNorm(width, **given)
         self.attention = nnx.MultiHeadAttention(
-            heads, width, decode=False, use_bias=False, rngs=rngs
+            heads, width, decode=False, use_bias=False, **given
         )
-        self.norm2 = nnx.LayerNorm(width, rngs=rngs)
-        self.up = nnx.Linear(width, 4 * width, rngs=rngs)
-        self.down = nnx.Linear(4 * width, width, rngs=rngs)
+        self.norm2 = nnx.LayerNorm(width, **given)
+        self.up = nnx.Linear(width, 4 * width, **given)
+        self.down = nnx.Linear(4 * width, width, **given)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Shape (batch, length, width), and so the result."""
@@ -165,14 +166,16 @@ class Transformer(nnx.Module):
         width: int = 64,
         heads: int = 4,
         context: int = 64,
+        dtype=None,
         rngs: nnx.Rngs,
     ):
-        """`context` is the longest text, in characters."""
-        self.characters = nnx.Embed(characters, width, rngs=rngs)
-        self.positions = nnx.Embed(context, width, rngs=rngs)
-        self.layers = nnx.List([Layer(width, heads, rngs=rngs) for _ in range(layers)])
-        self.norm = nnx.LayerNorm(width, rngs=rngs)
-        self.head = nnx.Linear(width, characters, use_bias=False, rngs=rngs)
+        """`context` is the longest text, in characters; it computes in `dtype`."""
+        given = {"dtype": dtype, "rngs": rngs}
+        self.characters = nnx.Embed(characters, width, **given)
+        self.positions = nnx.Embed(context, width, **given)
+        self.layers = nnx.List([Layer(width, heads, **given) for _ in range(layers)])
+        self.norm = nnx.LayerNorm(width, **given)
+        self.head = nnx.Linear(width, characters, use_bias=False, **given)
 
     def __call__(self, text: jax.Array) -> jax.Array:
         """Logits of the next character, (batch, length, characters)."""

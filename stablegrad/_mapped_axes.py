@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 AxisName = Hashable | tuple[Hashable, ...] | None
@@ -22,16 +23,13 @@ class MappedAxes(NamedTuple):
     names: tuple[Hashable, ...] = ()
     averaged: bool = False  # Whether every device holds the whole, averaged gradients.
 
-    def totals(self, parts: list[jax.Array], leaves: list) -> jax.Array:
-        """Add up the rank-0 part of each leaf over all its shards: (leaves,)."""
-        if not parts:
-            return jnp.zeros((0,), jnp.float32)
-        if not self.names or self.averaged:
-            return jnp.stack(parts)
+    def totals(self, sums: jax.Array, leaves: list) -> jax.Array:
+        """Add up the sum of each leaf, float32 (leaves,), over all its shards."""
+        if not leaves or not self.names or self.averaged:
+            return sums
         whole = math.prod(lax.axis_size(name) for name in self.names)
         copies = [whole // shards for shards in self._shards(leaves)]
-        shares = [part / count for part, count in zip(parts, copies, strict=True)]
-        return lax.psum(self._varying(jnp.stack(shares)), self.names)
+        return lax.psum(self._varying(sums / np.float32(copies)), self.names)
 
     def mean(self, number: jax.Array) -> jax.Array:
         """Average a number over the axes."""

@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 
 from . import _trees
+from ._leaf_sums import leaf_sums
 from ._mapped_axes import LOCAL, MappedAxes
 
 LARGEST = float(np.finfo(np.float32).max)
@@ -71,7 +72,8 @@ def measure(tree, like=None, axes: MappedAxes = LOCAL) -> Measurement:
     are sharded over mapped `axes` are measured whole.
     """
     leaves = _trees.inexact_leaves(tree, like)
-    return Measurement(axes.totals([_sum_of_squares(x) for x in leaves], leaves))
+    sums = leaf_sums([_squares(leaf) for leaf in leaves], np.float32)
+    return Measurement(axes.totals(sums, leaves))
 
 
 def measure_parts(leaves, sum_axes) -> tuple[Measurement, list[jax.Array]]:
@@ -81,11 +83,12 @@ def measure_parts(leaves, sum_axes) -> tuple[Measurement, list[jax.Array]]:
     `sum_axes`, which stay with size 1.
     """
     parts = [
-        _sum_of_squares(leaf, over) for leaf, over in zip(leaves, sum_axes, strict=True)
+        jnp.sum(_squares(leaf), over, keepdims=True).astype(np.float32)
+        for leaf, over in zip(leaves, sum_axes, strict=True)
     ]
     # The barrier keeps XLA from merging both sums into a second pass over the leaf.
-    totals = [jnp.sum(lax.optimization_barrier(part)) for part in parts]
-    return Measurement(LOCAL.totals(totals, leaves)), parts
+    totals = leaf_sums([lax.optimization_barrier(part) for part in parts], np.float32)
+    return Measurement(totals), parts
 
 
 def all_finite(leaf) -> jax.Array:
@@ -94,10 +97,8 @@ def all_finite(leaf) -> jax.Array:
     return jnp.isfinite(jnp.sum(leaf * jnp.zeros((), leaf.dtype)))
 
 
-def _sum_of_squares(leaf, over: tuple[int, ...] | None = None) -> jax.Array:
-    """Sum of |x|^2 in float32, over all of a leaf or over some axes, kept at size 1."""
+def _squares(leaf) -> jax.Array:
+    """Return |x|^2 in float32, or wider for wider leaves."""
     if jnp.iscomplexobj(leaf):
-        return _sum_of_squares(leaf.real, over) + _sum_of_squares(leaf.imag, over)
-    wide = leaf.astype(np.promote_types(leaf.dtype, np.float32))
-    keep = over is not None
-    return jnp.sum(jnp.square(wide), axis=over, keepdims=keep).astype(jnp.float32)
+        return _squares(leaf.real) + _squares(leaf.imag)
+    return jnp.square(leaf.astype(np.promote_types(leaf.dtype, np.float32)))

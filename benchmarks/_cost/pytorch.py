@@ -1,4 +1,4 @@
-"""PyTorch's own step on the same sizes, where it is installed."""
+"""PyTorch's own step on the same sizes, on a CPU, where it is installed."""
 
 from collections.abc import Callable
 
@@ -15,8 +15,8 @@ import jax
 
 
 def available() -> bool:
-    """Whether PyTorch can be imported."""
-    return torch is not None
+    """Whether PyTorch can be imported, and JAX runs on a CPU as it does here."""
+    return torch is not None and jax.default_backend() == "cpu"
 
 
 def steppers(problem: Problem) -> dict[str, Callable[[], None]]:

@@ -9,7 +9,7 @@ import optax
 from rich import box
 from rich.table import Table
 
-from .measuring import Cost
+from .measuring import IN_A_ROW, Cost
 
 COLUMNS = (
     "step",
@@ -27,7 +27,8 @@ LEGEND = (
     "XLA's count, which adds up all branches of a condition whether taken or not, over "
     "the floor of 7 arrays; temporary and extra state: bytes; compile: seconds over "
     "those of bare AdamW; traces: how often Python ran; transfers: instructions that "
-    "reach the host."
+    "reach the host. A round is one step on a CPU, and on an accelerator "
+    f"{IN_A_ROW} steps that the host sends ahead."
 )
 
 

@@ -68,8 +68,9 @@ def _attended(x, layer, heads):
 
 def logits(params, text, heads: int = HEADS, dtype=jnp.float32):
     """Scores of the next character, (batch, length, characters), computed in dtype."""
-    params = jax.tree.map(lambda x: x.astype(dtype), params)
+    # Looked up before the cast: the gradient of this is slow in bfloat16 on a GPU.
     x = params["characters"][text] + params["positions"][: text.shape[1]]
+    x, params = jax.tree.map(lambda array: array.astype(dtype), (x, params))
     for layer in params["layers"]:
         x = x + _attended(_normalised(x, layer["norm"][0]), layer, heads)
         hidden = jax.nn.gelu(_normalised(x, layer["norm"][1]) @ layer["up"])

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .. import _trees
+from .._leaf_sums import leaf_sums
 from .._norms import all_finite
 
 
@@ -15,8 +16,8 @@ class Writer:
 
     It adds up what it keeps out, by the leaf of the parameters that an array belongs
     to. Of a rejected step, it adds up the parameters that are not finite instead. Flags
-    of one leaf are joined before they are counted, so that XLA counts them in the
-    kernel that computes the arrays.
+    of one leaf are joined and written as bytes, since a GPU is slow at kernels that
+    both write arrays and add up.
     """
 
     def __init__(self, accepted: jax.Array, shapes: list[tuple[int, ...]]):
@@ -74,12 +75,12 @@ class Writer:
 
     def counts(self) -> jax.Array:
         """Return the elements counted: int32 (leaves + 1,), others at last."""
-        none = jnp.zeros((), jnp.int32)
-        rows = [
-            jnp.sum(self._flags[i], dtype=jnp.int32) if i in self._flags else none
+        flags = [
+            lax.optimization_barrier(jnp.asarray(self._flags.get(i, False), jnp.int8))
             for i in range(len(self._shapes))
         ]
-        return jnp.stack([*rows, sum(self._others, none)])
+        others = sum(self._others, jnp.zeros((), jnp.int32))
+        return jnp.append(leaf_sums(flags, jnp.int32), others)
 
 
 def write_params(writer: Writer, params, update, counted: list[bool]):

@@ -9,6 +9,7 @@ import numpy as np
 from jax import lax
 
 from .. import _trees
+from .._leaf_sums import leaf_dots
 from .._mapped_axes import MappedAxes
 from .._norms import Measurement, measure
 from .._packing import Packing, on_host
@@ -139,10 +140,8 @@ class LayerHealth(NamedTuple):
         grads = group_norms(grouping, sight.measured, leaves)
         rows = [norms(sight.update()) / norms(sight.params), grads]
         if self.cosine:
-            dots = [_dot(x, y) for x, y in zip(leaves, previous, strict=True)]
-            dots = sight.axes.totals(dots, leaves)
-            earlier = [_dot(y, y) for y in previous]
-            earlier = sight.axes.totals(earlier, leaves)
+            dots = sight.axes.totals(leaf_dots(leaves, previous), leaves)
+            earlier = sight.axes.totals(leaf_dots(previous, previous), leaves)
             labels = np.array([-1 if x is None else x for x in grouping.first])
             member = labels[None, :] == np.arange(grouping.count)[:, None]
             total = lambda x: jnp.sum(jnp.where(member, x[None, :], 0.0), axis=1)
@@ -161,14 +160,6 @@ class LayerHealth(NamedTuple):
                 for x in settings
             )
         )
-
-
-def _dot(x, y) -> jax.Array:
-    """Return the real inner product of two arrays in float32."""
-    if jnp.iscomplexobj(x):
-        return _dot(x.real, y.real) + _dot(x.imag, y.imag)
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    return jnp.sum(x.astype(wide) * y.astype(wide)).astype(jnp.float32)
 
 
 def readings(layers: LayerNumbers) -> dict[str, Any]:

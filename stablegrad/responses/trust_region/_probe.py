@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from ... import _trees
+from ..._leaf_sums import leaf_dots
 from ..._mapped_axes import LOCAL, MappedAxes
 from ..._norms import LARGEST
 from ..._scales import scale_leaves, uniform
@@ -67,13 +68,8 @@ def ratio(excess, slope) -> jax.Array:
 def slope_along(attempt: Attempt, scale) -> jax.Array:
     """Return g . d for d = scale * step, in float32; complex leaves count as pairs."""
     gradients = _trees.inexact_leaves(attempt.gradient)
-    pairs = zip(gradients, _taken(attempt, scale), strict=True)
-    products = [jnp.zeros((), jnp.float32)]
-    for gradient, step in pairs:
-        wide = jnp.promote_types(gradient.dtype, jnp.float32)
-        product = jnp.conj(gradient.astype(wide)) * step.astype(wide)
-        products.append(jnp.sum(jnp.real(product)).astype(jnp.float32))
-    return jnp.sum(attempt.axes.totals(products, [products[0], *gradients]))
+    sums = leaf_dots(gradients, list(_taken(attempt, scale)))
+    return jnp.sum(attempt.axes.totals(sums, gradients))
 
 
 def _taken(attempt: Attempt, scale):

@@ -1,0 +1,155 @@
+"""What a guard costs in a training step of a GPT with 124 million parameters.
+
+    command:   pip install -e ".[examples]" && python benchmarks/gpt.py
+    hardware:  a GPU with 40 GiB; on a CPU choose a smaller network by the options
+    time:      three minutes on an H100
+    expected:  ratios near 1.01
+
+GPT-2's smallest network in Flax NNX, in bfloat16 with float32 parameters, on random
+text. Each step is `nnx.Optimizer.update`, compiled with what it replaces donated.
+Rounds of steps are timed in turn with those of bare AdamW.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+import stablegrad as sg
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from _cost.measuring import in_turn, ratios
+from _cost.report import machine
+from models import Transformer
+from options import Parser, whole
+
+BARE = "adamw"
+LOOKS = "stabilize, trust region"
+
+
+def optimizers() -> dict[str, optax.GradientTransformation]:
+    """The rows: bare AdamW, Optax's pair, and ours."""
+    bare = optax.adamw(3e-4)
+    clipped = optax.chain(optax.clip_by_global_norm(1.0), bare)
+    return {
+        BARE: bare,
+        "optax, clip + apply_if_finite": optax.apply_if_finite(clipped, 5),
+        "clip_by_norm": optax.chain(sg.clip_by_norm(1.0), bare),
+        "stabilize": sg.stabilize(bare),
+        LOOKS: sg.stabilize(bare),
+    }
+
+
+def loss_of(model: Transformer, text: jax.Array) -> jax.Array:
+    """Mean cross-entropy of the next token, float32."""
+    logits = model(text[:, :-1]).astype(jnp.float32)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, text[:, 1:])
+    return losses.mean()
+
+
+class Run:
+    """A network in training: rounds of steps, each from what the last one gave."""
+
+    def __init__(self, make: Callable[[], Transformer], tx, text, steps: int, looks):
+        """Compile the step; `looks` says whether it is given `value_fn=`."""
+        model = make()
+        optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+        graph, self._state = nnx.split((model, optimizer))
+        self._text, self._steps = text, steps
+
+        def step(state, text):
+            model, optimizer = nnx.merge(graph, state)
+            loss, grads = nnx.value_and_grad(loss_of)(model, text)
+            extra = {}
+            if isinstance(tx, optax.GradientTransformationExtraArgs):
+                extra["value"] = loss
+            if looks:
+                definition, _, rest = nnx.split(model, nnx.Param, ...)
+                extra["value_fn"] = lambda params: loss_of(
+                    nnx.merge(definition, params, rest, copy=True), text
+                )
+            optimizer.update(model, grads, **extra)
+            return nnx.state((model, optimizer))
+
+        started = time.perf_counter()
+        lowered = jax.jit(step, donate_argnums=0).lower(self._state, text)
+        self._step = lowered.compile()
+        self.compile_s = time.perf_counter() - started
+
+    def __call__(self) -> None:
+        """Take a round of steps."""
+        for _ in range(self._steps):
+            self._state = self._step(self._state, self._text)
+        jax.block_until_ready(self._state)
+
+
+def main(argv=None) -> int:
+    """Prints the table, and writes it where asked."""
+    parser = Parser(
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    sizes = {"layers": 12, "width": 768, "heads": 12, "context": 1024, "batch": 8}
+    for name, default in (sizes | {"tokens": 50304}).items():
+        parser.add_argument(f"--{name}", type=whole(1), default=default, help="network")
+    parser.add_argument("--steps", type=whole(1), default=10, help="a round")
+    parser.add_argument("--rounds", type=whole(1), default=9, help="counted rounds")
+    parser.add_argument("--out", type=Path, help="Markdown file to write")
+    options = parser.parse_args(argv)
+    if options.width % options.heads:
+        parser.error("--width must be a multiple of --heads")
+    shape = (options.batch, options.context + 1)
+    text = jax.random.randint(jax.random.key(0), shape, 0, options.tokens, jnp.int32)
+
+    def make() -> Transformer:
+        return Transformer(
+            options.tokens,
+            layers=options.layers,
+            width=options.width,
+            heads=options.heads,
+            context=options.context,
+            dtype=jnp.bfloat16,
+            rngs=nnx.Rngs(0),
+        )
+
+    count = sum(x.size for x in jax.tree.leaves(nnx.eval_shape(make)))
+    title = f"Training step of a GPT with {count / 1e6:.0f} million parameters"
+    columns = ("step", "time", "quartiles", "milliseconds", "compile")
+    rows, bare = [], None
+    # The first compilation also chooses algorithms, which later ones find.
+    Run(make, optimizers()[BARE], text, 1, False)
+    for name, tx in optimizers().items():
+        run = Run(make, tx, text, options.steps, name == LOOKS)
+        bare = bare or run
+        times = in_turn([bare, run], options.rounds)
+        middle, (low, high) = ratios(times)
+        each = 1000 * statistics.median(times[1]) / options.steps
+        compiled = run.compile_s / bare.compile_s
+        spread = f"{low:.3f} to {high:.3f}"
+        rows.append((name, f"{middle:.3f}", spread, f"{each:.1f}", f"{compiled:.2f}"))
+        print(*rows[-1], sep="  ", flush=True)
+    table = Table(*columns, title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table, machine(), highlight=False)
+    if options.out:
+        lines = [f"# {title}", "", f"`python benchmarks/gpt.py`: {machine()}.", ""]
+        lines += [f"| {' | '.join(columns)} |", "|---" + "|---:" * 4 + "|"]
+        lines += [f"| {' | '.join(row)} |" for row in rows]
+        options.out.write_text("\n".join(lines) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
