@@ -5,6 +5,8 @@ total. Here the first adds up the last axis, and the second finishes all arrays 
 partial sums have the same type.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +17,7 @@ SHORT = 32  # A last axis below this length is not added up by itself.
 
 def leaf_sums(arrays: list[jax.Array], dtype) -> jax.Array:
     """Return the sum of each array in `dtype`, (arrays,)."""
-    groups: dict[jax.core.AbstractValue, list[tuple[int, jax.Array]]] = {}
+    groups: dict[Any, list[tuple[int, jax.Array]]] = {}
     for place, array in enumerate(arrays):
         has_rows = array.ndim > 1 and array.shape[-1] >= SHORT
         partial = jnp.sum(array, axis=-1 if has_rows else None, dtype=dtype)
@@ -27,7 +29,8 @@ def leaf_sums(arrays: list[jax.Array], dtype) -> jax.Array:
         stacked = jnp.stack([partial for _, partial in group])
         if len(group) > 1 and stacked.ndim > 1:
             stacked = lax.optimization_barrier(stacked)  # Else XLA splits it again.
-        totals.append(jnp.sum(stacked, axis=tuple(range(1, stacked.ndim))))
+        rest = tuple(range(1, stacked.ndim))
+        totals.append(jnp.sum(stacked, axis=rest, dtype=dtype))
         places += [place for place, _ in group]
     joined = jnp.concatenate(totals)
     order = np.argsort(places)

@@ -29,7 +29,9 @@ class MappedAxes(NamedTuple):
             return sums
         whole = math.prod(lax.axis_size(name) for name in self.names)
         copies = [whole // shards for shards in self._shards(leaves)]
-        return lax.psum(self._varying(sums / np.float32(copies)), self.names)
+        return lax.psum(
+            self._varying(sums / np.asarray(copies, np.float32)), self.names
+        )
 
     def mean(self, number: jax.Array) -> jax.Array:
         """Average a number over the axes."""

@@ -91,10 +91,20 @@ def measure_parts(leaves, sum_axes) -> tuple[Measurement, list[jax.Array]]:
     return Measurement(totals), parts
 
 
-def all_finite(leaf) -> jax.Array:
-    """Return whether every element is finite, whatever its size."""
+def vanishing_sums(leaves: list) -> jax.Array:
+    """Return 0 for each leaf whose elements are all finite, whatever their size.
+
+    For others it is nan; float32 (leaves,).
+    """
     # 0 * inf is nan. XLA adds this up without an array of flags, also on a CPU.
-    return jnp.isfinite(jnp.sum(leaf * jnp.zeros((), leaf.dtype)))
+    vanishing = lambda part: part * jnp.zeros((), part.dtype)
+    parts = [
+        vanishing(leaf.real) + vanishing(leaf.imag)
+        if jnp.iscomplexobj(leaf)
+        else vanishing(leaf)
+        for leaf in leaves
+    ]
+    return leaf_sums(parts, np.float32)
 
 
 def _squares(leaf) -> jax.Array:

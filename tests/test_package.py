@@ -115,6 +115,7 @@ ROOMS = (
     "_trees",
     "_checks",
     "_compiled",
+    "_leaf_sums",
     "_norms",
     "_scales",
     "_packing",

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from .. import _checks, _trees
@@ -25,13 +24,13 @@ from .._scales import Scales, scale_leaves
 from ..responses._reasons import Reason, first_reason
 from ._decide import StepContext
 from ._write import (
-    Writer,
+    Tally,
     broken_parameters,
-    newly_broken,
+    inspected,
     owners_of,
-    write_params,
-    write_state,
-    write_updates,
+    tally_result,
+    tally_state,
+    write,
 )
 
 SMALL = 65_536  # Elements up to which every step is checked on a CPU, too.
@@ -69,13 +68,11 @@ def commit(
     """
     operands = (step.updates, inner_state, step.params)
     counted = _trees.inexact_flags(step.like)
-    shapes = [np.shape(leaf) for leaf in _trees.inexact_leaves(step.like)]
+    leaves = _trees.inexact_leaves(step.like)
     owners = owners_of(inner_state, step.like)
     trusts = jnp.zeros((), bool)
     if not always_checked(step.like, inner_state):
         trusts = on_cpu()
-
-    write_result = write_params if writes_params else write_updates
 
     def run(updates, inner_state, params):
         gradient = _scaled(updates, scales[0], step.like)
@@ -83,27 +80,15 @@ def commit(
         _checks.same_state(inner_state, new_state)
         return _scaled(update, scales[1], step.like), new_state
 
-    def write(accepted, masks_state, updates, inner_state, params) -> Committed:
-        update, new_state = run(updates, inner_state, params)
-        writer = Writer(accepted, shapes)
-        result = write_result(writer, params, update, counted)
-        new_state = write_state(writer, new_state, inner_state, owners, masks_state)
-        return Committed(result, new_state, writer.counts(), reason)
-
     def inspect(updates, inner_state, params):
         """Count what the parameters would not take; tell whether the state breaks."""
         update, new_state = run(updates, inner_state, params)
-        writer = Writer(jnp.ones((), bool), shapes)
-        write_result(writer, params, update, counted)
-        pairs = zip(
-            jax.tree.leaves(new_state), jax.tree.leaves(inner_state), strict=True
-        )
-        for (after, before), owner in zip(pairs, owners, strict=True):
-            if _trees.is_inexact(before):
-                writer.watch(newly_broken(after, before), owner)
-        return writer.inspected()
+        of_result, of_state = Tally(leaves), Tally(leaves)
+        tally_result(of_result, params, update, counted, writes_params)
+        tally_state(of_state, new_state, inner_state, owners)
+        return inspected(of_result, of_state)
 
-    kept_out = jnp.zeros((len(shapes) + 1,), jnp.int32)
+    kept_out = jnp.zeros((len(leaves) + 1,), jnp.int32)
     if not always_checked(step.like, inner_state):
         kept_out, breaks = lax.cond(
             (reason == 0) & is_checked & trusts,
@@ -116,10 +101,18 @@ def commit(
 
     def take(updates, inner_state, params) -> Committed:
         accepted = (reason == 0) | on_cpu()
-        done = write(accepted, ~trusts, updates, inner_state, params)
+        update, new_state = run(updates, inner_state, params)
+        tally = Tally(leaves)
+        result = tally_result(tally, params, update, counted, writes_params)
+        state = tally_state(tally, new_state, inner_state, owners, ~trusts)
+        own = None
+        if params is not None:
+            own = _trees.inexact_leaves(params, step.like)
         # A constant on either platform, which removes the counts from a CPU's program.
-        found = jnp.where(trusts, kept_out, done.kept_out)
-        return done._replace(kept_out=found, reason=reason)
+        found = jnp.where(trusts, kept_out, tally.counts(accepted, own))
+        return Committed(
+            write(accepted, *result), write(accepted, *state), found, reason
+        )
 
     def hold(updates, inner_state, params) -> Committed:
         result = params

@@ -13,7 +13,7 @@ from jax import lax
 
 from ... import _trees
 from ..._mapped_axes import LOCAL, MappedAxes, manual_axes, varies_over, varying
-from ..._norms import all_finite
+from ..._norms import vanishing_sums
 from ..._packing import Packed
 from ._machine import NOTHING, REPLACE, RESTORE, SHIFT, Refusal
 
@@ -149,8 +149,8 @@ def _finite(snapshot: Snapshot) -> jax.Array:
     structure = jax.tree.structure(snapshot.params)
     is_like_params = lambda node: jax.tree.structure(node) == structure
     trees = _trees.nodes(snapshot.guarded_inner, is_like_params)
-    flags = [all_finite(x) for x in _trees.inexact_leaves((snapshot.params, trees))]
-    return jnp.all(jnp.stack(flags)) if flags else jnp.ones((), bool)
+    leaves = _trees.inexact_leaves((snapshot.params, trees))
+    return jnp.all(jnp.isfinite(vanishing_sums(leaves)))
 
 
 def _everywhere(flag: jax.Array, axes: MappedAxes) -> jax.Array:
