@@ -89,15 +89,17 @@ def compiled(step: Step, problem: Problem) -> Program:
     )
 
 
-def in_turn(run: list[Callable[[], None]], rounds: int) -> list[list[float]]:
+def in_turn(
+    run: list[Callable[[], None]], rounds: int, warm_up: int = WARM_UP
+) -> list[list[float]]:
     """Seconds of each, one after the other in every round."""
     times: list[list[float]] = [[] for _ in run]
-    for _ in range(rounds + WARM_UP):
+    for _ in range(rounds + warm_up):
         for own, one in zip(times, run, strict=True):
             started = time.perf_counter()
             one()
             own.append(time.perf_counter() - started)
-    return [own[WARM_UP:] for own in times]
+    return [own[warm_up:] for own in times]
 
 
 class Stepper:
