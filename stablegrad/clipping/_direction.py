@@ -8,8 +8,8 @@ import optax
 
 from .. import _trees
 from .._checks import require, require_count
+from .._leaf_sums import leaf_dots
 from .._norms import measure
-from .._platform import cond_on_cpu
 from ._base import Clipped, transformation
 from ._readings import ClipNumbers
 
@@ -76,9 +76,11 @@ def limit_direction(
         finite = measured.finite
         usable = finite & (measured.norm >= LEAST_NORM)
         norm = jnp.where(usable, measured.norm, 1.0)
+        to_unit = 1 / norm  # A division by element would be computed apart on a CPU.
         length = jnp.sqrt(mean_square)
         inverse = 1 / jnp.maximum(length, 1e-12)
-        along_mean = _dot(updates, mean, updates) / norm
+        leaves, means = (_trees.inexact_leaves(x, updates) for x in (updates, mean))
+        along_mean = jnp.sum(leaf_dots(leaves, means)) * to_unit
         cosine = jnp.clip(along_mean * inverse, -1.0, 1.0)
         ready = steps >= warmup_steps
         least = jnp.asarray(min_cosine, jnp.float32)
@@ -90,16 +92,15 @@ def limit_direction(
         shorter = jnp.minimum(1.0, side / jnp.maximum(across, 1e-12))
 
         def turned(g, m):
-            u = g.astype(m.dtype) / norm
+            u = g.astype(m.dtype) * to_unit
             new = (shorter * norm) * (u + ((along - cosine) * inverse) * m)
             return jnp.where(turns, new.astype(g.dtype), g)
 
         def followed(m, g):
-            new = decay * m + (1 - decay) * (g.astype(m.dtype) / norm)
+            new = decay * m + (1 - decay) * (g.astype(m.dtype) * to_unit)
             return jnp.where(usable, new.astype(m.dtype), m)
 
-        all_turned = lambda: _trees.map_inexact(turned, updates, updates, mean)
-        out = cond_on_cpu(turns, all_turned, lambda: updates)
+        out = _trees.map_inexact(turned, updates, updates, mean)
         # The length of a mean of unit vectors follows from its old length and the dot
         # product alone, without a pass over the mean.
         square = (
@@ -128,12 +129,3 @@ def limit_direction(
 def _wide(leaf):
     """Return float32, or its complex counterpart."""
     return jnp.complex64 if jnp.iscomplexobj(leaf) else jnp.float32
-
-
-def _dot(a, b, like) -> jax.Array:
-    """Return the real part of the dot product over all floating-point leaves."""
-    total = jnp.zeros((), jnp.float32)
-    a, b = _trees.inexact_leaves(a, like), _trees.inexact_leaves(b, like)
-    for x, y in zip(a, b, strict=True):
-        total += jnp.sum(jnp.real(x.astype(_wide(x)) * jnp.conj(y)))
-    return total

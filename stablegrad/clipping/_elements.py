@@ -1,29 +1,23 @@
 """Clips of single elements: sizes, limits and clamping, leaf by leaf."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from .. import _trees
 from .._scales import Scales
 
 
-def leaf_maxima(tree) -> jax.Array:
+def leaf_maxima(tree, leaf_squares) -> jax.Array:
     """Return the largest magnitude in each leaf, float32 (leaves,); nan where one is.
 
-    The bits of nonnegative floats are ordered as the floats are, with nan above inf. A
-    maximum of integers is vectorized, and does not lose a nan.
+    A maximum may lose a nan on a CPU, which the leaf's sum of squares does not.
     """
     leaves = _trees.inexact_leaves(tree)
     if not leaves:
         return jnp.zeros((0,), jnp.float32)
-    sizes = [jnp.abs(leaf).astype(jnp.float32) for leaf in leaves]
-    bits = [lax.bitcast_convert_type(size, np.int32) for size in sizes]
-    largest = jnp.stack([jnp.max(x, initial=0) for x in bits])
-    return lax.bitcast_convert_type(largest, np.float32)
+    sizes = [jnp.max(jnp.abs(x), initial=0).astype(jnp.float32) for x in leaves]
+    return jnp.where(jnp.isnan(leaf_squares), jnp.nan, jnp.stack(sizes))
 
 
 def squares(leaf) -> jax.Array:
@@ -71,13 +65,13 @@ def scale_above(updates, limits: jax.Array, factors: jax.Array):
     )
 
 
-def any_above(updates, largest_squares) -> jax.Array:
-    """Return whether the square of any element exceeds its limit."""
+def largest_ratios(updates, known) -> jax.Array:
+    """Return the largest |g|^2 / known in each leaf, float32 (leaves,)."""
     leaves = _trees.inexact_leaves(updates)
-    limits = _trees.inexact_leaves(largest_squares, updates)
-    # Counts are integers, whose sum is vectorized.
-    counts = [
-        jnp.sum(squares(leaf) > limit, dtype=np.int32) > 0
-        for leaf, limit in zip(leaves, limits, strict=True)
+    known = _trees.inexact_leaves(known, updates)
+    # Compared by leaf: an array of flags would cost a CPU more than the division.
+    ratios = [
+        jnp.max(squares(leaf) / least, initial=0)
+        for leaf, least in zip(leaves, known, strict=True)
     ]
-    return functools.reduce(jnp.logical_or, counts, jnp.zeros((), bool))
+    return jnp.stack(ratios) if ratios else jnp.zeros((0,), jnp.float32)

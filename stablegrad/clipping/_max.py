@@ -71,7 +71,8 @@ def _clamp_to(threshold: Threshold) -> optax.GradientTransformationExtraArgs:
     def step(updates, statistics, memory, params, extra) -> Clipped:
         measured = measure(updates)
         finite: Any = measured.finite
-        largest = jnp.where(finite, _elements.leaf_maxima(updates), 0.0)
+        largest = _elements.leaf_maxima(updates, measured.leaf_squares)
+        largest = jnp.where(finite, largest, 0.0)
         grouping = independent(largest.shape[0])
         limit = threshold.limit(statistics, Scope(grouping))
         judgement = judge(threshold, largest, limit, grouping, observed=finite)
@@ -104,7 +105,7 @@ def _published(decay, reset_every: int) -> optax.GradientTransformationExtraArgs
     def step(updates, statistics, memory, params, extra) -> Clipped:
         running, steps, total = statistics
         measured = measure(updates)
-        largest = _elements.leaf_maxima(updates)
+        largest = _elements.leaf_maxima(updates, measured.leaf_squares)
         steps, total = _trees.increment(steps), _trees.increment(total)
         running = decay * running + (1 - decay) * largest
         limit = running * _moments.correction(decay, steps)

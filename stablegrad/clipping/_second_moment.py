@@ -95,16 +95,14 @@ def _clamp_to_moment(
         zeros = jnp.zeros((len(_trees.inexact_leaves(tree)),), jnp.float32)
         return zeros, zeros, *[jnp.zeros((), jnp.int32)] * 2
 
-    def largest_squares(moment, correction, levels, like):
-        """Return the largest square of each element; inf where nothing is known."""
+    most = jnp.asarray(threshold, jnp.float32)  # Times what is known of a square.
 
-        def largest(v, level):
-            known = jnp.maximum(correction * v.astype(jnp.float32), level)
-            known = jnp.asarray(threshold, jnp.float32) * known
-            return jnp.where(level > 0, known, jnp.inf)
-
+    def known_squares(moment, correction, levels, like):
+        """Return what is known of the square of each element; inf if nothing is."""
+        levels = jnp.where(levels > 0, levels, jnp.inf)
         by_leaf = _elements.per_leaf(levels, like)
-        return _trees.map_inexact(largest, like, moment, by_leaf)
+        known = lambda v, level: jnp.maximum(correction * v.astype(jnp.float32), level)
+        return _trees.map_inexact(known, like, moment, by_leaf)
 
     def step(updates, statistics, memory, params, extra) -> Clipped:
         # Means of the clip's own moment; corrected ones, which no reset clears; steps
@@ -117,9 +115,10 @@ def _clamp_to_moment(
         correction = _moments.correction(decay, steps)
         means = old_means if own_moment else _moments.means(yardstick, updates)
         levels = jnp.where(correction * means > 0, correction * means, levels)
-        limits = lambda: largest_squares(yardstick, correction, levels, updates)
-        clamp = lambda: _elements.clamp(updates, jax.tree.map(jnp.sqrt, limits()))
-        above = finite & _elements.any_above(updates, limits())
+        known = known_squares(yardstick, correction, levels, updates)
+        bounds = lambda: jax.tree.map(lambda square: jnp.sqrt(most * square), known)
+        clamp = lambda: _elements.clamp(updates, bounds())
+        above = finite & jnp.any(_elements.largest_ratios(updates, known) > most)
         squares = cond_on_cpu(
             above,
             lambda: measure(clamp()).leaf_squares,
