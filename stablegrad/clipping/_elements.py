@@ -16,13 +16,20 @@ def leaf_maxima(tree, leaf_squares) -> jax.Array:
     leaves = _trees.inexact_leaves(tree)
     if not leaves:
         return jnp.zeros((0,), jnp.float32)
-    sizes = [jnp.max(jnp.abs(x), initial=0).astype(jnp.float32) for x in leaves]
+    sizes = [_largest(leaf).astype(jnp.float32) for leaf in leaves]
     return jnp.where(jnp.isnan(leaf_squares), jnp.nan, jnp.stack(sizes))
 
 
-def squares(leaf) -> jax.Array:
-    """Return |x|^2 in float32."""
-    return jnp.square(jnp.abs(leaf).astype(jnp.float32))
+def _largest(leaf) -> jax.Array:
+    """Return the largest magnitude; not by `abs`, which a CPU would write to memory."""
+    if jnp.iscomplexobj(leaf):
+        return jnp.max(jnp.abs(leaf), initial=0)
+    return jnp.maximum(jnp.max(leaf, initial=0), -jnp.min(leaf, initial=0))
+
+
+def sizes(leaf) -> jax.Array:
+    """Return |x| in float32."""
+    return jnp.abs(leaf).astype(jnp.float32)
 
 
 def clamp(updates, bounds):
@@ -65,13 +72,13 @@ def scale_above(updates, limits: jax.Array, factors: jax.Array):
     )
 
 
-def largest_ratios(updates, known) -> jax.Array:
-    """Return the largest |g|^2 / known in each leaf, float32 (leaves,)."""
+def largest_ratios(updates, usual) -> jax.Array:
+    """Return the largest |g| / usual in each leaf, float32 (leaves,)."""
     leaves = _trees.inexact_leaves(updates)
-    known = _trees.inexact_leaves(known, updates)
+    usual = _trees.inexact_leaves(usual, updates)
     # Compared by leaf: an array of flags would cost a CPU more than the division.
     ratios = [
-        jnp.max(squares(leaf) / least, initial=0)
-        for leaf, least in zip(leaves, known, strict=True)
+        jnp.max(sizes(leaf) / own, initial=0)
+        for leaf, own in zip(leaves, usual, strict=True)
     ]
     return jnp.stack(ratios) if ratios else jnp.zeros((0,), jnp.float32)

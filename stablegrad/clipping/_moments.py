@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from .. import _trees
-from ._elements import squares
+from ._elements import sizes
 from ._readings import ClipNumbers
 
 
@@ -22,7 +22,9 @@ def track(moment, updates, decay):
     """Return the moment after one more gradient: d v + (1 - d) |g|^2."""
 
     def tracked(v, g):
-        return (decay * v + (1 - decay) * squares(g)).astype(v.dtype)
+        # Not the square that `measure` adds up, which a CPU would write to memory.
+        size = sizes(g)
+        return (decay * v + (1 - decay) * size * size).astype(v.dtype)
 
     return _trees.map_inexact(tracked, updates, moment, updates)
 

@@ -95,14 +95,17 @@ def _clamp_to_moment(
         zeros = jnp.zeros((len(_trees.inexact_leaves(tree)),), jnp.float32)
         return zeros, zeros, *[jnp.zeros((), jnp.int32)] * 2
 
-    most = jnp.asarray(threshold, jnp.float32)  # Times what is known of a square.
+    most = jnp.asarray(threshold, jnp.float32) ** 0.5  # Times the usual size.
 
-    def known_squares(moment, correction, levels, like):
-        """Return what is known of the square of each element; inf if nothing is."""
+    def usual_sizes(moment, correction, levels, like):
+        """Return the usual size of each element; inf where nothing is known."""
         levels = jnp.where(levels > 0, levels, jnp.inf)
         by_leaf = _elements.per_leaf(levels, like)
-        known = lambda v, level: jnp.maximum(correction * v.astype(jnp.float32), level)
-        return _trees.map_inexact(known, like, moment, by_leaf)
+
+        def usual(v, level):
+            return jnp.sqrt(jnp.maximum(correction * v.astype(jnp.float32), level))
+
+        return _trees.map_inexact(usual, like, moment, by_leaf)
 
     def step(updates, statistics, memory, params, extra) -> Clipped:
         # Means of the clip's own moment; corrected ones, which no reset clears; steps
@@ -115,10 +118,10 @@ def _clamp_to_moment(
         correction = _moments.correction(decay, steps)
         means = old_means if own_moment else _moments.means(yardstick, updates)
         levels = jnp.where(correction * means > 0, correction * means, levels)
-        known = known_squares(yardstick, correction, levels, updates)
-        bounds = lambda: jax.tree.map(lambda square: jnp.sqrt(most * square), known)
+        usual = lambda: usual_sizes(yardstick, correction, levels, updates)
+        bounds = lambda: jax.tree.map(lambda size: most * size, usual())
         clamp = lambda: _elements.clamp(updates, bounds())
-        above = finite & jnp.any(_elements.largest_ratios(updates, known) > most)
+        above = finite & jnp.any(_elements.largest_ratios(updates, usual()) > most)
         squares = cond_on_cpu(
             above,
             lambda: measure(clamp()).leaf_squares,

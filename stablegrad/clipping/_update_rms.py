@@ -100,8 +100,8 @@ def _clip_gradient(
         """Return the root mean square of g / sqrt(v_hat) of each leaf, (leaves,)."""
 
         def squares(g, v, floor):
-            known = jnp.maximum(correction * v, floor)
-            return _elements.squares(g) * UNIT**-2 / known
+            usual = jnp.sqrt(jnp.maximum(correction * v, floor))
+            return jnp.square(_elements.sizes(g) / (UNIT * usual))
 
         floors = _elements.per_leaf(least, updates)
         ratios = _trees.map_inexact(squares, updates, updates, moment, floors)
@@ -158,7 +158,7 @@ def _published(optimizer, max_rms, decay, eps) -> optax.GradientTransformationEx
         least = jnp.asarray(eps, jnp.float32) ** 2
 
         def squares(g, v):
-            return _elements.squares(g) / jnp.maximum(correction * v, least)
+            return jnp.square(_elements.sizes(g)) / jnp.maximum(correction * v, least)
 
         ratios = _trees.map_inexact(squares, updates, updates, moment)
         rms = jnp.sqrt(_moments.means(ratios, updates))
