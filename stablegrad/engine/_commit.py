@@ -3,10 +3,11 @@
     u, S' = inner(s g, S);    theta' = theta + k u  where finite, else theta
 
 An element of the parameters or of the inner state that was finite and would no longer
-be is kept as it was, and counted. On an accelerator this fuses into the optimizer's own
-kernels. On a CPU, a mask on the inner state and a count cost more than the step. There,
-large trees of float32 leaves have only their parameters masked, and `is_checked` steps
-are inspected before they are written: a step that would break the inner state is held.
+be is kept as it was, and counted. On an accelerator the mask fuses into the optimizer's
+own kernels, and counting takes a kernel a leaf. On a CPU, a mask on the inner state and
+a count cost more than the step. There, large trees of float32 leaves have only their
+parameters masked, and `is_checked` steps are inspected before they are written: a step
+that would break the inner state is held.
 """
 
 from collections.abc import Callable
