@@ -12,6 +12,8 @@ from helpers.marking import core
 from helpers.training import of_norm, scan
 
 import stablegrad as sg
+from stablegrad import _platform
+from stablegrad.engine import _commit
 
 STEPS, BAD_STEP = 4, 1
 ROWS = {"small": 2, "large": 8256}  # Of 8 columns: 2**16 elements lie between.
@@ -203,3 +205,38 @@ def test_finite_gradients_never_break_parameters_or_inner_state(name, size, appl
     assert finite.all()
     assert not np.isin(seen["skip_reason"], [sg.Reason.GRADIENT_OVERFLOW]).any()
     assert (after["b"] != params["b"]).all()
+
+
+@pytest.mark.parametrize("by_apply", (False, True))
+def test_the_program_of_an_accelerator_counts_as_that_of_a_cpu_does(
+    by_apply, monkeypatch
+):
+    tx = sg.guard(dividing("update"), sg.skip())
+    good = {"a": jnp.array([1.0, 0.0, 1.0]), "b": jnp.ones((2, 40))}
+    nan = {**good, "a": jnp.full(3, jnp.nan)}
+    sound = jax.tree.map(jnp.ones_like, good)
+    poisoned = {**sound, "b": sound["b"].at[0, 3].set(jnp.inf)}
+
+    def seen():
+        def step(gradients, params):
+            state = tx.init(params)
+            if by_apply:
+                return sg.apply(tx, gradients, state, params)
+            updates, state = tx.update(gradients, state, params)
+            return optax.apply_updates(params, updates), state
+
+        found = []
+        for gradients, params in ((good, sound), (nan, sound), (nan, poisoned)):
+            params, state = jax.jit(step)(gradients, params)
+            found.append((params, sg.metrics(state)))
+        return found
+
+    here = seen()
+    for module in (_platform, _commit):
+        monkeypatch.setattr(module, "on_cpu", lambda: jnp.zeros((), bool))
+    elsewhere = seen()
+    chex.assert_trees_all_equal(here, elsewhere)
+    numbers = [m for _, m in elsewhere]
+    assert [int(m["kept_out_elements"]) for m in numbers] == [1, 0, 0]
+    assert [int(m["first_bad_leaf"]) for m in numbers] == [0, 0, 1]
+    assert numbers[2]["skip_reason"] == sg.Reason.NONFINITE_PARAMETERS
