@@ -20,4 +20,6 @@ def test_the_largest_element_may_be_negative_and_a_nan_shows(dtype):
     def found(tree):
         return _elements.leaf_maxima(tree, measure(tree).leaf_squares)
 
-    np.testing.assert_array_equal(found(jax.tree.map(jnp.asarray, tree)), [5, np.nan, 0])
+    np.testing.assert_array_equal(
+        found(jax.tree.map(jnp.asarray, tree)), [5, np.nan, 0]
+    )
