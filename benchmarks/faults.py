@@ -9,8 +9,8 @@ A small network is trained for 1,000 steps under 1 to 3 episodes of faults of 1 
 steps each: nan, inf, 1e20, denormal numbers or 7e4, in one element or a whole leaf, of
 gradient, loss, update, parameters or inner state. Six optimizers, float32, bfloat16 and
 float16 with a scaled loss. The preset meets the faults that it is meant for, in
-gradient, loss and update; with `roll_back` through `apply` it meets all. Beside them,
-on the same schedules, are `optax.clip_by_global_norm(1.0)` under `apply_if_finite` and
+gradient, loss and update, also with a `skip` that watches the norm of the update; with
+`roll_back` through `apply` it meets all. Beside them, on the same schedules, are `optax.clip_by_global_norm(1.0)` under `apply_if_finite` and
 OLMo's rule as published. A part of the schedules runs without `vmap`, which would turn
 a condition into a select.
 
@@ -34,8 +34,9 @@ from _faults import problem, report, runs, schedules
 from options import Parser, whole
 
 PRESET, ROLLING = "stabilize", "stabilize + roll_back"
+WATCHING = "stabilize, update_norm watched"
 PEERS = ("optax clip + apply_if_finite", "OLMo's rule")
-GUARDED = {PRESET, ROLLING, "OLMo's rule"}
+GUARDED = {PRESET, ROLLING, WATCHING, "OLMo's rule"}
 ALONE = "without vmap"
 
 
@@ -74,11 +75,14 @@ def main(argv=None) -> int:
     each, each_alone = -(-count // len(cells)), -(-alone // len(cells))
 
     started, sections = time.perf_counter(), []
-    settings = ((PRESET, schedules.GUARDED), (ROLLING, schedules.PLACES))
+    settings = (
+        (PRESET, schedules.GUARDED, (WATCHING, *PEERS)),
+        (ROLLING, schedules.PLACES, PEERS),
+    )
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("faults", total=len(cells) * 2 * (len(PEERS) + 2))
+        task = progress.add_task("faults", total=len(cells) * (2 * len(PEERS) + 5))
         tick = lambda: progress.advance(task)
-        for method, places in settings:
+        for method, places, others in settings:
             common = {"cells": cells, "tick": tick}
             found = parts(method, places, each, options.seed, vmapped=True, **common)
             if each_alone:
@@ -86,8 +90,10 @@ def main(argv=None) -> int:
                 found += parts(
                     method, places, each_alone, seed, vmapped=False, **common
                 )
-            for peer in PEERS:
-                found += parts(peer, places, each, options.seed, vmapped=True, **common)
+            for other in others:
+                found += parts(
+                    other, places, each, options.seed, vmapped=True, **common
+                )
             guarded = GUARDED | {f"{method}, {ALONE}"}
             sections += [
                 f"## Faults in {', '.join(places)}",

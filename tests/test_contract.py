@@ -156,6 +156,13 @@ def run(name, params, grads, steps):
     return jax.lax.scan(step, (params, tx.init(params)), length=steps)[0]
 
 
+@every
+def test_built_while_tracing_it_holds_nothing_of_the_trace(name):
+    built = []
+    with jax.checking_leaks():
+        jax.jit(lambda: built.append(TRANSFORMATIONS[name]())).trace()
+
+
 def test_every_public_function_is_in_a_registry():
     functions = {name for name, _ in inspect.getmembers(sg, inspect.isfunction)}
     functions = {name for name in functions if not name.startswith("_")}

@@ -36,6 +36,10 @@ def preset(inner):
     return sg.stabilize(inner)
 
 
+def watching_updates(inner):
+    return sg.stabilize(inner, sg.skip(sg.rarity(margin=32, of="update_norm")))
+
+
 def with_roll_back(inner):
     return sg.stabilize(inner, sg.roll_back())
 
@@ -51,6 +55,7 @@ def olmo(inner):
 METHODS: dict[str, Callable] = {
     "bare": bare,
     "stabilize": preset,
+    "stabilize, update_norm watched": watching_updates,
     "stabilize + roll_back": with_roll_back,
     "optax clip + apply_if_finite": optax_pair,
     "OLMo's rule": olmo,

@@ -64,7 +64,7 @@ def limit_direction(
     require("decay", decay, "in [0, 1)", lambda x: 0 <= x < 1)
     require_count("warmup_steps", warmup_steps)
 
-    zeros = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
+    start = lambda tree: (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32))
     unseen = lambda params: (
         jax.tree.map(lambda p: jnp.zeros_like(p, _wide(p)), params),
     )
@@ -121,9 +121,7 @@ def limit_direction(
             shrunk=turns,
         )
 
-    return transformation(
-        "limit_direction", DirectionState, lambda tree: zeros, step, unseen
-    )
+    return transformation("limit_direction", DirectionState, start, step, unseen)
 
 
 def _wide(leaf):

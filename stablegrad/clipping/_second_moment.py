@@ -95,8 +95,6 @@ def _clamp_to_moment(
         zeros = jnp.zeros((len(_trees.inexact_leaves(tree)),), jnp.float32)
         return zeros, zeros, *[jnp.zeros((), jnp.int32)] * 2
 
-    most = jnp.asarray(threshold, jnp.float32) ** 0.5  # Times the usual size.
-
     def usual_sizes(moment, correction, levels, like):
         """Return the usual size of each element; inf where nothing is known."""
         levels = jnp.where(levels > 0, levels, jnp.inf)
@@ -112,6 +110,7 @@ def _clamp_to_moment(
         # in the moment since its last reset.
         old_means, levels, steps, number_of_resets = statistics
         inner, moment = memory
+        most = jnp.asarray(threshold, jnp.float32) ** 0.5  # Times the usual size.
         measured = measure(updates)
         finite = measured.finite
         yardstick = moment if own_moment else _moments.second_moment(inner)

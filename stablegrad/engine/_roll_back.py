@@ -11,10 +11,9 @@ from .._packing import Packing
 from ..responses._base import Response, any_true
 from ..responses._reasons import Reason, is_nonfinite, reason_code
 from ..responses.roll_back._machine import (
-    RESTORE,
     RollBackSettings,
     Seen,
-    after_action,
+    after_exchange,
     plan,
 )
 from ..responses.roll_back._snapshots import (
@@ -95,25 +94,24 @@ class RollBack:
         bad = (reason > 0) | above | (trouble.kept_out > 0)
         seen = Seen(bad, bad | cut, trouble.poisoned)
         settings = self._settings
-        action, instead, planned = plan(settings, states[self._place], seen)
-        lasting = (action >= RESTORE) & ~seen.poisoned
+        planned, before = plan(settings, states[self._place], seen)
         packing = Packing(written.statistics)
         packed = written._replace(statistics=packing.pack(written.statistics))
         params = None if writes_params else step.params
-        moved, snapshots, (action, refused) = exchange(
-            action, instead, packed, snapshots, params, settings.memory, step.axes
+        moved, snapshots, done = exchange(
+            planned, packed, snapshots, params, settings.memory, step.axes
         )
-        after = after_action(settings, planned, action, refused, lasting)
-        rolled = (action >= RESTORE) & (refused == 0)
+        after = after_exchange(settings, before, planned, done)
         why = jnp.where(reason > 0, reason, self._reason(own))
+        why = jnp.where(done.grown, int(Reason.PARAMETER_NORM), why)
         states = (*states[: self._place], after, *states[self._place + 1 :])
         statistics = packing.unpack(moved.statistics)
         return Rolled(
             moved._replace(statistics=statistics),
             snapshots,
-            jnp.where(rolled, why, reason),
+            jnp.where(done.restored, why, reason),
             states,
-            rolled,
+            done.restored,
         )
 
     @property

@@ -32,6 +32,7 @@ class Reason(IntEnum):
     VALUE = 11  # The loss was above its threshold.
     UPDATE_NORM = 12  # The norm of the update was above its threshold.
     SIGNAL = 13  # A function given as `of=` was above its threshold.
+    PARAMETER_NORM = 14  # Parameters or moments had outgrown a snapshot: `roll_back`.
 
 
 _CODES = {

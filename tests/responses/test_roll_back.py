@@ -147,6 +147,69 @@ def test_restored_nans_do_not_count_towards_the_limit():
     chex.assert_tree_all_finite(rows[-1][:2])
 
 
+def times(factor):
+    """What multiplies the parameters, or the moments, of every step from now on."""
+    scaled = lambda tree: jax.tree.map(lambda x: x * factor, tree)
+
+    def params_too_large(params, state):
+        return scaled(params), state
+
+    def moments_too_large(params, state):
+        adam, *rest = state.guarded_inner
+        adam = adam._replace(nu=scaled(adam.nu))
+        return params, state._replace(guarded_inner=(adam, *rest))
+
+    return params_too_large, moments_too_large
+
+
+def rolled_back(rows):
+    return [t for t, row in enumerate(rows) if row[2]["rolled_back"]]
+
+
+@pytest.mark.parametrize(
+    "poison", [times(110.0)[0], times(1e9)[1]], ids=["parameters", "moments"]
+)
+def test_what_has_outgrown_the_snapshot_is_restored_when_the_next_is_due(poison):
+    rows, state = run(APPLY, TX, poison={23: poison})
+    (restored,) = rolled_back(rows)
+    assert restored == 26  # Snapshots of steps 2, 10, 18: the loss tells nothing.
+    chex.assert_trees_all_equal(rows[restored][:2], rows[18][:2])
+    (event,) = sg.events(state)
+    assert (event.kind, event.reason) == ("roll_back", "parameter_norm")
+    # Snapshots go on as soon as there is calm.
+    assert newest_snapshot(rows, STEPS - 1) > restored
+
+
+@pytest.mark.parametrize(
+    "poison", [times(50.0)[0], times(1e5)[1]], ids=["parameters", "moments"]
+)
+def test_growth_by_less_is_left_alone(poison):
+    assert not rolled_back(run(APPLY, TX, poison={23: poison})[0])
+
+
+def test_growth_that_comes_back_is_kept_after_the_limit():
+    again = dict.fromkeys(range(19, STEPS), times(110.0)[0])
+    grows = {**again, **dict.fromkeys(range(33, STEPS), lambda *both: both)}
+    rows, _ = run(APPLY, TX, poison=grows)
+    # Each time that a snapshot is due, `limit` times; then it is taken.
+    assert rolled_back(rows) == [26, 29]
+    assert newest_snapshot(rows, 32) == 32
+    assert not any(row[2]["halted"] for row in rows)
+
+
+def test_growth_from_the_first_parameters_is_left_alone():
+    tiny = jax.tree.map(lambda p: 1e-6 * p, PARAMS)
+    rows, _ = run(APPLY, TX, poison={1: times(1e6)[0]}, params=tiny)
+    assert not rolled_back(rows)
+
+
+def test_moments_that_were_zero_in_the_snapshot_may_grow():
+    tx = guarded(optax.MultiSteps(optax.sgd(0.01), 3))
+    rows, _ = run(stepper(tx), tx)
+    assert not rolled_back(rows)
+    assert newest_snapshot(rows, STEPS - 1) > 20
+
+
 @pytest.mark.slow
 def test_what_is_poisoned_in_silence_is_found_when_it_should_be_kept():
     # Its gradient is finite, so nothing else sees it.

@@ -2,7 +2,7 @@
 
     calm for `hold_steps` ---every `every` steps---> take
     bad for `after` steps, or parameters not finite ---> restore ---> cooldown
-    what should be taken is not finite ---> restore
+    what should be taken is not finite, or has grown ---> restore
     nothing to restore, or restored `limit` times since a snapshot ---> refuse, halt
 
 The machine knows ages and counts alone; `_snapshots` moves the arrays.
@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from ..._trees import count_if, increment
 
 NOTHING, REPLACE, SHIFT, RESTORE = 0, 1, 2, 3  # RESTORE + i: the snapshot in slot i.
+# Parameters, and moments, whose norm is so many times the last snapshot's are restored.
+MOST_GROWTH = (100.0, 1e6)
 
 
 class Refusal(IntEnum):
@@ -41,9 +43,10 @@ class RollBackSettings(NamedTuple):
 
 
 class RollBackState(NamedTuple):
-    """Where a roll-back stands; rank 0 but for `ages`."""
+    """Where a roll-back stands; rank 0 but for `ages` and `norms`."""
 
     ages: jax.Array  # int32 (keep,): steps since each was taken, newest first; -1 none.
+    norms: jax.Array  # float32 (keep, 2): of parameters and moments; 0 at `init`.
     from_init: jax.Array  # bool: all that is held are the parameters given to `init`.
     bad_run: jax.Array  # int32: bad steps in a row.
     calm_run: jax.Array  # int32: steps since the last event, saturating.
@@ -67,17 +70,41 @@ def init_state(settings: RollBackSettings) -> RollBackState:
     none = jnp.zeros((), jnp.int32)
     ages = jnp.full((settings.keep,), -1, jnp.int32).at[0].set(0)
     yes, no = jnp.ones((), bool), jnp.zeros((), bool)
-    return RollBackState(ages, yes, none, none, none, none, none, no, none)
+    norms = jnp.zeros((settings.keep, 2), jnp.float32)
+    return RollBackState(ages, norms, yes, none, none, none, none, none, no, none)
+
+
+class Plan(NamedTuple):
+    """What a step is to do with the snapshots; rank 0 but for `largest_norms`."""
+
+    action: jax.Array  # int32
+    instead: jax.Array  # int32: the action if what should be taken is not sound.
+    largest_norms: jax.Array  # float32 (2,): of parameters and moments that are sound.
+    lasting: jax.Array  # bool: trouble has lasted, so it restores.
+
+
+class Exchanged(NamedTuple):
+    """What became of a plan; rank 0 but for `norms`."""
+
+    action: jax.Array  # int32: the one that was carried out, or refused.
+    refused: jax.Array  # int32: a `Refusal`.
+    norms: jax.Array  # float32 (2,): of parameters and moments when one was due.
+    grown: jax.Array  # bool: these were too large to take one.
+
+    @property
+    def restored(self) -> jax.Array:
+        return (self.action >= RESTORE) & (self.refused == 0)
+
+    @property
+    def took(self) -> jax.Array:
+        done = (self.action > NOTHING) & (self.refused == 0)
+        return done & (self.action < RESTORE)
 
 
 def plan(
     settings: RollBackSettings, state: RollBackState, seen: Seen
-) -> tuple[jax.Array, jax.Array, RollBackState]:
-    """Return the action of a step, another, and the state before its outcome.
-
-    The other action, int32 () as well, is for a snapshot that turns out not to be
-    finite: it restores the newest one instead.
-    """
+) -> tuple[Plan, RollBackState]:
+    """Return the plan of a step, and the state before its outcome."""
     ages = jnp.where(state.ages >= 0, increment(state.ages), state.ages)
     # A snapshot so soon before an event may already hold what led to it.
     doubtful = seen.event & (ages <= settings.hold_steps) & ~state.from_init
@@ -102,9 +129,20 @@ def plan(
         jnp.where(refusal == 0, RESTORE + slot, NOTHING),
         jnp.where(due & ~seen.event, take, NOTHING),
     )
-    instead = jnp.where(jnp.any(held), RESTORE + jnp.argmax(held), NOTHING)
-    actions = action.astype(jnp.int32), instead.astype(jnp.int32)
-    return *actions, state._replace(
+    newest = jnp.argmax(held)
+    instead = jnp.where(jnp.any(held), RESTORE + newest, NOTHING)
+    # Growth from there that comes again and again is usual.
+    before = state.norms[newest]
+    judged = (before > 0) & jnp.any(held) & (state.restores < settings.limit)
+    largest = jnp.asarray(MOST_GROWTH, jnp.float32) * before
+    largest = jnp.where(judged, largest, jnp.inf)
+    planned = Plan(
+        action.astype(jnp.int32),
+        instead.astype(jnp.int32),
+        largest,
+        (action >= RESTORE) & ~seen.poisoned,
+    )
+    return planned, state._replace(
         ages=ages,
         bad_run=bad_run,
         calm_run=calm_run,
@@ -113,26 +151,29 @@ def plan(
     )
 
 
-def after_action(
-    settings: RollBackSettings, planned: RollBackState, action, refused, counts
+def after_exchange(
+    settings: RollBackSettings, before: RollBackState, planned: Plan, done: Exchanged
 ) -> RollBackState:
-    """Return the state after the action that was carried out, or met a `Refusal`.
+    """Return the state after what became of a plan."""
+    shifts = done.action == SHIFT
 
-    `counts`, bool (), tells whether a restored snapshot counts towards the limit.
-    """
-    done = (action > NOTHING) & (refused == 0)
-    took, restored = done & (action < RESTORE), done & (action >= RESTORE)
-    shifted = jnp.concatenate([jnp.zeros((1,), jnp.int32), planned.ages[:-1]])
-    replaced = planned.ages.at[0].set(0)
-    newer = jnp.where(action == SHIFT, shifted, replaced)
+    def with_newest(values, newest):
+        first = jnp.asarray(newest)[None].astype(values.dtype)
+        kept = jnp.where(shifts, values[:-1], values[1:])
+        return jnp.where(done.took, jnp.concatenate([first, kept]), values)
+
     cooldown = jnp.asarray(settings.cooldown_steps).astype(jnp.int32)
-    return planned._replace(
-        ages=jnp.where(took, newer, planned.ages),
-        from_init=planned.from_init & ~took,
-        bad_run=jnp.where(restored, 0, planned.bad_run),
-        cooldown_left=jnp.where(restored, cooldown, planned.cooldown_left),
-        restores=jnp.where(took, 0, count_if(restored & counts, planned.restores)),
-        roll_backs=count_if(restored, planned.roll_backs),
+    restored = done.restored
+    counts = (restored & planned.lasting) | done.grown
+    return before._replace(
+        ages=with_newest(before.ages, 0),
+        norms=with_newest(before.norms, done.norms),
+        from_init=before.from_init & ~done.took,
+        bad_run=jnp.where(restored, 0, before.bad_run),
+        calm_run=jnp.where(done.grown, 0, before.calm_run),
+        cooldown_left=jnp.where(restored, cooldown, before.cooldown_left),
+        restores=jnp.where(done.took, 0, count_if(counts, before.restores)),
+        roll_backs=count_if(restored, before.roll_backs),
         rolled_back=restored,
-        refusal=jnp.maximum(refused, planned.refusal),
+        refusal=jnp.maximum(done.refused, before.refusal),
     )

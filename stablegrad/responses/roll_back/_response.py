@@ -28,7 +28,8 @@ def roll_back(
 
         bad_t: rejected, above a threshold, or with elements that were kept out
         b_t = b_{t-1} + 1 if bad_t, else 0
-        restore if b_t >= after, or if the parameters themselves are not finite
+        restore if b_t >= after, or if the parameters themselves are not finite,
+        or if a snapshot is due and |theta| > 100 |theta_s| or |m| > 10^6 |m_s|
 
     What a guard does about trouble, in this order:
 
@@ -46,7 +47,11 @@ def roll_back(
     rate). If an event follows within `hold_steps`, it is given up. The parameters given
     to `init` are the first one. What is not finite is never kept nor restored: if it is
     time for a snapshot and parameters or moments are not finite, the newest one is
-    restored, so parameters that hold an inf on purpose cannot be rolled back.
+    restored, so parameters that hold an inf on purpose cannot be rolled back. The same
+    is done if their norms are far beyond those of the newest snapshot, theta_s and m_s:
+    a finite fault may saturate a network, so that the loss does not tell. Growth that
+    comes back after `limit` roll-backs is kept, as is growth from the parameters of
+    `init` or from zero.
 
     Through `stablegrad.apply`, and through `integrations.nnx.update` for Flax NNX,
     parameters and inner state are restored bit for bit. Through `update` the updates

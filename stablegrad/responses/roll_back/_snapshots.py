@@ -9,13 +9,22 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import lax
 
 from ... import _trees
 from ..._mapped_axes import LOCAL, MappedAxes, manual_axes, varies_over, varying
-from ..._norms import vanishing_sums
+from ..._norms import measure, vanishing_sums
 from ..._packing import Packed
-from ._machine import NOTHING, REPLACE, RESTORE, SHIFT, Refusal
+from ._machine import (
+    NOTHING,
+    REPLACE,
+    RESTORE,
+    SHIFT,
+    Exchanged,
+    Plan,
+    Refusal,
+)
 
 
 class Snapshot(NamedTuple):
@@ -41,28 +50,30 @@ def init_snapshots(first: Snapshot, keep: int, memory: str) -> tuple[Snapshot, .
 
 
 def exchange(
-    action: jax.Array,
-    instead: jax.Array,
+    plan: Plan,
     written: Written,
     kept: tuple[Snapshot, ...],
     params: Any,
     memory: str,
     axes: MappedAxes = LOCAL,
-) -> tuple[Written, tuple[Snapshot, ...], tuple[jax.Array, jax.Array]]:
-    """Carry out an action, or another where what it should keep is not finite.
+) -> tuple[Written, tuple[Snapshot, ...], Exchanged]:
+    """Carry out a plan, and what it has instead where what it should keep is not sound.
 
-    Return what is written, what is kept, the action that was carried out, and the
-    `Refusal` that it met. `params` are those before the step if the result is their
-    update, None if it is the new parameters. Where devices of mapped `axes` hold
-    shards, all refuse or none.
+    Return what is written, what is kept, and what became of the plan. `params` are
+    those before the step if the result is their update, None if it is the new
+    parameters. Where devices of mapped `axes` hold shards, all refuse or none.
     """
 
     def act(carry):
-        written, kept, (action, _) = carry
+        written, kept, (action, _, _, _) = carry
         taken = _taken(written, params)
         fine = _everywhere(_finite(taken), axes)
+        moments = _moments(taken)
+        norms = [measure(tree, axes=axes).norm for tree in (taken.params, moments)]
+        norms = jnp.stack(norms).astype(jnp.float32)
+        grown = (action < RESTORE) & fine & jnp.any(norms > plan.largest_norms)
         poisoned = (action < RESTORE) & ~fine
-        action = jnp.where(poisoned, instead, action)
+        action = jnp.where(grown | poisoned, plan.instead, action)
         takes = (action == REPLACE) | (action == SHIFT)
         shift = lambda kept: (kept[0], *kept[:-1])
         kept = _once(takes & (action == SHIFT), shift, kept)
@@ -74,11 +85,12 @@ def exchange(
             restore = _restore_from(snapshot, params, axes)
             carry = written, refused
             written, refused = _once(action == RESTORE + slot, restore, carry)
-        return written, kept, (action, refused)
+        return written, kept, Exchanged(action, refused, norms, grown)
 
     kept = _put(kept, memory)  # A checkpoint may have brought them elsewhere.
-    carry = (written, kept, (action, action * 0))
-    return _once(action > NOTHING, act, carry)
+    action, zero = plan.action, plan.action * 0
+    idle = Exchanged(action, zero, jnp.zeros_like(plan.largest_norms), zero > 0)
+    return _once(action > NOTHING, act, (written, kept, idle))
 
 
 def _once(pred: jax.Array, function: Callable, carry):
@@ -141,15 +153,21 @@ def _reachable(snapshot, params) -> jax.Array:
     return fine
 
 
+def _moments(snapshot: Snapshot) -> list:
+    """Return what the state holds of the parameters' structure, or of parts of it."""
+    masked = lambda node: isinstance(node, optax.MaskedNode)
+    structure_of = lambda node: jax.tree.structure(node, is_leaf=masked)
+    structure = structure_of(snapshot.params)
+    is_like_params = lambda node: structure_of(node) == structure
+    return _trees.nodes(snapshot.guarded_inner, is_like_params)
+
+
 def _finite(snapshot: Snapshot) -> jax.Array:
-    """Return whether the parameters, and what the state holds of their shape, are.
+    """Return whether the parameters and moments are.
 
     A state may hold an inf of its own on purpose, such as the best loss so far.
     """
-    structure = jax.tree.structure(snapshot.params)
-    is_like_params = lambda node: jax.tree.structure(node) == structure
-    trees = _trees.nodes(snapshot.guarded_inner, is_like_params)
-    leaves = _trees.inexact_leaves((snapshot.params, trees))
+    leaves = _trees.inexact_leaves((snapshot.params, _moments(snapshot)))
     return jnp.all(jnp.isfinite(vanishing_sums(leaves)))
 
 
