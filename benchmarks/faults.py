@@ -10,9 +10,9 @@ steps each: nan, inf, 1e20, denormal numbers or 7e4, in one element or a whole l
 gradient, loss, update, parameters or inner state. Six optimizers, float32, bfloat16 and
 float16 with a scaled loss. The preset meets the faults that it is meant for, in
 gradient, loss and update, also with a `skip` that watches the norm of the update; with
-`roll_back` through `apply` it meets all. Beside them, on the same schedules, are `optax.clip_by_global_norm(1.0)` under `apply_if_finite` and
-OLMo's rule as published. A part of the schedules runs without `vmap`, which would turn
-a condition into a select.
+`roll_back` through `apply` it meets all. Beside them, on the same schedules, are
+`optax.clip_by_global_norm(1.0)` under `apply_if_finite` and OLMo's rule as published. A
+part of the schedules runs without `vmap`, which would turn a condition into a select.
 
 After each: parameters and inner state are finite; skipped steps left both bit for bit;
 each total is the sum of what the steps reported; parameters still move; the loss over

@@ -41,7 +41,8 @@ def test_a_few_schedules_make_both_tables(tmp_path, capsys):
     assert script().main(["--quick", "--seeds", "4", "--alone", "1", *folder]) == 0
     text = (tmp_path / "faults.md").read_text()
     rows = [row for row in text.splitlines() if row.startswith("| stabilize")]
-    assert len(rows) == 4  # The preset, and with `roll_back`; each without vmap, too.
+    # The preset, and with `roll_back`; each without vmap, too; and one more limit.
+    assert len(rows) == 5
     for row in rows:
         assert row.split("|")[3:6] == [" 100.0 % "] * 3, row
     assert text in capsys.readouterr().out
