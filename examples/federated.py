@@ -39,11 +39,11 @@ import jax.numpy as jnp
 import models
 import numpy as np
 import optax
+import style
 from classifiers import Trained, cross_entropy, make_evaluate, start
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from masked_sum import decode, masked
-from matplotlib.figure import Figure
 from options import Parser, above, whole
 from rich import box
 from rich.console import Console
@@ -276,9 +276,9 @@ def tables(outcomes: dict[str, Outcome]) -> list[Table]:
 
 def draw(outcomes: dict[str, Outcome], path) -> None:
     """Accuracy of all runs; norms of the differences and their limit."""
-    figure = Figure(figsize=(10, 8), layout="constrained")
-    top, bottom = figure.subplots(2, 1, sharex=True)
-    for name, color in zip(RUNS, ("C0", "C2", "C3"), strict=False):
+    title = "Ten clients, three of them broken"
+    figure, ((top,), (bottom,)) = style.sheet(10, 8, 2, title=title, sharex=True)
+    for name, color in zip(RUNS, (style.GREY, style.BLUE, style.RED), strict=False):
         if name in outcomes:
             accuracies = 100 * np.array(outcomes[name].accuracies)
             top.plot(accuracies, color=color, label=name)
@@ -289,10 +289,10 @@ def draw(outcomes: dict[str, Outcome], path) -> None:
     for k in range(CLIENTS):
         norms = np.where(found.present[:, k], found.norms[:, k], np.nan)
         is_odd = name != "no fault" and k in FAULTS
-        style = {"linewidth": 0.5, "color": "0.6"}
-        style = {"linewidth": 0.8, "marker": "."} if is_odd else style
+        look = {"linewidth": 0.5, "color": "0.6"}
+        look = {"linewidth": 0.8, "marker": "."} if is_odd else look
         label = f"client {k}, {FAULTS[k]}" if is_odd else None
-        bottom.plot(np.where(np.isfinite(norms), norms, np.nan), label=label, **style)
+        bottom.plot(np.where(np.isfinite(norms), norms, np.nan), label=label, **look)
     bottom.plot(found.limits, "k--", label="limit S")
     bottom.set(yscale="log", xlabel="round", ylabel=f"norm of a difference, {name}")
     bottom.legend(loc="center right")

@@ -27,8 +27,8 @@ import jax
 import models
 import numpy as np
 import optax
+import style
 from flax import nnx
-from matplotlib.figure import Figure
 from options import Parser, above, whole
 from rich import box
 from rich.console import Console
@@ -121,9 +121,10 @@ def sizes_table(run: Run, found: list[Size]) -> Table:
 
 def draw(runs: list[Run], path: Path) -> None:
     """Loss and accuracy an epoch, gradient norm a step."""
-    figure = Figure(figsize=(10, 8), layout="constrained")
-    axes = figure.subplots(3, 1)
-    for run, color in zip(runs, ("C0", "C3"), strict=False):
+    title = f"{' and '.join(run.name for run in runs)}: the same network and batches"
+    figure, axes = style.sheet(10, 8, 3, title=title)
+    axes = axes[:, 0]
+    for run, color in zip(runs, (style.BLUE, style.RED), strict=False):
         epochs = np.arange(1, len(run.epochs) + 1)
         column = lambda name, run=run: [row[name] for row in run.epochs]
         for name, line in (("train_loss", ":"), ("test_loss", "-")):

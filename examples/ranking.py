@@ -1,12 +1,13 @@
 """Several training runs side by side: a ranked table, and a figure."""
 
 import dataclasses
+import itertools
 import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
+import style
 from rich import box
 from rich.table import Table
 
@@ -63,18 +64,25 @@ def ranked(results: list[Result]) -> Table:
 
 def draw(results: list[Result], path: Path) -> None:
     """Losses, accuracy and learning rate after each epoch."""
-    figure = Figure(figsize=(10, 8), layout="constrained")
-    axes = figure.subplots(3, 1, sharex=True, height_ratios=(3, 3, 2))
-    for i, result in enumerate(results):
-        style = {"color": f"C{i}", "marker": "o", "markersize": 4}
+    figure, axes = style.sheet(
+        10,
+        8,
+        3,
+        title="The same network under each optimizer",
+        sharex=True,
+        height_ratios=(3, 3, 2),
+    )
+    axes = axes[:, 0]
+    for result, color in zip(results, itertools.cycle(style.CYCLE)):
+        look = {"color": color, "marker": "o", "markersize": 4}
         epochs = np.arange(1, len(result.epochs) + 1)
         column = lambda name, result=result: np.array(
             [row[name] for row in result.epochs], np.float64
         )
-        axes[0].plot(epochs, column("train_loss"), ":", **style)
-        axes[0].plot(epochs, column("validation_loss"), label=result.name, **style)
-        axes[1].plot(epochs, 100 * column("validation_accuracy"), **style)
-        axes[2].step(epochs, result.rate * column("rate_scale"), where="post", **style)
+        axes[0].plot(epochs, column("train_loss"), ":", **look)
+        axes[0].plot(epochs, column("validation_loss"), label=result.name, **look)
+        axes[1].plot(epochs, 100 * column("validation_accuracy"), **look)
+        axes[2].step(epochs, result.rate * column("rate_scale"), where="post", **look)
     for axis, label in zip(
         axes, ("loss (training :)", "validation accuracy in %", "rate"), strict=True
     ):

@@ -27,10 +27,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import style
 import text
 from classifiers import Trained, make_evaluate, make_step, start
 from flax import nnx
-from matplotlib.figure import Figure
 from models import Transformer
 from options import Parser, above, whole
 from rich.console import Console
@@ -140,19 +140,24 @@ class Run:
 
 def draw(run: Run, trivial: float, path: Path) -> None:
     """Loss, gradient norm and learning-rate scale over the steps."""
-    figure = Figure(figsize=(9, 8), layout="constrained")
-    axes = figure.subplots(3, 1, sharex=True, height_ratios=(3, 2, 2))
+    title = "A language model under `stabilize`"
+    figure, axes = style.sheet(
+        9, 8, 3, title=title, sharex=True, height_ratios=(3, 2, 2)
+    )
+    axes = axes[:, 0]
     steps = np.arange(1, len(run.history) + 1)
     of = lambda name: np.array([row[name] for row in run.history], np.float64)
     axes[0].plot(steps, of("loss"), color="0.7", linewidth=0.8, label="batch")
-    axes[0].plot(*zip(*run.held_out, strict=True), "C0.-", label="held out")
-    axes[0].axhline(trivial, color="C3", linestyle=":", label="unigram")
+    axes[0].plot(
+        *zip(*run.held_out, strict=True), ".-", color=style.BLUE, label="held out"
+    )
+    axes[0].axhline(trivial, color=style.RED, linestyle=":", label="unigram")
     axes[0].legend(loc="upper right")
-    axes[1].plot(steps, of("grad_norm"), color="C0", linewidth=0.8)
+    axes[1].plot(steps, of("grad_norm"), color=style.BLUE, linewidth=0.8)
     axes[1].set_yscale("log")
-    axes[2].plot(steps, of("lr_scale"), color="C0", linewidth=0.8)
+    axes[2].plot(steps, of("lr_scale"), color=style.BLUE, linewidth=0.8)
     skipped = steps[of("skipped") > 0]
-    axes[2].plot(skipped, np.full(len(skipped), 1.05), "C3|")
+    axes[2].plot(skipped, np.full(len(skipped), 1.05), "|", color=style.RED)
     axes[2].set_ylim(0, 1.1)
     labels = ("loss, nats a character", "gradient norm", "lr_scale, skips |")
     for axis, label in zip(axes, labels, strict=True):
