@@ -39,7 +39,7 @@ def examples_in(batch) -> int:
 def shards_in(examples: int) -> int:
     """Return the number of equal shards, at most 8; 0 if there are none."""
     counts = [n for n in range(2, MOST_SHARDS + 1) if examples % n == 0]
-    return max(counts, default=0)
+    return max(counts, default=0) if examples else 0
 
 
 @functools.partial(jax.jit, static_argnames=("loss", "count"))

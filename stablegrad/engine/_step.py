@@ -87,7 +87,8 @@ class GuardedStep:
             _history.init_history(self._record_norms, len(names), len(limits)),
         )
         state = _trees.placed_like(state, params)
-        kept = self._roll_back.init(params, state.guarded_inner, numbers[2])
+        statistics = _trees.placed_like(numbers[2], params)
+        kept = self._roll_back.init(params, state.guarded_inner, statistics)
         return state._replace(snapshots=kept)
 
     def check_leaves(self, state: GuardState, like) -> None:

@@ -1,6 +1,7 @@
 """Checkpoints by Orbax that keep a healthy state within reach."""
 
 import copy
+import operator
 import os
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -100,16 +101,20 @@ class HealthyCheckpoints:
         """Save a healthy state; say whether it was.
 
         Args:
-            step: The number of the checkpoint, larger than all before.
+            step: The number of the checkpoint, an integer >= 0, on the device or not,
+                and larger than those of all that are there: go back by a folder of its
+                own, or delete the newer ones.
             trees: Parameters, batch statistics, and whatever else must be finite.
             opt_state: The optimizer's state, guarded or not. It may hold an inf on
                 purpose, so of it only the guards are asked.
             told: Anything for JSON: an epoch, a place in the data.
 
         Raises:
-            CheckpointError: If this or the last one cannot be written; earlier ones
-                stay whole.
+            CheckpointError: If this or the last one cannot be written, or if there is a
+                newer one; earlier ones stay whole.
+            ValueError: If `step` is no integer >= 0.
         """
+        step = _step_number(step)
         guards = _reading.search(_trees.without_variables(opt_state))
         finite = [jnp.all(jnp.isfinite(x)) for x in _trees.inexact_leaves(trees)]
         halted = any(np.any(_reading.last_step(own).halted) for own in guards)
@@ -123,10 +128,14 @@ class HealthyCheckpoints:
             notes=ocp.args.JsonSave(notes),
         )
         self.wait()
+        what = f"checkpoint {step} was not written"
+        newest = self._manager.latest_step()
+        if newest is not None and newest >= step:
+            raise self._failed(what, f"the newest one is {newest}")
         try:
             self._manager.save(step, args=items)
         except Exception as error:
-            raise self._failed(f"checkpoint {step} was not written", error) from error
+            raise self._failed(what, error) from error
         self._calm[step] = calm
         return True
 
@@ -242,3 +251,14 @@ class HealthyCheckpoints:
             f"{self._folder}: {what}: {str(why)[:600]}\nNothing was changed; there are "
             f"checkpoints {self.steps}."
         )
+
+
+def _step_number(step: Any) -> int:
+    """Return a step as an int, which may be a number on the device."""
+    try:
+        number = operator.index(step)
+    except TypeError:
+        number = -1
+    if number < 0 or isinstance(step, bool):
+        raise ValueError(f"`step` must be an integer >= 0, got {step!r:.60}.")
+    return number
