@@ -41,6 +41,6 @@ def leaf_dots(lefts: list[jax.Array], rights: list[jax.Array]) -> jax.Array:
     """Return the real inner product of each pair of arrays, float32 (pairs,)."""
     products = []
     for left, right in zip(lefts, rights, strict=True):
-        wide = jnp.promote_types(left.dtype, jnp.float32)
+        wide = np.promote_types(left.dtype, np.float32)
         products.append(jnp.real(jnp.conj(left.astype(wide)) * right.astype(wide)))
     return leaf_sums(products, jnp.float32)

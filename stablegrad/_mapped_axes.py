@@ -6,7 +6,7 @@ axes, so that every device computes the same norms and makes the same decisions.
 
 import math
 import warnings
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import jax
@@ -86,6 +86,17 @@ def varying(leaf: jax.Array, names: frozenset) -> jax.Array:
     if hasattr(lax, "pcast"):
         return lax.pcast(leaf, missing, to="varying")
     return lax.pvary(leaf, missing)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def varying_like_next(turn: Callable[[Any], Any], carry: Any) -> Any:
+    """Mark a loop's first carry as varying over the axes over which the next one does.
+
+    `turn` returns the next carry.
+    """
+    if not manual_axes():
+        return carry
+    mark = lambda leaf, struct: varying(leaf, varies_over(struct))
+    return jax.tree.map(mark, carry, jax.eval_shape(turn, carry))
 
 
 def warn_of_replicas(value: Any, updates: Any) -> None:

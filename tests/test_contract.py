@@ -26,6 +26,7 @@ TRANSFORMATIONS = {
         sg.skip(sg.nonfinite(), sg.window_zscore(6.0), sg.fixed(1e4)),
         sg.back_off(sg.zscore(6.0, of="value")),
         sg.halt(after=5),
+        record_norms=3,
     ),
     "stabilize": lambda: sg.stabilize(optax.sgd(0.1)),
     "roll_back": lambda: sg.guard(optax.sgd(0.1), sg.skip(), sg.roll_back()),

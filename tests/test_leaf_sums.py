@@ -62,3 +62,9 @@ def test_dots_are_those_of_numpy_in_float64():
     found = leaf_dots(list(map(jnp.asarray, lefts)), list(map(jnp.asarray, rights)))
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_inner_products_of_narrow_numbers_need_no_implicit_promotion():
+    narrow = jnp.ones(3, jnp.bfloat16)
+    with jax.numpy_dtype_promotion("strict"):
+        np.testing.assert_allclose(leaf_dots([narrow], [narrow]), [3.0])

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from .. import _trees
-from .._checks import require, require_count
+from .._checks import require, require_steps
 from .._leaf_sums import leaf_dots
 from .._norms import measure
 from ._base import Clipped, transformation
@@ -62,7 +62,7 @@ def limit_direction(
     """
     require("min_cosine", min_cosine, "in (-1, 1)", lambda x: -1 < x < 1)
     require("decay", decay, "in [0, 1)", lambda x: 0 <= x < 1)
-    require_count("warmup_steps", warmup_steps)
+    require_steps("warmup_steps", warmup_steps)
 
     start = lambda tree: (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32))
     unseen = lambda params: (

@@ -42,7 +42,7 @@ def track_means(means, leaf_squares, decay, like) -> jax.Array:
 def means(moment, like) -> jax.Array:
     """Return the mean of each leaf that is floating point in `like`."""
     leaves = _trees.inexact_leaves(moment, like)
-    found = [jnp.sum(v, dtype=jnp.float32) / max(v.size, 1) for v in leaves]
+    found = [jnp.sum(v.real, dtype=jnp.float32) / max(v.size, 1) for v in leaves]
     return jnp.stack(found) if found else jnp.zeros((0,), jnp.float32)
 
 

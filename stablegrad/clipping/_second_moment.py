@@ -101,7 +101,7 @@ def _clamp_to_moment(
         by_leaf = _elements.per_leaf(levels, like)
 
         def usual(v, level):
-            return jnp.sqrt(jnp.maximum(correction * v.astype(jnp.float32), level))
+            return jnp.sqrt(jnp.maximum(correction * v.real.astype(jnp.float32), level))
 
         return _trees.map_inexact(usual, like, moment, by_leaf)
 

@@ -27,4 +27,4 @@ def after_step(history: Any, step, leaf_norms, numbers: list[jax.Array]) -> Any:
         return history
     row = encode(jnp.concatenate([leaf_norms, jnp.stack(numbers)]))
     place = step % history.shape[0]
-    return lax.dynamic_update_slice(history, row[None], (place, 0))
+    return lax.dynamic_update_index_in_dim(history, row, place, 0)

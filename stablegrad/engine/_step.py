@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from .. import _checks, _trees
 from .._mapped_axes import MappedAxes, warn_of_replicas
@@ -89,7 +90,13 @@ class GuardedStep:
         state = _trees.placed_like(state, params)
         statistics = _trees.placed_like(numbers[2], params)
         kept = self._roll_back.init(params, state.guarded_inner, statistics)
-        return state._replace(snapshots=kept)
+        state = state._replace(snapshots=kept)
+        if type(params).__name__ == "_ParamsPlaceholder":
+            # `optax.tree.map_params` compares this state with one of real parameters.
+            # An array matches a subtree that depends on how many leaves there are.
+            one = state.names
+            state = state._replace(layout=one, layers=one if self._layers else ())
+        return state
 
     def check_leaves(self, state: GuardState, like) -> None:
         """Raise ValueError unless a state was made for a tree like this one."""
@@ -213,15 +220,13 @@ class GuardedStep:
             backed_off=cut,
             rolled_back=rolled.rolled_back,
         )
+        numbers = packing.pack(
+            (_record.after_step(record, outcome), settled, rolled.written.statistics)
+        )
         return rolled.written.result, GuardState(
             rolled.written.guarded_inner,
-            packing.pack(
-                (
-                    _record.after_step(record, outcome),
-                    settled,
-                    rolled.written.statistics,
-                )
-            ),
+            # A derivative of later steps goes through the optimizer's state alone.
+            lax.stop_gradient(numbers),
             state.columns,
             state.names,
             state.layout,

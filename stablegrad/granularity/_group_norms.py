@@ -9,6 +9,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from .. import _trees
 from .._norms import Measurement, measure, measure_parts
@@ -79,4 +80,13 @@ def _squares_by_leaf(grouping: Grouping, squares) -> jax.Array:
 
 
 def _flat(parts) -> jax.Array:
-    return jnp.concatenate([jnp.zeros((0,), jnp.float32), *map(jnp.ravel, parts)])
+    flat = [jnp.ravel(_whole(part)) for part in parts]
+    return jnp.concatenate([jnp.zeros((0,), jnp.float32), *flat])
+
+
+def _whole(part) -> jax.Array:
+    """Return an array that every device has whole; on explicit axes it may be split."""
+    given = jax.typeof(part).sharding
+    if all(axis is None for axis in given.spec):
+        return part
+    return jax.sharding.reshard(part, NamedSharding(given.mesh, PartitionSpec()))

@@ -86,6 +86,8 @@ class LayerHealth(NamedTuple):
 
         Return also whether the step was checked and warned of, and the leaf.
         """
+        if not self._rows(sight.like):
+            return layers, jnp.zeros((), bool), jnp.full((), -1, jnp.int32)
         place = steps % self.every  # The last of `every` steps is checked.
         due = (place == self.every - 1) & sight.taken
         bits = lax.cond(

@@ -15,6 +15,9 @@ GUARDS = {
     "guard": lambda: sg.guard(optax.adam(1.0)),
     "stabilize": lambda: sg.stabilize(optax.adam(1.0)),
     "skip_bad_steps": lambda: sg.skip_bad_steps(optax.adam(1.0), "olmo"),
+    "per leaf": lambda: sg.stabilize(optax.adam(1.0), per="leaf"),
+    "layer_health": lambda: sg.guard(optax.adam(1.0), sg.layer_health(cosine=True)),
+    "roll_back": lambda: sg.guard(optax.adam(1.0), sg.roll_back()),
 }
 every_guard = pytest.mark.parametrize("name", GUARDS)
 
@@ -29,8 +32,8 @@ def test_map_params_takes_a_tree_of_specs(name):
         specs,
         transform_non_params=lambda _: None,
     )
-    assert optax.tree.get(marked, "mu") == specs
-    assert optax.tree.get(marked, "nu") == specs
+    assert optax.tree.get(marked.guarded_inner, "mu") == specs
+    assert optax.tree.get(marked.guarded_inner, "nu") == specs
     assert not jax.tree.leaves((marked.numbers, marked.names))
 
 

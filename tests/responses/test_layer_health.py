@@ -224,3 +224,11 @@ def test_wrong_arguments_are_told():
     tx = sg.guard(optax.sgd(0.1), sg.layer_health())
     with pytest.raises(ValueError, match="`layer_health` needs the parameters"):
         tx.update(PARAMS, tx.init(PARAMS))
+
+
+@pytest.mark.parametrize("params", [{}, {"n": jnp.arange(3)}], ids=["none", "integers"])
+def test_a_tree_without_floats_is_left_alone(params):
+    tx = sg.guard(optax.sgd(0.1), sg.layer_health(per="leaf"))
+    updates, state = jax.jit(tx.update)(params, tx.init(params), params)
+    chex.assert_trees_all_equal_shapes(updates, params)
+    assert sg.metrics(state)["warned_steps"] == 0

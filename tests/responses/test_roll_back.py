@@ -281,6 +281,18 @@ def test_through_update_what_cannot_come_back_halts_and_names_apply(value):
 
 
 @pytest.mark.slow
+def test_through_update_a_leaf_without_a_gradient_stays_as_it_is():
+    params = {"w": jnp.ones(2), "mask": jnp.array([True, False])}
+    tx = sg.guard(optax.sgd(0.1), sg.roll_back(LOSS, after=1))
+    grads = {**params, "mask": jnp.zeros(2, bool)}
+    state = tx.init(params)
+    updates, state = jax.jit(tx.update)(grads, state, params, value=100.0)
+    assert sg.metrics(state)["rolled_back"]
+    chex.assert_trees_all_equal(
+        updates, {"w": jnp.zeros(2), "mask": jnp.zeros(2, bool)}
+    )
+
+
 def test_without_roll_back_poisoned_parameters_halt_and_the_leaf_is_named():
     tx = sg.guard(optax.adam(0.05), sg.skip(), sg.halt(after=3))
     _, state = run(stepper(tx), tx, poison={25: nan_at("w")})

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from _scale.collectives import collectives, payload
 from helpers.mapping import AXIS, DEVICES, mapped, mesh
@@ -21,6 +22,8 @@ from helpers.scenario import (
 )
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec as P
+
+import stablegrad as sg
 
 pytestmark = pytest.mark.devices(DEVICES)
 
@@ -135,3 +138,22 @@ def test_shards_under_pmap_step_as_one_device_does(optimizer, mode, size):
     }
     history = {name: rows[:, 0] for name, rows in run.history.items()}
     assert_same(Run(whole, history, run.state), alone(optimizer, size))
+
+
+def test_the_model_of_each_device_is_probed_on_its_own():
+    rates = jnp.array([0.1, 50.0] * (DEVICES // 2))  # Every second one is too high.
+    guarded = lambda rate: sg.guard(optax.sgd(rate), sg.trust_region())
+    loss_fn = lambda params: jnp.sum(params**2)
+
+    def one(state, params, rate):
+        state = jax.tree.map(lambda x: x[0], state)  # Its own, of the stack.
+        extra = {"value": loss_fn(params), "value_fn": loss_fn}
+        grads = jax.grad(loss_fn)(params)
+        return sg.apply(guarded(rate[0]), grads, state, params, **extra)[0]
+
+    params = jnp.ones(DEVICES)
+    states = jax.vmap(guarded(0.1).init)(params[:, None])
+    every = mapped(one, (P(AXIS), P(AXIS), P(AXIS)), P(AXIS))
+    # On this loss r is the rate; a step that is too long goes to r = 1/2, the minimum.
+    expected = np.where(rates > 1, 0.0, 0.8)
+    np.testing.assert_allclose(every(states, params, rates), expected, atol=1e-4)

@@ -165,3 +165,14 @@ def test_on_a_mesh_everything_goes_back_to_where_it_was(
     kinds = {x.memory_kind for x in jax.tree.leaves(after.snapshots)}
     if jax.__version_info__ >= (0, 8):  # Before, a CPU's programs forget it.
         assert kinds == {memory}
+
+
+@pytest.mark.parametrize("memory", ["device", "pinned_host"])
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_statistics_in_a_fresh_snapshot_lie_on_the_mesh(kind, memory):
+    grid = jax.make_mesh((DEVICES,), (AXIS,), axis_types=(kind,))
+    params = jax.device_put(start(), NamedSharding(grid, P()))
+    tx = sg.guard(optax.sgd(0.1), sg.roll_back(memory=memory))
+    (statistics, *_) = [own.statistics for own in tx.init(params).snapshots]
+    assert len(statistics) == 2
+    assert {len(array.devices()) for array in statistics} == {DEVICES}

@@ -132,6 +132,18 @@ def test_axes_may_be_auto_or_explicit(tx, kind):
         assert updates["w"].sharding.spec[0] == "d"
 
 
+def test_units_that_are_split_over_an_explicit_axis_are_clipped_one_by_one():
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Explicit,))
+    kernel = jnp.arange(1.0, 33.0).reshape(4, 8)  # A unit a column, and a device.
+    params = {"kernel": jax.device_put(kernel, NamedSharding(mesh, P(None, "d")))}
+    tx = sg.clip_by_norm(40.0, per="unit")
+    updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
+    norms = np.linalg.norm(kernel, axis=0, keepdims=True)
+    expected = kernel * np.minimum(1, 40 / norms)
+    np.testing.assert_allclose(updates["kernel"], expected, rtol=1e-6)
+    assert updates["kernel"].sharding.spec == P(None, "d")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 def test_the_trust_region_probes_on_a_mesh(kind):

@@ -13,7 +13,7 @@ import optax
 from jax import lax
 
 from ... import _trees
-from ..._mapped_axes import LOCAL, MappedAxes, manual_axes, varies_over, varying
+from ..._mapped_axes import LOCAL, MappedAxes, varying_like_next
 from ..._norms import measure, vanishing_sums
 from ..._packing import Packed
 from ._machine import (
@@ -100,10 +100,7 @@ def _once(pred: jax.Array, function: Callable, carry):
         pred, rest = carry
         return pred & False, function(rest)
 
-    first = (pred, carry)
-    if manual_axes():
-        mark = lambda leaf, struct: varying(leaf, varies_over(struct))
-        first = jax.tree.map(mark, first, jax.eval_shape(turn, first))
+    first = varying_like_next(turn, (pred, carry))
     return lax.while_loop(lambda carry: carry[0], turn, first)[1]
 
 
@@ -123,8 +120,9 @@ def _restore_from(snapshot: Snapshot, params, axes: MappedAxes) -> Callable:
         refused = jnp.where(fine, 0, int(Refusal.NO_SNAPSHOT))
         result = back.params
         if params is not None:
-            difference = lambda s, p, u: (s - p).astype(u.dtype)
-            result = jax.tree.map(difference, back.params, params, written.result)
+            difference = lambda u, s, p: (s - p).astype(u.dtype)
+            trees = written.result, back.params, params
+            result = _trees.map_inexact(difference, params, *trees)
             reached = _everywhere(_reachable(back.params, params), axes)
             refused = jnp.where(fine & ~reached, int(Refusal.NEEDS_APPLY), refused)
         restored = Written(result, back.guarded_inner, back.statistics)

@@ -18,7 +18,7 @@ import optax
 
 from ... import _trees
 from ..._leaf_sums import leaf_dots
-from ..._mapped_axes import LOCAL, MappedAxes
+from ..._mapped_axes import LOCAL, MappedAxes, varying_like_next
 from ..._norms import LARGEST
 from ..._scales import scale_leaves, uniform
 from ...thresholds._signals import scalar_signal
@@ -121,9 +121,8 @@ def look(attempt: Attempt, kind: str, scale, rise, accept, aim) -> Look:
     one, zero = jnp.ones((), jnp.float32), jnp.zeros((), jnp.float32)
     no, none = jnp.zeros((), bool), jnp.zeros((), jnp.int32)
     goes_on = lambda state: ~state[2] & (state[3] < TRIES)
-    part, excess, accepted, looks, alike = jax.lax.while_loop(
-        goes_on, nearer, (one, zero, no, none, none)
-    )
+    first = varying_like_next(nearer, (one, zero, no, none, none))
+    part, excess, accepted, looks, alike = jax.lax.while_loop(goes_on, nearer, first)
     blind = part * jnp.abs(slope) <= seen
     known = jnp.isfinite(excess) & jnp.isfinite(promised) & ~blind
     mismatch = ~accepted & (alike >= ALIKE) & known & (slope < 0)
