@@ -63,8 +63,8 @@ def diagnose(
     Raises:
         TypeError: If `loss_fn` does not return a real scalar, or `tx` is no
             transformation.
-        ValueError: If `steps` is out of range or given without `tx`, or `params` has no
-            floating-point leaf.
+        ValueError: If `steps` is out of range or given without `tx`, if `params` has no
+            floating-point leaf, or if one of `more_batches` is shaped unlike `batch`.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -84,6 +84,13 @@ def diagnose(
     _checks.require_count("steps", steps, 0)
     if steps and tx is None:
         raise ValueError(f"`steps` must be 0 without `tx`, got {steps}.")
+    shapes = lambda tree: jax.tree.map(np.shape, tree)
+    for other in (more_batches := list(more_batches)):
+        if shapes(other) != shapes(batch):
+            raise ValueError(
+                "each of `more_batches` must be shaped as `batch`, which is "
+                f"{shapes(batch)}, got {shapes(other)}."
+            )
     loss, trained, frozen = _loss.problem(loss_fn, params, widen=False)
     data = (frozen, batch)
     names = _short(_trees.leaf_names(trained))
@@ -109,7 +116,7 @@ def diagnose(
         tx = _loss.optimizer(tx, "diagnose")
         asked = (loss, tx, trained, opt_state, grads, value, data, steps)
         spread = float(np.std(facts.batch.losses)) if facts.batch.losses else 0.0
-        facts.training = _training.facts(*asked, list(more_batches), spread)
+        facts.training = _training.facts(*asked, more_batches, spread)
         _per_layer(layers, names, facts.training)
     return Report(facts, judge(facts, rules), tuple(rules))
 

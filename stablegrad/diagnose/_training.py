@@ -142,7 +142,7 @@ def take_steps(loss, tx, params, state, frozen, b2, stacked, scale, steps: int):
 
     Updates are multiplied by `scale`.
     """
-    batches = jax.tree.leaves(stacked)[0].shape[0]
+    batches = max((x.shape[0] for x in jax.tree.leaves(stacked)), default=1)
     at = lambda i: (frozen, jax.tree.map(lambda x: x[i], stacked))
 
     def step(carry, i):

@@ -467,3 +467,31 @@ def test_wrong_arguments_are_refused():
         sg.diagnose(lambda p, x: x, plain_params(), X)
     with pytest.raises(TypeError, match="`diagnose` must be given an optax"):
         sg.diagnose(tanh_net, plain_params(), X, 3.0)
+
+
+@pytest.mark.parametrize(
+    "weight", [2.0, jnp.float32(2), jax.random.key(0)], ids=["float", "array", "key"]
+)
+def test_a_batch_without_a_common_first_axis_is_taken_as_a_whole(weight):
+    def loss_fn(params, batch):
+        return jnp.mean((batch["x"] @ params["w"]) ** 2)
+
+    batch = {"x": jnp.ones((8, 3)), "weight": weight}
+    found = sg.diagnose(loss_fn, {"w": jnp.ones((3, 1))}, batch, optax.sgd(0.01))
+    assert found.facts.batch.examples == 0
+    assert [layer.name for layer in found.layers] == ["w"]
+
+
+def test_a_loss_without_a_batch_is_read_and_trained():
+    loss_fn = lambda params, batch: jnp.sum(params["w"] ** 2)
+    params = {"w": jnp.ones(3)}
+    found = sg.diagnose(loss_fn, params, None, optax.sgd(0.01), steps=2)
+    np.testing.assert_allclose(found.facts.training.untrained, [3.0] * 3)
+
+
+@pytest.mark.parametrize("more", [[jnp.ones((4, 3))], [{"x": jnp.ones((8, 3))}]])
+def test_further_batches_must_be_shaped_as_the_first(more):
+    loss_fn = lambda params, x: jnp.mean((x @ params["w"]) ** 2)
+    params, x = {"w": jnp.ones((3, 1))}, jnp.ones((8, 3))
+    with pytest.raises(ValueError, match="shaped as `batch`"):
+        sg.diagnose(loss_fn, params, x, optax.sgd(0.1), steps=2, more_batches=more)
