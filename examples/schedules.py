@@ -181,7 +181,7 @@ def row_of(name: str, out: Outcome) -> list[str]:
         name,
         *(f"{norm:.3g}" for norm in norms),
         str(explosions(out.norms)),
-        f"{out.test_loss:.4f}",
+        f"{out.test_loss:.4g}",
         f"{100 * out.accuracy:.2f} %",
         f"{out.rates[-1]:.3g}",
     ]
