@@ -78,6 +78,8 @@ def transformation(
 
     def update_fn(updates, state, params=None, **extra):
         *kept, numbers = state
+        if params is not None:
+            updates = _trees.floating_like(updates, params)
         columns = packing(updates)
         readings, statistics = columns.unpack(numbers[name])
         done = step(updates, statistics, kept, params, extra)

@@ -281,3 +281,10 @@ def test_a_spike_does_not_enter_the_moments_by_default():
     ]
     repaired, published = [optax.tree.get(s, "nu")["b"].max() for s in states]
     assert published > 1e3 * repaired
+
+
+def test_integer_gradients_of_floating_point_parameters_are_clipped():
+    tx, params = sg.clip_by_norm(1.0), jnp.zeros(3)
+    updates, state = tx.update(jnp.array([3, -4, 12]), tx.init(params), params)
+    np.testing.assert_allclose(updates, np.array([3, -4, 12]) / 13, rtol=1e-6)
+    assert sg.metrics(state)["clip_by_norm_raw_norm"] == 13

@@ -197,3 +197,18 @@ def test_a_norm_of_1e18_is_dropped_though_its_square_is_finite(name):
         updates, state = step({"w": params["w"] * size / 3**0.5}, state, params)
         assert sg.metrics(state)[f"{name}_dropped_steps"] == dropped
     np.testing.assert_array_equal(updates["w"], 0.0)
+
+
+@pytest.mark.slow
+def test_the_second_moment_of_complex_parameters_is_read_as_real():
+    tx = sg.clip_by_second_moment(inner=optax.adam(0.1))
+    grads = {"w": jnp.array([1 + 1j, 2 - 1j], jnp.complex64)}
+    state = tx.init(grads)
+    for _ in range(3):
+        updates, state = jax.jit(tx.update)(grads, state, grads)
+    bare = optax.adam(0.1)
+    expected, _ = bare.update(grads, bare.init(grads), grads)
+    np.testing.assert_allclose(updates["w"], expected["w"], rtol=1e-4)
+    spike = {"w": jnp.array([1 + 1j, 2e6 - 1e6j], jnp.complex64)}
+    _, state = jax.jit(tx.update)(spike, state, grads)
+    assert sg.metrics(state)["clip_by_second_moment_clipped_norm"] < 200
