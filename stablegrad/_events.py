@@ -33,10 +33,13 @@ class Event(NamedTuple):
     value: float = float("nan")  # What it was.
     limit: float = float("nan")  # The largest value that was normal; inf: none yet.
     batch_ids: tuple[int, ...] = ()  # As passed by `batch_id=`, while they are kept.
+    # Which of several guards in the state, as in the names of `metrics`; None if one.
+    guard: int | None = None
 
     def __str__(self) -> str:
         why = f" ({self.reason.replace('_', ' ')})" if self.reason else ""
-        who = "" if self.member is None else f"member {self.member}, "
+        which = {"guard": self.guard, "member": self.member}
+        who = "".join(f"{k} {i}, " for k, i in which.items() if i is not None)
         when = f"step {self.step}"
         if self.until > self.step:
             when = f"steps {self.step} to {self.until}"
@@ -81,8 +84,9 @@ def events(state: Any, params: Any = None) -> Events:
     Returns:
         A list of `Event`s: first and last step (from 0), kind, reason, leaf, gradient
         norm, loss, learning-rate scale, the signal that was not normal with its value
-        and limit, and the ids of the batches. `str(event)` is a sentence. Its
-        `forgotten` says how many older events were logged that it no longer has.
+        and limit, the ids of the batches, and which of several guards or members it
+        was. `str(event)` is a sentence. The list's `forgotten` says how many older
+        events were logged that it no longer has.
 
     Raises:
         ValueError: If there is no guard in the state.
@@ -100,15 +104,22 @@ def events(state: Any, params: Any = None) -> Events:
         ((17,), 0)
     """
     listed, forgotten = [], 0
-    for guard_state in _reading.guards(state):
+    guards = _reading.guards(state)
+    for number, guard_state in enumerate(guards):
         names = _trees.leaf_names(params) if params is not None else ()
         names = names or _trees.decode_names(guard_state.names)
         record, _ = _reading.record_of(guard_state)
         own = _events_of(record, names, _reading.limit_names(guard_state))
+        if len(guards) > 1:
+            own = [event._replace(guard=number) for event in own]
         listed += own
         forgotten += int(np.sum(np.asarray(record.log.logged)[..., 0])) - len(own)
-    listed = sorted(listed, key=lambda event: (event.member or 0, event.step))
-    return Events(listed, forgotten)
+    return Events(sorted(listed, key=place), forgotten)
+
+
+def place(event: Event) -> tuple[int, int, int, str]:
+    """Return what tells an event from others, and sorts them."""
+    return event.member or 0, event.step, event.guard or 0, event.kind
 
 
 def _events_of(

@@ -8,10 +8,34 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .._events import Event, Events, events
+from .._checks import require
+from .._events import Event, Events, events, place
+from ._files import write_whole
 
 NUMBERS = ("grad_norm", "loss", "lr_scale", "value", "limit")
 FORGOTTEN = "events_forgotten"  # The field of a line that is no event.
+
+
+def _is_count(x) -> bool:
+    return type(x) is int and x >= 0  # No bool.
+
+
+# What a field must be: in words, and a function that says whether it is.
+COUNT = ("an integer >= 0", _is_count)
+TEXT = ("a string", lambda x: isinstance(x, str))
+NUMBER = ("a number", lambda x: isinstance(float(x), float))
+INDEX = ("null or an integer >= 0", lambda x: x is None or _is_count(x))
+IDS = (
+    "a list of integers >= 0",
+    lambda x: isinstance(x, list) and all(map(_is_count, x)),
+)
+FIELDS = {
+    **dict.fromkeys(("step", "until", FORGOTTEN), COUNT),
+    **dict.fromkeys(("kind", "reason", "leaf", "signal"), TEXT),
+    **dict.fromkeys(NUMBERS, NUMBER),
+    **dict.fromkeys(("member", "guard"), INDEX),
+    "batch_ids": IDS,
+}
 
 
 def save_events(state: Any, path: str | os.PathLike) -> None:
@@ -19,11 +43,14 @@ def save_events(state: Any, path: str | os.PathLike) -> None:
 
     A guard remembers its last 64 events, a file all that it was told of: call this more
     often than 64 events happen, such as with each checkpoint. A later account of the
-    same step replaces the earlier one, so a run may be resumed and save again. Where
-    events were lost in between, a line {"events_forgotten": n} says how many.
+    same step and kind replaces the earlier one, and keeps the ids of its batches, so a
+    run may be resumed and save again. Where events were lost in between, a line
+    {"events_forgotten": n} says how many. Of several processes, one saves.
 
     Args:
-        state: A state that holds a guard's anywhere, as for `metrics`.
+        state: A state that holds a guard's anywhere, as for `metrics`. Pass all guards
+            of a run in one state, such as `(generator_state, discriminator_state)`:
+            events are told apart by the number of their guard in it.
         path: The file. A new one takes its place at once, or not at all.
 
     Raises:
@@ -47,19 +74,17 @@ def save_events(state: Any, path: str | os.PathLike) -> None:
     path = Path(path)
     new = events(state)
     old = load_events(path) if path.exists() else Events()
-    key = lambda event: (event.member or 0, event.step)
-    merged = {key(event): event for event in (*old, *new)}
-    known = sum(key(event) not in {key(other) for other in new} for event in old)
+    merged = {place(event): event for event in old}
+    known = len(merged.keys() - {place(event) for event in new})
+    for event in new:
+        earlier = merged.get(place(event), event).batch_ids
+        gone = [batch for batch in earlier if batch not in event.batch_ids]
+        ids = (*gone, *event.batch_ids)
+        merged[place(event)] = event._replace(batch_ids=ids)
     forgotten = max(old.forgotten, new.forgotten - known)
     lines = [json.dumps({FORGOTTEN: forgotten})] if forgotten else []
-    lines += [_to_json(merged[place]) for place in sorted(merged)]
-    # A reader, or a full disk, meets the whole of the old file or of the new one.
-    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        draft.write_text("".join(f"{line}\n" for line in lines))
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+    lines += [_to_json(merged[key]) for key in sorted(merged)]
+    write_whole(path, "".join(f"{line}\n" for line in lines))
 
 
 def load_events(path: str | os.PathLike) -> Events:
@@ -91,19 +116,23 @@ def load_events(path: str | os.PathLike) -> Events:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise _broken(path, number, "it is no JSON") from error
-        if isinstance(row, dict) and set(row) == {FORGOTTEN}:
-            found.forgotten = int(row[FORGOTTEN])
-            continue
-        if not isinstance(row, dict) or set(row) != set(Event._fields):
-            raise _broken(path, number, f"its fields are not {Event._fields}")
+            raise _broken(path, number, "it is no JSON.") from error
+        names = set(row) if isinstance(row, dict) else set()
+        # Files of earlier versions have no `guard`.
+        if names != {FORGOTTEN} and names | {"guard"} != set(Event._fields):
+            raise _broken(path, number, f"its fields are not {Event._fields}.")
         try:
-            numbers = {name: float(row[name]) for name in NUMBERS}
-            batches = tuple(int(batch) for batch in row["batch_ids"])
-            steps = {name: int(row[name]) for name in ("step", "until")}
-        except (TypeError, ValueError) as error:
+            for name, value in row.items():
+                require(name, value, *FIELDS[name])
+            if FORGOTTEN in row:
+                found.forgotten = row[FORGOTTEN]
+                continue
+            require("until", row["until"], ">= `step`", row["step"].__le__)
+        except ValueError as error:
             raise _broken(path, number, str(error)) from error
-        found.append(Event(**{**row, **numbers, **steps, "batch_ids": batches}))
+        numbers = {name: float(row[name]) for name in NUMBERS}
+        ids = tuple(row["batch_ids"])
+        found.append(Event(**{**row, **numbers, "batch_ids": ids}))
     return found
 
 
@@ -147,7 +176,7 @@ def batches_to_leave_out(
             )
         if event.kind in kinds:
             ids |= set(event.batch_ids)
-            missing += event.until - event.step + 1 - len(event.batch_ids)
+            missing += max(0, event.until - event.step + 1 - len(event.batch_ids))
     missing += getattr(listed, "forgotten", 0)
     if missing:
         warnings.warn(
@@ -168,6 +197,6 @@ def _to_json(event: Event) -> str:
 
 def _broken(path, number: int, what: str) -> ValueError:
     return ValueError(
-        f"{path}, line {number}, is not an event: {what}. The file was left as it is; "
+        f"{path}, line {number}, is not an event: {what} The file was left as it is; "
         "move it away to start a new one."
     )

@@ -1,13 +1,18 @@
-"""Folders of checkpoints: whose they are, and whether one fits what is wanted."""
+"""Rules of checkpoints: whose a folder is, what may be saved, and what fits."""
 
 import json
+import operator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from .. import _trees
+from .. import _reading, _trees
+from ..engine._record import totals_of
+from ..engine._step import GuardState
 
 FORMAT = 1
 MARK = "stablegrad.json"  # The file that tells whose folder it is.
@@ -33,8 +38,39 @@ def claim(folder: Path) -> None:
         )
 
 
+def step_number(step: Any) -> int:
+    """Return a step as an int, which may be a number on the device."""
+    try:
+        number = operator.index(step)
+    except TypeError:
+        number = -1
+    if number < 0 or isinstance(step, bool):
+        raise ValueError(f"`step` must be an integer >= 0, got {step!r:.60}.")
+    return number
+
+
+def is_healthy(trees: Any, guards: Iterable[GuardState]) -> bool:
+    """Return whether all of `trees` is finite and no guard has halted."""
+    finite = [jnp.all(jnp.isfinite(x)) for x in _trees.inexact_leaves(trees)]
+    halted = any(np.any(_reading.last_step(own).halted) for own in guards)
+    return not halted and all(jax.device_get(finite))
+
+
+def is_calm(guard_state: GuardState, steps: int) -> bool:
+    """Return whether a guard has not intervened in the last `steps` steps."""
+    record, _ = _reading.record_of(guard_state)
+    kind, _, last = np.moveaxis(np.asarray(record.log.latest), -1, 0)
+    ago = np.asarray(totals_of(record).guarded_steps) - 1 - last
+    return bool(np.all((kind == 0) | (ago >= steps)))
+
+
 def described(tree: Any) -> dict[str, tuple]:
-    """Return shape and dtype of each leaf by name, of arrays or of Orbax's metadata."""
+    """Return shape and dtype of each leaf by name, of arrays or of Orbax's metadata.
+
+    Raise FileNotFoundError for the metadata of a checkpoint without any, which is None.
+    """
+    if tree is None:
+        raise FileNotFoundError("its list of arrays is missing")
     tree = getattr(tree, "tree", tree)
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     found = {}

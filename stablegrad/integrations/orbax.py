@@ -1,19 +1,15 @@
 """Checkpoints by Orbax that keep a healthy state within reach."""
 
 import copy
-import operator
 import os
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 
 from .. import _checks, _reading, _trees
-from ..engine._record import totals_of
-from ._checkpoint_folders import FORMAT, claim, described, differences
+from . import _checkpoint_folders as folders
 
 
 class CheckpointError(RuntimeError):
@@ -77,7 +73,7 @@ class HealthyCheckpoints:
         _checks.require_count("keep", keep)
         _checks.require_count("calm_steps", calm_steps, least=0)
         self._folder, self._keep, self._calm_steps = Path(folder), keep, calm_steps
-        claim(self._folder)
+        folders.claim(self._folder)
         # Without `max_to_keep`: Orbax does not know which ones are calm.
         options = ocp.CheckpointManagerOptions(
             enable_async_checkpointing=asynchronous, cleanup_tmp_directories=True
@@ -102,27 +98,25 @@ class HealthyCheckpoints:
 
         Args:
             step: The number of the checkpoint, an integer >= 0, on the device or not,
-                and larger than those of all that are there: go back by a folder of its
-                own, or delete the newer ones.
+                and larger than those of all that are there. A run that goes back to an
+                older one calls `delete_newer` first.
             trees: Parameters, batch statistics, and whatever else must be finite.
             opt_state: The optimizer's state, guarded or not. It may hold an inf on
                 purpose, so of it only the guards are asked.
             told: Anything for JSON: an epoch, a place in the data.
 
         Raises:
-            CheckpointError: If this or the last one cannot be written, or if there is a
-                newer one; earlier ones stay whole.
+            CheckpointError: If this or the last one cannot be written, or if `step` is
+                not larger than the newest; earlier ones stay whole.
             ValueError: If `step` is no integer >= 0.
         """
-        step = _step_number(step)
+        step = folders.step_number(step)
         guards = _reading.search(_trees.without_variables(opt_state))
-        finite = [jnp.all(jnp.isfinite(x)) for x in _trees.inexact_leaves(trees)]
-        halted = any(np.any(_reading.last_step(own).halted) for own in guards)
-        if halted or not all(jax.device_get(finite)):
+        if not folders.is_healthy(trees, guards):
             return False
-        calm = all(self._is_calm(own) for own in guards)
+        calm = all(folders.is_calm(own, self._calm_steps) for own in guards)
         # A copy: the caller may go on changing it while the disk is written.
-        notes = {"format": FORMAT, "calm": calm, "told": copy.deepcopy(told)}
+        notes = {"format": folders.FORMAT, "calm": calm, "told": copy.deepcopy(told)}
         items = ocp.args.Composite(
             state=ocp.args.StandardSave({"trees": trees, "opt_state": opt_state}),
             notes=ocp.args.JsonSave(notes),
@@ -131,7 +125,7 @@ class HealthyCheckpoints:
         what = f"checkpoint {step} was not written"
         newest = self._manager.latest_step()
         if newest is not None and newest >= step:
-            raise self._failed(what, f"the newest one is {newest}")
+            raise self._failed(what, f"the newest one is {newest}; see `delete_newer`")
         try:
             self._manager.save(step, args=items)
         except Exception as error:
@@ -143,6 +137,8 @@ class HealthyCheckpoints:
         self, trees: Any, opt_state: Any, *, step: int | None = None
     ) -> Restored | None:
         """Read a checkpoint, the newest by default; None if there is none.
+
+        To save again after going back to an older one, call `delete_newer`.
 
         Args:
             trees: A pytree like the one that was saved, for structure, shapes, dtypes
@@ -161,13 +157,10 @@ class HealthyCheckpoints:
         like = {"trees": trees, "opt_state": opt_state}
         what = f"checkpoint {step} cannot be read"
         try:
-            metadata = self._manager.item_metadata(step)["state"]
-            if metadata is None:
-                raise FileNotFoundError("its list of arrays is missing")
-            stored = described(metadata)
+            stored = folders.described(self._manager.item_metadata(step)["state"])
         except Exception as error:
             raise self._failed(what, error) from error
-        differing = differences(stored, described(like))
+        differing = folders.differences(stored, folders.described(like))
         if differing:
             raise self._failed(f"checkpoint {step} is of another run", differing)
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
@@ -182,6 +175,22 @@ class HealthyCheckpoints:
         return Restored(
             step, state["trees"], state["opt_state"], found["notes"]["told"]
         )
+
+    def delete_newer(self, step: int) -> None:
+        """Delete the checkpoints newer than `step`, so that the next can be saved.
+
+        Args:
+            step: The one that the run goes back to, of `steps`.
+
+        Raises:
+            CheckpointError: If there is no such checkpoint; nothing is deleted then.
+        """
+        self.wait()
+        if step not in self.steps:
+            raise self._failed(f"cannot go back to checkpoint {step}", "there is none")
+        for newer in reversed(self.steps):
+            if newer > step:
+                self._manager.delete(newer)
 
     def told(self, step: int | None = None) -> Any:
         """Read what was told with a checkpoint, the newest by default; None if none.
@@ -224,12 +233,6 @@ class HealthyCheckpoints:
         """Wait, and close the folder."""
         self.close()
 
-    def _is_calm(self, guard_state) -> bool:
-        record, _ = _reading.record_of(guard_state)
-        kind, _, last = np.moveaxis(np.asarray(record.log.latest), -1, 0)
-        ago = np.asarray(totals_of(record).guarded_steps) - 1 - last
-        return bool(np.all((kind == 0) | (ago >= self._calm_steps)))
-
     def _calmness(self, step: int) -> bool:
         """Return whether a checkpoint is calm; one whose notes are damaged is not."""
         if step not in self._calm:
@@ -251,14 +254,3 @@ class HealthyCheckpoints:
             f"{self._folder}: {what}: {str(why)[:600]}\nNothing was changed; there are "
             f"checkpoints {self.steps}."
         )
-
-
-def _step_number(step: Any) -> int:
-    """Return a step as an int, which may be a number on the device."""
-    try:
-        number = operator.index(step)
-    except TypeError:
-        number = -1
-    if number < 0 or isinstance(step, bool):
-        raise ValueError(f"`step` must be an integer >= 0, got {step!r:.60}.")
-    return number

@@ -103,12 +103,79 @@ def test_a_file_keeps_what_the_ring_has_lost_and_takes_a_resumed_run(tmp_path):
     assert [event.step for event in whole] == list(range(1, 200, 2))
     assert sg.batches_to_leave_out(whole) == list(range(1, 200, 2))
     # The run goes back to step 100 and leaves those batches out.
-    resumed = run([(np.inf if i == 7 else 1, 1, 500 + i) for i in range(20)], saved)
-    sg.save_events(resumed, path)
+    rows = [(np.inf if i == 7 else 1, 7 if i == 9 else 1, 500 + i) for i in range(20)]
+    sg.save_events(run(rows, saved), path)
     again = sg.load_events(path)
-    assert len(again) == 100  # Step 107 has a newer account than before.
-    assert [e.batch_ids for e in again if e.step == 107] == [(507,)]
-    assert not list(tmp_path.glob("*.tmp"))
+    assert len(again) == 101  # Step 107 has a newer account, step 109 another event.
+    found = {(e.step, e.kind): (e.reason, e.batch_ids) for e in again}
+    assert found[107, "skip"] == ("gradient_overflow", (107, 507))
+    assert found[109, "skip"] == ("nonfinite_gradient", (109,))
+    assert found[109, "back_off"] == ("", (509,))
+
+
+@pytest.mark.parametrize("period", [7, 1000])
+def test_ids_that_a_guard_has_forgotten_stay_in_the_file(period, tmp_path):
+    path, state = tmp_path / "events.jsonl", None
+    good = range(period - 1, 400, period)  # Each ends an event of several steps.
+    for start in range(0, 400, 50):
+        rows = range(start, start + 50)
+        state = run([(1 if i in good else np.nan, 1, i) for i in rows], state)
+        sg.save_events(state, path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ids = sg.batches_to_leave_out(sg.load_events(path))
+    assert ids == sorted({*range(400)} - {*good})
+    assert all([*e.batch_ids] == sorted(e.batch_ids) for e in sg.load_events(path))
+
+
+def test_a_batch_that_was_tried_again_and_again_is_not_called_unknown(tmp_path):
+    path, state = tmp_path / "events.jsonl", run([(np.nan, 1, 5)] * 3)
+    for _ in range(2):
+        sg.save_events(state, path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert sg.batches_to_leave_out(sg.load_events(path)) == [5]
+
+
+def test_more_ids_than_steps_do_not_hide_that_others_are_unknown():
+    (event,) = sg.events(run([(60, 1, 8)]))
+    listed = [event._replace(batch_ids=(8, 9)), event._replace(batch_ids=())]
+    with pytest.warns(UserWarning, match="the batches of 1 steps"):
+        assert sg.batches_to_leave_out(listed) == [8, 9]
+
+
+def test_events_of_several_guards_are_told_apart(tmp_path):
+    path = tmp_path / "events.jsonl"
+    both = run([(np.nan, 1, 1), (60, 1, 2)]), run([(1, 1, 3), (70, 1, 4)])
+    for _ in range(2):
+        sg.save_events(both, path)
+        found = sg.load_events(path)
+        assert [(e.step, e.guard, e.batch_ids) for e in found] == [
+            (0, 0, (1,)),
+            (1, 0, (2,)),
+            (1, 1, (4,)),
+        ]
+    assert str(found) == str(sg.events(both))
+    assert str(found[2]).startswith("guard 1, step 1: skip (gradient norm), leaf w")
+    assert {event.guard for event in sg.events(both[0])} == {None}
+
+
+def test_a_file_of_a_version_without_guards_is_gone_on_with(tmp_path):
+    path, state = tmp_path / "events.jsonl", run([(60, 1, 8)])
+    sg.save_events(state, path)
+    text = path.read_text()
+    path.write_text(text.replace(', "guard": null', ""))
+    assert path.read_text() != text and sg.load_events(path) == sg.events(state)
+    sg.save_events(state, path)
+    assert path.read_text() == text
+
+
+def test_the_draft_of_a_killed_process_is_overwritten(tmp_path):
+    path = tmp_path / "events.jsonl"
+    path.with_name("events.jsonl.tmp").write_text('{"step"')
+    sg.save_events(run([(60, 1, 8)]), path)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    assert len(sg.load_events(path)) == 1
 
 
 def test_a_file_says_how_many_events_were_lost_before_it(tmp_path):
@@ -137,7 +204,24 @@ BROKEN = (
     ("no JSON", b"\xff\xfe\x00"),
     ("its fields are not", b'{"step": 1}'),
     ("its fields are not", b"[1, 2]"),
-    ("could not convert", None),  # A whole event with a word for a number.
+    ("its fields are not", b'["events_forgotten"]'),
+    ("its fields are not", b"5"),
+    ("its fields are not", b'{"step": 1, "events_forgotten": 1}'),
+    ("`events_forgotten` must be an integer >= 0", b'{"events_forgotten": null}'),
+    ("`events_forgotten` must be an integer >= 0", b'{"events_forgotten": "x"}'),
+    # A whole event, with other values of some fields.
+    ("`limit` must be a number, got 'fifty'", {"limit": "fifty"}),
+    ("`loss` must be a number", {"loss": None}),
+    ("`kind` must be a string, got 3", {"kind": 3}),
+    ("`leaf` must be a string", {"leaf": None}),
+    ("`member` must be null or an integer >= 0", {"member": "x"}),
+    ("`guard` must be null or an integer >= 0", {"guard": -1}),
+    ("`batch_ids` must be a list of integers >= 0", {"batch_ids": "12"}),
+    ("`batch_ids` must be a list of integers >= 0", {"batch_ids": [1.5]}),
+    ("`step` must be an integer >= 0, got -1", {"step": -1}),
+    ("`step` must be an integer >= 0", {"step": 1.5}),
+    ("`until` must be an integer >= 0", {"until": True}),
+    ("`until` must be >= `step`, got 0", {"step": 1}),
 )
 
 
@@ -146,7 +230,9 @@ def test_a_broken_file_is_a_clear_error_and_stays_as_it_is(what, line, tmp_path)
     path, state = tmp_path / "events.jsonl", run([(60, 1, 8)])
     sg.save_events(state, path)
     whole = path.read_bytes()
-    bad = line or whole.replace(b'"limit": 50.0', b'"limit": "fifty"')
+    bad = line
+    if isinstance(line, dict):
+        bad = json.dumps(json.loads(whole) | line).encode()
     path.write_bytes(whole + bad + b"\n")
     before = path.read_bytes()
     for touch in (sg.load_events, lambda path: sg.save_events(state, path)):
@@ -160,11 +246,11 @@ def test_a_file_that_cannot_be_written_stays_as_it_is(tmp_path, monkeypatch):
     sg.save_events(state, path)
     before = path.read_bytes()
 
-    def full(self, text):
-        self.write_bytes(text.encode()[:10])
+    def full(self, data):
+        self.write_text(data.decode()[:10])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(type(path), "write_text", full)
+    monkeypatch.setattr(type(path), "write_bytes", full)
     with pytest.raises(OSError, match="No space left"):
         sg.save_events(run([(70, 1, 9)], state), path)
     assert path.read_bytes() == before

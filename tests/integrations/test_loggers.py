@@ -119,6 +119,68 @@ def test_each_step_is_written_when_the_next_one_is_logged():
     assert math.isinf(memory.rows[2][1]["grad_norm"])
 
 
+OWN = {  # Numbers of a user, and what is written of them.
+    "beyond int32": (2**40, 2**40),
+    "beyond int64": (2**70, 2**70),
+    "bool": (True, 1),
+    "double": (1 / 3, 1 / 3),
+    "beyond float32": (np.float64(1e300), 1e300),
+    "subnormal": (1e-42, 1e-42),
+    "minus inf": (-math.inf, -math.inf),
+    "nan": (math.nan, math.nan),
+    "uint32": (np.uint32(4_000_000_000), 4_000_000_000),
+    "rank 0": (np.array(0.1), 0.1),
+    "device uint32": (jnp.uint32(4_000_000_000), 4_000_000_000),
+    "device minus inf": (jnp.float32(-jnp.inf), -math.inf),
+    "device bfloat16": (jnp.bfloat16(0.5), 0.5),
+    "device int8": (jnp.int8(-3), -3),
+    "device bool": (jnp.bool_(True), 1),
+    "lr_scale": (7.0, 7.0),  # As the guard calls one of its own.
+}
+
+
+def test_a_user_s_numbers_are_written_as_they_are():
+    memory = Memory()
+    with loggers.Late(memory) as log:
+        log(0, state_after(1.0), {name: given for name, (given, _) in OWN.items()})
+    ((_, row),) = memory.rows
+    expected = {name: want for name, (_, want) in OWN.items()}
+    np.testing.assert_equal({name: row[name] for name in OWN}, expected)
+    assert {type(row[name]) for name in OWN} == {int, float}
+    assert list(row)[: len(OWN)] == list(OWN) and set(row) == DEFAULT | set(OWN)
+
+
+def test_a_number_that_is_donated_or_overwritten_afterwards_was_set_aside():
+    memory, state = Memory(), state_after(1.0)
+    on_device, on_host = jnp.float32(0.25), np.array(0.5)
+    with loggers.Late(memory) as log:
+        log(0, state, {"device": on_device, "host": on_host})
+        jax.jit(jnp.negative, donate_argnums=0)(on_device)
+        assert on_device.is_deleted()
+        on_host[...] = 9
+    row = memory.rows[0][1]
+    assert (row["device"], row["host"]) == (0.25, 0.5)
+
+
+WRONG = (1j, jnp.ones(1), jnp.ones(2), [1.0, 2.0], "x", None, jax.random.key(0))
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=lambda x: f"{x!r:.20}")
+def test_what_is_no_real_scalar_is_an_error_when_it_is_logged(wrong):
+    memory, state = Memory(), state_after(1.0)
+    with loggers.Late(memory) as log:
+        log(0, state)
+        with pytest.raises(ValueError, match=r"numbers\['a'\]` must be a real scalar"):
+            log(1, state, {"a": wrong})
+    assert [step for step, _ in memory.rows] == [0]
+
+
+def test_an_ensemble_is_an_error_when_it_is_logged():
+    state = jax.vmap(TX.init)({"w": jnp.zeros((3, 2))})
+    with pytest.raises(ValueError, match="stacked over an ensemble"):
+        loggers.Late(Memory())(0, state)
+
+
 def test_the_last_step_is_written_if_training_fails():
     memory = Memory()
     with pytest.raises(KeyError), loggers.Late(memory, interval=2) as log:
@@ -164,11 +226,42 @@ def test_a_table_gets_new_columns_and_goes_on_after_a_restart(tmp_path):
         ["1", "", "nan", "inf"],
         ["2", "3", "", ""],
     ]
-    other = tmp_path / "other.csv"
-    other.write_text("x,y\n1,2\n")
+
+
+@pytest.mark.parametrize("text", ["x,y\n1,2\n", "\n\n", "\nstep,x\n"])
+def test_another_table_is_left_as_it_is(text, tmp_path):
+    path = tmp_path / "other.csv"
+    path.write_text(text)
     with pytest.raises(ValueError, match="another table"):
-        loggers.CSV(other)
-    assert other.read_text() == "x,y\n1,2\n"
+        loggers.CSV(path)
+    assert path.read_text() == text
+
+
+@pytest.mark.parametrize("torn", ["2,", "2,5", "2,5\r"])
+def test_a_table_goes_on_below_a_row_that_was_cut_off(torn, tmp_path):
+    path = tmp_path / "run.csv"
+    path.write_text(f"step,x\n1,2\n{torn}")
+    for _ in range(2):
+        loggers.CSV(path).write(3, {"x": 5})
+    assert path.read_text().split() == ["step,x", "1,2", torn.strip(), "3,5", "3,5"]
+
+
+def test_cells_beyond_the_header_are_dropped_with_the_next_new_column(tmp_path):
+    path = tmp_path / "run.csv"
+    path.write_text("step,x\n1,2,3,4\n")
+    path.with_name("run.csv.tmp").write_text("of a killed process")
+    loggers.CSV(path).write(5, {"y": 6})
+    assert path.read_text().split() == ["step,x,y", "1,2,", "5,,6"]
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_lines_go_on_below_one_that_was_cut_off(tmp_path):
+    path = tmp_path / "run.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2, "a"')
+    for step in (2, 3):
+        loggers.JSONLines(path).write(step, {})
+    lines = path.read_text().splitlines()
+    assert lines[1:] == ['{"step": 2, "a"', '{"step": 2}', '{"step": 3}']
 
 
 def test_lines_are_json_with_null_for_what_json_has_not(tmp_path):

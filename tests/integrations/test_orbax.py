@@ -168,6 +168,41 @@ def test_the_last_one_from_before_a_spike_is_never_rotated_out(tmp_path):
         assert checkpoints.steps == [8, 9]
 
 
+def test_a_checkpoint_that_is_not_newer_is_an_error_until_the_newer_are_deleted(
+    tmp_path,
+):
+    carry = train(start(), [1])
+    other = train(carry, [1])
+    with HealthyCheckpoints(tmp_path) as checkpoints:
+        for i in (1, 2, 3):
+            assert checkpoints.save(i, *carry)
+        for i in (3, 2):
+            with pytest.raises(CheckpointError, match="the newest one is 3"):
+                checkpoints.save(i, *other)
+        with pytest.raises(CheckpointError, match="cannot go back to checkpoint 0"):
+            checkpoints.delete_newer(0)
+        assert checkpoints.steps == [1, 2, 3]
+        assert same(tuple(checkpoints.restore(*start())[1:3]), carry)
+        checkpoints.delete_newer(1)
+        assert checkpoints.steps == [1]
+        assert checkpoints.save(2, *other, "again")
+    with HealthyCheckpoints(tmp_path) as checkpoints:
+        found = checkpoints.restore(*start())
+        assert checkpoints.steps == [1, 2] and found.told == "again"
+        assert same((found.trees, found.opt_state), other)
+
+
+def test_a_step_may_be_on_the_device_and_is_an_integer_from_0_on(tmp_path):
+    carry = train(start(), [1])
+    with HealthyCheckpoints(tmp_path, asynchronous=False) as checkpoints:
+        for i in (0, jnp.int32(3), np.int64(4)):
+            assert checkpoints.save(i, *carry)
+        assert checkpoints.steps == [0, 3, 4]
+        for wrong in (5.0, -1, True, "7", jnp.float32(7), jnp.ones(2, jnp.int32)):
+            with pytest.raises(ValueError, match="`step` must be an integer >= 0"):
+                checkpoints.save(wrong, *carry)
+
+
 def test_damaged_and_foreign_checkpoints_are_clear_errors_that_touch_nothing(tmp_path):
     carry = train(start(), [1, 1])
     with HealthyCheckpoints(tmp_path) as checkpoints:

@@ -1,9 +1,13 @@
 """A table of numbers, one row a step."""
 
 import csv
+import io
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
+
+from ...flight_recorder._files import append_lines, write_whole
 
 
 class CSV:
@@ -11,7 +15,8 @@ class CSV:
 
     An existing file is gone on with. A new name becomes a new column, for which the
     file is written anew; a number that a step does not have is left empty. A step that
-    a resumed run takes again has two rows.
+    a resumed run takes again has two rows. A row that a killed process left unfinished
+    stays as it is, and cells beyond the header are dropped with the next new column.
 
     Args:
         path: The file.
@@ -25,9 +30,9 @@ class CSV:
         self._path = Path(path)
         self._names = ["step"]
         if self._path.exists() and self._path.stat().st_size:
-            with self._path.open(newline="") as file:
+            with self._path.open(newline="", encoding="utf-8") as file:
                 self._names = next(csv.reader(file))
-            if self._names[0] != "step":
+            if self._names[:1] != ["step"]:
                 raise ValueError(
                     f"{path} is another table, left as it is: its first columns are "
                     f"{self._names[:3]}, not 'step'."
@@ -38,21 +43,18 @@ class CSV:
         new = [name for name in numbers if name not in self._names]
         if new or not self._path.exists():
             self._widen(new)
-        with self._path.open("a", newline="") as file:
-            csv.DictWriter(file, self._names).writerow({**numbers, "step": step})
+        append_lines(self._path, self._text([{**numbers, "step": step}]))
 
     def _widen(self, new: list[str]) -> None:
         rows = []
         if self._path.exists():
-            with self._path.open(newline="") as file:
+            with self._path.open(newline="", encoding="utf-8") as file:
                 rows = list(csv.DictReader(file))
         self._names += new
-        draft = self._path.with_name(f"{self._path.name}.{os.getpid()}.tmp")
-        try:
-            with draft.open("w", newline="") as file:
-                table = csv.DictWriter(file, self._names)
-                table.writeheader()
-                table.writerows(rows)
-            os.replace(draft, self._path)
-        finally:
-            draft.unlink(missing_ok=True)
+        header = {name: name for name in self._names}
+        write_whole(self._path, self._text([header, *rows]))
+
+    def _text(self, rows: Iterable[dict[str, Any]]) -> str:
+        text = io.StringIO(newline="")
+        csv.DictWriter(text, self._names, extrasaction="ignore").writerows(rows)
+        return text.getvalue()

@@ -6,12 +6,15 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from ...flight_recorder._files import append_lines
+
 
 class JSONLines:
     """Append one JSON object a step to a file; null stands for nan and inf.
 
     Args:
-        path: The file. An existing one is gone on with.
+        path: The file. An existing one is gone on with, on a new line if a killed
+            process left the last one unfinished.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -21,5 +24,4 @@ class JSONLines:
     def write(self, step: int, numbers: Mapping[str, float | int]) -> None:
         """Append one line."""
         finite = {k: x if math.isfinite(x) else None for k, x in numbers.items()}
-        with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, **finite}) + "\n")
+        append_lines(self._path, json.dumps({"step": step, **finite}) + "\n")

@@ -14,14 +14,14 @@ from ..._scalars import select_scalars
 from ...engine._record import column_names
 from ._writer import Writer
 
-OWN = "own "  # The user's numbers, among those of the guard.
+REAL = (jnp.floating, jnp.integer, jnp.bool_)
 
 
 class _Waiting(NamedTuple):
     step: int
     columns: dict[str, None]  # Their dtypes and names.
     packed: Packed  # On the device.
-    own: tuple[str, ...]  # Names of the user's numbers.
+    own: dict[str, Any]  # The user's numbers, on the device or not.
 
 
 class Late:
@@ -76,19 +76,22 @@ class Late:
         Args:
             step: The step, which the host counts.
             state: A state that holds a guard's anywhere, as for `metrics`.
-            numbers: Further scalars by name, on the device or not.
+            numbers: Further real scalars by name, on the device or not. One that is
+                named like a number of the guard's is written in its place.
 
         Raises:
-            ValueError: If there is nothing to read in the state.
+            ValueError: If there is nothing to read in the state, if it is stacked over
+                an ensemble, or if something in `numbers` is not a real scalar.
         """
         if step % self._interval:
             return
-        own = {name: jnp.asarray(number) for name, number in (numbers or {}).items()}
-        columns, packed = _set_aside(_trees.without_variables(state), own)
-        for array in packed:
-            array.copy_to_host_async()
+        own = {name: _own(name, number) for name, number in (numbers or {}).items()}
+        columns, packed = _set_aside(_trees.without_variables(state))
+        for array in jax.tree.leaves((packed, own)):
+            if isinstance(array, jax.Array):
+                array.copy_to_host_async()
         self.flush()
-        self._waiting = _Waiting(step, columns, packed, tuple(own))
+        self._waiting = _Waiting(step, columns, packed, own)
 
     def flush(self) -> None:
         """Write what is set aside; it waits for that step."""
@@ -96,8 +99,8 @@ class Late:
             return
         waiting, self._waiting = self._waiting, None
         numbers = _unpacked(waiting.columns, waiting.packed)
-        own = {name: numbers.pop(OWN + name).item() for name in waiting.own}
-        told = {**own, **select_scalars(numbers, self._every)}
+        own = {name: _on_host(number) for name, number in waiting.own.items()}
+        told = {**own, **select_scalars(numbers, self._every), **own}
         for writer in self._writers:
             writer.write(waiting.step, told)
 
@@ -110,13 +113,35 @@ class Late:
         self.flush()
 
 
+def _own(name: str, number: Any) -> Any:
+    """Return a copy of a real scalar, where it lies: the caller may donate its own."""
+    if isinstance(number, int | float):
+        return number  # An int may be too large for any array.
+    number = _trees.without_variables(number)
+    on_device = isinstance(number, jax.Array)
+    array = number if on_device else np.array(number)
+    if array.shape or not any(jnp.issubdtype(array.dtype, kind) for kind in REAL):
+        raise ValueError(
+            f"`numbers[{name!r}]` must be a real scalar, got {number!r:.60}."
+        )
+    return _trees.distinct(array) if on_device else array
+
+
+def _on_host(number: Any) -> float | int:
+    """Return a real scalar as Python's own number."""
+    value = np.asarray(number).item()
+    return int(value) if isinstance(value, int) else float(value)
+
+
 @jax.jit
-def _set_aside(state, own: dict[str, jax.Array]) -> tuple[dict[str, None], Packed]:
+def _set_aside(state) -> tuple[dict[str, None], Packed]:
     """Return names and numbers in two small arrays, which outlive a donated state."""
-    own = {OWN + name: number for name, number in own.items()}
+    found = metrics(state)
+    of_many = {name: x for name, x in found.items() if x.ndim}
+    select_scalars(of_many, every=True)  # Raises ValueError if there are any.
     numbers = {
         name: encode(x) if _trees.is_inexact(x) else x.astype(jnp.int32)
-        for name, x in sorted({**metrics(state), **own}.items())
+        for name, x in sorted(found.items())
     }
     return column_names(numbers), Packing(numbers).pack(numbers)
 

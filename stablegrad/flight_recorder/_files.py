@@ -1,0 +1,26 @@
+"""Text files that a killed process leaves readable."""
+
+import os
+from pathlib import Path
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file at once: a reader, or a full disk, meets the old text or the new.
+
+    A draft that a killed process left is overwritten by the next one.
+    """
+    draft = path.with_name(f"{path.name}.tmp")
+    try:
+        draft.write_bytes(text.encode())
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def append_lines(path: Path, text: str) -> None:
+    """Append lines, below a last one that a killed process left unfinished."""
+    with path.open("a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            text = text if file.read() == b"\n" else f"\n{text}"
+        file.write(text.encode())
