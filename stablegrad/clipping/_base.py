@@ -81,6 +81,12 @@ def transformation(
         if params is not None:
             updates = _trees.floating_like(updates, params)
         columns = packing(updates)
+        if [x.shape[-1] for x in numbers[name]] != [w for w in columns.widths if w]:
+            raise ValueError(
+                f"`{name}` was given another pytree in this step than to `init`, or "
+                "floating-point gradients of integers: it has other groups. Call "
+                "`init` again with the parameters of the step."
+            )
         readings, statistics = columns.unpack(numbers[name])
         done = step(updates, statistics, kept, params, extra)
         raw, clipped = done.measured.norm, done.norm

@@ -288,3 +288,10 @@ def test_integer_gradients_of_floating_point_parameters_are_clipped():
     updates, state = tx.update(jnp.array([3, -4, 12]), tx.init(params), params)
     np.testing.assert_allclose(updates, np.array([3, -4, 12]) / 13, rtol=1e-6)
     assert sg.metrics(state)["clip_by_norm_raw_norm"] == 13
+
+
+@pytest.mark.parametrize("name", ["clip_by_ema", "clip_by_max", "clip_update_rms"])
+def test_a_step_with_other_leaves_than_at_init_is_an_error(name):
+    tx = getattr(sg, name)()
+    with pytest.raises(ValueError, match="another pytree"):
+        tx.update({"b": PARAMS["b"]}, tx.init(PARAMS))
