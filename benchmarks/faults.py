@@ -2,7 +2,8 @@
 
     command:   pip install -e ".[examples]" && python benchmarks/faults.py
     hardware:  any; written for two CPU cores
-    time:      about half an hour; --quick a minute
+    time:      some hours; --seeds 1800 --alone 54 one beside other work; --quick a
+               minute
     expected:  see `faults.md`
 
 A small network is trained for 1,000 steps under 1 to 3 episodes of faults of 1 to 50
