@@ -29,6 +29,11 @@ def require(name: str, value, expected: str, holds: Callable[..., bool]) -> None
 
 def require_count(name: str, value, least: int = 1) -> None:
     """Raise ValueError unless `value` is a Python integer >= `least` within int32."""
+    if isinstance(value, jax.Array):
+        raise ValueError(
+            f"`{name}` sets the size of a state, so it must be a Python integer, got "
+            f"{value!r}. Under `optax.inject_hyperparams` list it in `static_args`."
+        )
     whole = isinstance(value, int) and not isinstance(value, bool)
     _require_within(name, value, least, whole)
 
@@ -185,7 +190,7 @@ def same_layout(given: dict[str, None], own: dict[str, None]) -> None:
     )
 
 
-def matching_params(params, updates):
+def matching_params(params, updates) -> Any:
     """Return the parameters with None wherever the updates have None.
 
     A whole Equinox model has functions and numbers where its gradient has None. Raise

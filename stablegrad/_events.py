@@ -90,6 +90,7 @@ def events(state: Any, params: Any = None) -> Events:
 
     Raises:
         ValueError: If there is no guard in the state.
+        TypeError: Inside jit.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -103,6 +104,7 @@ def events(state: Any, params: Any = None) -> Events:
         >>> sg.events(state)[0].batch_ids, sg.events(state).forgotten
         ((17,), 0)
     """
+    _trees.require_host("events", state)
     listed, forgotten = [], 0
     guards = _reading.guards(state)
     for number, guard_state in enumerate(guards):

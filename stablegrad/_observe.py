@@ -11,6 +11,7 @@ from . import _reading, _trees
 from ._account import account
 from .clipping._readings import numbers_of_clips
 from .engine._record import last_step_of
+from .engine._write import newly_broken
 from .learning_rate._readings import numbers_of_rates
 
 
@@ -129,11 +130,16 @@ def is_healthy(state: Any, *trees: Any, params: Any = None) -> jax.Array:
 
 
 def keep_if_skipped(state: Any, old: Any, new: Any) -> Any:
-    """Return `old` if the last step was skipped, else `new`.
+    """Return `new`, with `old` where the last step was skipped or an element broke.
+
+        skipped step:   old
+        taken step:     new_i,  old_i where new_i is not finite and old_i is
 
     A guard keeps parameters and optimizer state as they were when it skips a step. This
     does the same for what the step changed besides: batch statistics, an average of the
-    parameters, counters of random numbers, a position in the data.
+    parameters, counters of random numbers, a position in the data. A batch with one
+    element of 1e20 may pass the guard, since a normalized gradient is small, and its
+    variance is inf all the same.
 
     Args:
         state: The optimizer state after the step. It holds a guard's anywhere, as for
@@ -145,7 +151,8 @@ def keep_if_skipped(state: Any, old: Any, new: Any) -> Any:
         new: The same after the step, nan and inf included.
 
     Returns:
-        A pytree like `new`, bit for bit one or the other; usable inside jit.
+        A pytree like `new`, each element bit for bit that of one or the other; usable
+        inside jit. Leaves that are no arrays are those of `new`.
 
     Raises:
         ValueError: If there is no guard in the state, or if the trees differ in
@@ -180,9 +187,11 @@ def keep_if_skipped(state: Any, old: Any, new: Any) -> Any:
         skipped |= _reading.last_step(other).skipped
 
     def choose(before, after):
+        if before is after or not _trees.is_array(after):
+            return after
         extra = np.ndim(after) - skipped.ndim
         flag = skipped.reshape(skipped.shape + (1,) * extra)
-        return jnp.where(flag, before, after)
+        return jnp.where(flag | newly_broken(after, before), before, after)
 
     return jax.tree.map(choose, old, new)
 
@@ -199,6 +208,7 @@ def raise_if_halted(state: Any) -> None:
             account: what happened, since when, in which leaf, what was tried, what to
             try next, and the last events.
         ValueError: If there is no guard in the state.
+        TypeError: Inside jit.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -211,6 +221,7 @@ def raise_if_halted(state: Any) -> None:
         ...
         stablegrad._observe.TrainingHalted: training halted at step 0: ...
     """
+    _trees.require_host("raise_if_halted", state)
     for guard_state in _reading.guards(state):
         record, _ = _reading.record_of(guard_state)
         flags = np.asarray(last_step_of(record).halted)

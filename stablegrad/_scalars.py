@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from . import _trees
 from ._observe import metrics
 from ._reading import LIMIT_NAME
 from .responses._reasons import Reason
@@ -59,6 +60,7 @@ def scalars(state: Any, *, every: bool = False) -> dict[str, float | int]:
     Raises:
         ValueError: If there is nothing to read in the state, or if it is stacked over
             an ensemble.
+        TypeError: Inside jit.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -70,6 +72,7 @@ def scalars(state: Any, *, every: bool = False) -> dict[str, float | int]:
         >>> sg.scalars(state)["grad_norm"], sg.scalars(state)["clipped_steps"]
         (5.0, 1)
     """
+    _trees.require_host("scalars", state)
     return select_scalars(metrics(state), every)
 
 

@@ -10,9 +10,18 @@ from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
+def is_array(leaf) -> bool:
+    """Return whether a leaf is an array, the shape of one, or a number."""
+    if isinstance(leaf, bool | int | float | complex):
+        return True
+    # A dtype such as `jnp.float32` is a class with both.
+    is_shaped = hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+    return is_shaped and not isinstance(leaf, type)
+
+
 def is_inexact(leaf) -> bool:
     """Return whether a leaf is real or complex floating point."""
-    return jnp.issubdtype(jax.dtypes.result_type(leaf), jnp.inexact)
+    return is_array(leaf) and jnp.issubdtype(jax.dtypes.result_type(leaf), jnp.inexact)
 
 
 def inexact_leaves(tree, like=None) -> list[jax.Array]:
@@ -36,16 +45,16 @@ def inexact_flags(tree) -> list[bool]:
 def paths_and_leaves(tree) -> list[tuple[Any, Any]]:
     """Key path and leaf, for the leaves of `inexact_leaves`.
 
-    Flax NNX hands `init` its variables and `update` their plain arrays; both get one
-    path, since a variable's own `.value` is left out.
+    Flax NNX hands `init` its variables and `update` what they hold; both get one path,
+    since a variable's own `.value` is left out.
     """
-    found = []
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        if is_inexact(leaf):
-            if path and path[-1] == jax.tree_util.GetAttrKey("value"):
-                path = path[:-1]
-            found.append((path, leaf))
-    return found
+    flatten = jax.tree_util.tree_flatten_with_path
+    return [
+        (path + rest, leaf)
+        for path, node in flatten(tree, is_leaf=_is_variable)[0]
+        for rest, leaf in flatten(_held(node))[0]
+        if is_inexact(leaf)
+    ]
 
 
 def path_name(path) -> str:
@@ -60,8 +69,22 @@ def leaf_names(tree) -> tuple[str, ...]:
 
 def described(tree) -> str:
     """Return the structure of a tree with the shape and dtype of each leaf."""
-    name = lambda x: f"{jnp.result_type(x)}{list(np.shape(x))}"
+
+    def name(leaf) -> str:
+        if not is_array(leaf):
+            return type(leaf).__name__
+        return f"{jnp.result_type(leaf)}{list(np.shape(leaf))}"
+
     return str(jax.tree.map(name, tree))
+
+
+def require_host(asker: str, tree) -> None:
+    """Raise TypeError inside jit, where nothing can be read on the host."""
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree)):
+        raise TypeError(
+            f"`{asker}` reads numbers on the host, so it cannot run inside jit. Return "
+            f"the state from the compiled function, and call `{asker}` outside."
+        )
 
 
 def select(pred, on_true, on_false):
@@ -146,15 +169,20 @@ def nodes(tree, wanted: Callable[[Any], bool]) -> list[Any]:
 
 
 def without_variables(tree):
-    """Replace every variable of Flax NNX by the array that it holds."""
+    """Replace every variable of Flax NNX by what it holds."""
+    return jax.tree.map(_held, tree, is_leaf=_is_variable)
 
-    def is_variable(node) -> bool:
-        return any(kind.__name__ == "Variable" for kind in type(node).__mro__)
 
-    def unwrap(node):
-        return jax.tree.leaves(node)[0] if is_variable(node) else node
+def _is_variable(node) -> bool:
+    return any(kind.__name__ == "Variable" for kind in type(node).__mro__)
 
-    return jax.tree.map(unwrap, tree, is_leaf=is_variable)
+
+def _held(node):
+    """Return what a variable of Flax NNX holds; of anything else, itself."""
+    if not _is_variable(node):
+        return node
+    (held,) = jax.tree.leaves(node, is_leaf=lambda child: child is not node)
+    return held
 
 
 def layout(names: tuple[str, ...]) -> dict[str, None]:

@@ -346,3 +346,9 @@ def test_health_of_an_ensemble_is_told_by_member():
     np.testing.assert_array_equal(sg.is_healthy(state, bad), [True, False, False])
     with pytest.raises(sg.TrainingHalted, match=r"members \[1\]"):
         sg.raise_if_halted(state)
+
+
+@pytest.mark.parametrize("name", ["raise_if_halted", "events", "scalars"])
+def test_a_reader_of_the_host_says_so_inside_jit(name):
+    with pytest.raises(TypeError, match=f"`{name}` reads numbers on the host"):
+        jax.jit(getattr(sg, name))(guarded().init(PARAMS))

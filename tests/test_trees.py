@@ -1,8 +1,12 @@
 """Tests for what pytrees go through: typing, choosing leaves, counting."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+import pytest
+from flax import nnx
 
 import stablegrad as sg
 from stablegrad import _trees
@@ -29,3 +33,34 @@ def test_the_tree_given_as_like_says_which_leaves_count():
 def test_counters_stay_at_their_largest_instead_of_wrapping():
     top = jnp.int32(2**31 - 1)
     assert _trees.increment(top) == top
+
+
+@pytest.mark.parametrize(
+    "leaf", [len, "float32", np.float32, np.dtype("float32"), jax.nn.relu, None]
+)
+def test_what_is_no_array_or_number_is_not_floating_point(leaf):
+    assert not _trees.is_inexact(leaf)
+
+
+@pytest.mark.parametrize("leaf", [1.0, np.float16(1), 2j, jnp.ones(1, jnp.bfloat16)])
+def test_arrays_and_numbers_are_floating_point_by_their_dtype(leaf):
+    assert _trees.is_inexact(leaf)
+    assert _trees.is_inexact(jax.eval_shape(lambda: leaf))
+
+
+def test_a_field_called_value_keeps_its_name_and_a_variables_own_is_left_out():
+    class Attention(eqx.Module):
+        key: jax.Array
+        value: jax.Array
+
+    fields = Attention(jnp.ones(1), jnp.ones(1))
+    assert _trees.leaf_names({"a": fields}) == ("a.key", "a.value")
+    held = {"w": nnx.Param({"k": jnp.ones(1), "value": jnp.ones(1)})}
+    names = _trees.leaf_names(held)
+    assert names == ("w.k", "w.value")
+    assert names == _trees.leaf_names(_trees.without_variables(held))
+
+
+def test_a_variable_is_replaced_by_all_that_it_holds():
+    tree = {"none": nnx.Variable(None), "two": nnx.BatchStat((1, {"a": 2}))}
+    assert _trees.without_variables(tree) == {"none": None, "two": (1, {"a": 2})}

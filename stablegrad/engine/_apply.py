@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import optax
 
 from .. import _checks
@@ -24,7 +25,8 @@ def apply(
         tx: A transformation, guarded or not.
         grads: Gradients, a pytree like `params`.
         state: The optimizer state, from `tx.init(params)` or the last step.
-        params: The parameters, a pytree of arrays.
+        params: The parameters, a pytree of arrays. What has None in the gradient, such
+            as a function of an Equinox model, stays as it is.
         **extra: Passed on to the transformation, such as `value=loss`.
 
     Returns:
@@ -48,7 +50,11 @@ def apply(
         raise _checks.missing_params("`apply`")
     guarded_apply = getattr(tx.update, APPLY, None)
     if guarded_apply is not None:
-        return guarded_apply(grads, state, params, **extra)
-    tx = optax.with_extra_args_support(tx)
-    updates, state = tx.update(grads, state, params, **extra)
-    return optax.apply_updates(params, updates), state
+        new, state = guarded_apply(grads, state, params, **extra)
+    else:
+        tx = optax.with_extra_args_support(tx)
+        updates, state = tx.update(grads, state, params, **extra)
+        new = optax.apply_updates(_checks.matching_params(params, updates), updates)
+    is_none = lambda node: node is None
+    keep = lambda after, before: before if after is None else after
+    return jax.tree.map(keep, new, params, is_leaf=is_none), state

@@ -4,9 +4,10 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import optax
 
-from .. import _checks
+from .. import _checks, _trees
 
 
 class Inner:
@@ -15,10 +16,22 @@ class Inner:
     def __init__(self, inner: optax.GradientTransformation):
         """Find the arguments of its `update`."""
         inner = optax.with_extra_args_support(inner)
-        self.init, self._update = inner.init, inner.update
+        self._init, self._update = inner.init, inner.update
         parameters = inspect.signature(inner.update).parameters
         takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         self._names = None if takes_all else parameters.keys()
+
+    def init(self, params) -> Any:
+        """Return the state before the first step."""
+        try:
+            return self._init(params)
+        except TypeError as error:
+            if all(map(_trees.is_array, jax.tree.leaves(params))):
+                raise
+            raise TypeError(
+                "`init` got parameters with leaves that are no arrays. Of an Equinox "
+                "model, pass `eqx.filter(model, eqx.is_inexact_array)`."
+            ) from error
 
     def given(self, extra: dict[str, Any]) -> Callable[[Any, Any, Any], tuple]:
         """Return `update` of gradient, inner state and parameters in one step.

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 
+from .. import _trees
 from ._step import GuardState
 
 
@@ -15,7 +16,8 @@ def unwrap(state: Any) -> Any:
 
     Returns:
         The same pytree, with the state of the inner optimizer in place of each guard's.
-        The arrays are those of `state`, not copies.
+        Arrays and containers are those of `state`, not copies, so that a rate set in
+        `unwrap(state).hyperparams` is set in `state`.
 
     Raises:
         Nothing: a state without a guard is returned as it is.
@@ -30,8 +32,9 @@ def unwrap(state: Any) -> Any:
         Array([1., 1.], dtype=float32)
     """
     is_guard = lambda node: isinstance(node, GuardState)
+    is_last = lambda node: is_guard(node) or not _trees.nodes(node, is_guard)
 
     def inner(node):
         return unwrap(node.guarded_inner) if is_guard(node) else node
 
-    return jax.tree.map(inner, state, is_leaf=is_guard)
+    return jax.tree.map(inner, state, is_leaf=is_last)

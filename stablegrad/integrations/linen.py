@@ -1,7 +1,10 @@
 """Training with Flax Linen's `TrainState`."""
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
+from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from flax.training.train_state import TrainState
 
 from .._observe import keep_if_skipped
@@ -20,15 +23,18 @@ def apply_gradients(
         state: A train state whose `tx` is guarded.
         grads: The gradients, a pytree like `state.params`.
         fields: Further fields of the train state after the step, such as
-            {"batch_stats": ...}. If the guard skips the step, they stay as they were.
-        **extra: Passed on to the transformation, such as `value=loss`.
+            {"batch_stats": ...}. They go through `keep_if_skipped`: if the guard skips
+            the step, they stay as they were.
+        **extra: Fields by name, as Flax's own method takes them, and what is passed on
+            to the transformation, such as `value=loss`.
 
     Returns:
-        The next train state. Its `step` counts skipped steps, too.
+        The next train state. Its `step` counts skipped steps, too. What a float8 layer
+        keeps in `_overwrite_with_gradient` is treated as fields are.
 
     Raises:
-        ValueError: If there is no guard in the state and `fields` are given, and
-            whatever `tx.update` raises.
+        ValueError: If there is no guard in the state and fields are given, and whatever
+            `tx.update` raises.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -42,11 +48,18 @@ def apply_gradients(
         >>> state.params, state.step
         (Array([0.5, 0.5], dtype=float32), 1)
     """
-    params, opt_state = apply(state.tx, grads, state.opt_state, state.params, **extra)
-    kept = {
-        name: keep_if_skipped(opt_state, getattr(state, name), new)
-        for name, new in (fields or {}).items()
-    }
+    names = {field.name for field in dataclasses.fields(state)}
+    fields = {**(fields or {}), **{n: extra.pop(n) for n in names & extra.keys()}}
+    overwrites = isinstance(grads, Mapping) and OVERWRITE_WITH_GRADIENT in grads
+    trained = lambda tree: tree["params"] if overwrites else tree
+    params, opt_state = apply(
+        state.tx, trained(grads), state.opt_state, trained(state.params), **extra
+    )
+    keep = lambda old, new: keep_if_skipped(opt_state, old, new)
+    if overwrites:
+        name = OVERWRITE_WITH_GRADIENT
+        params = {"params": params, name: keep(state.params[name], grads[name])}
+    kept = {name: keep(getattr(state, name), new) for name, new in fields.items()}
     return state.replace(
         step=state.step + 1, params=params, opt_state=opt_state, **kept
     )

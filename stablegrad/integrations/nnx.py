@@ -37,15 +37,17 @@ def update(optimizer: nnx.Optimizer, model: nnx.Module, grads: Any, **extra) -> 
         >>> int(sg.metrics(optimizer.opt_state)["guarded_steps"])
         1
     """
+    # Older versions of Flax have graphs alone.
+    mode = {"graph": optimizer.graph} if hasattr(optimizer, "graph") else {}
     params, opt_state = apply(
         optimizer.tx,
-        _arrays(nnx.state(grads, optimizer.wrt)),
+        _arrays(nnx.state(grads, optimizer.wrt, **mode)),
         _arrays(optimizer.opt_state),
-        _arrays(nnx.state(model, optimizer.wrt)),
+        _arrays(nnx.state(model, optimizer.wrt, **mode)),
         **_arrays(extra),
     )
     nnx.update(model, params)
-    nnx.update(optimizer.opt_state, nnx.state(opt_state))
+    nnx.update(optimizer.opt_state, nnx.state(opt_state, **mode))
     optimizer.step[...] += 1
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from .._checks import require_optimizer, require_steps
-from .._packing import Packed, Packing
+from .._packing import Packed, Packing, on_host
 from ..engine._record import Totals, record_structs
 from ..engine._step import GuardState
 from ..engine._unwrap import unwrap
@@ -27,9 +27,9 @@ def adopt(
     Args:
         tx: The guarded transformation, around the optimizer of the run as it was.
         params: The parameters now.
-        inner_state: The state of the unguarded optimizer: its own, NNX's
-            `optimizer.opt_state`, or the dicts and lists that Orbax restores without a
-            target. Leaves are matched by name.
+        inner_state: The state of the unguarded optimizer: its own, an `nnx.Optimizer`
+            or a `TrainState` that holds it, or the dicts and lists that Orbax restores
+            without a target. Leaves are matched by name.
         step: Steps that the run has taken, >= 0. `metrics` and `events` count from
             there.
 
@@ -62,19 +62,27 @@ def adopt(
             "`adopt` needs a guarded optimizer, such as `stabilize(...)`, and `tx` has "
             "no guard in it."
         )
-    given = filled(unwrap(fresh), unwrap(inner_state), "adopt")
+    given = filled(unwrap(fresh), unwrap(opt_state_of(inner_state)), "adopt")
     begun = lambda guard: _starting_at(guard, jnp.asarray(step))
     return rebuilt(fresh, given, begun, params)
+
+
+def opt_state_of(holder: Any) -> Any:
+    """Return the state in an NNX optimizer or a train state; else what is given."""
+    # A state of Optax may have an `opt_state`, too, but no `tx`.
+    return holder.opt_state if hasattr(holder, "tx") else holder
 
 
 def _starting_at(guard: GuardState, step: jax.Array) -> Packed:
     """Return a fresh guard's numbers as if it had seen that many steps."""
     packing = Packing(record_structs(guard.columns))
-    record = packing.unpack(guard.numbers)
-    totals = record.totals.at[Totals._fields.index("guarded_steps")].set(step)
+    fresh = on_host(guard.numbers)  # They may lie on a mesh that is not in use.
+    record = packing.unpack(fresh)
+    totals = jnp.asarray(record.totals)
+    totals = totals.at[Totals._fields.index("guarded_steps")].set(step)
     begun = packing.pack(record._replace(totals=totals))
     # The record comes first.
     return tuple(
-        numbers.at[: own.size].set(own)
-        for numbers, own in zip(guard.numbers, begun, strict=True)
+        jnp.concatenate([own, numbers[own.size :]])
+        for numbers, own in zip(fresh, begun, strict=True)
     )

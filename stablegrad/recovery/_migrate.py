@@ -2,6 +2,7 @@
 
 import collections
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -10,11 +11,12 @@ import optax
 
 from .. import _trees
 from .._checks import require_optimizer
-from .._packing import Packed, Packing
+from .._packing import Packed, Packing, on_host
 from ..engine._layout import VERSION, Rows, State, parts_of, structs_of, version_of
 from ..engine._record import Record, record_structs
 from ..engine._step import GuardState
 from ..engine._unwrap import unwrap
+from ._adopt import opt_state_of
 from ._matching import filled
 from ._rebuild import guards_in, rebuilt, require_finite
 
@@ -31,9 +33,10 @@ def migrate(tx: optax.GradientTransformation, params: Any, old: Any) -> Any:
     Args:
         tx: The new guarded transformation, around the same optimizer.
         params: The parameters now.
-        old: The state to go on from: a guard's, or the dicts and lists that Orbax
-            restores of one without a target. Of a version without a layout, the inner
-            optimizer's state alone is carried over, with a warning.
+        old: The state to go on from: a guard's, an `nnx.Optimizer` or a `TrainState`
+            that holds it, or the dicts and lists that Orbax or Flax restore of one
+            without a target. Of a version without a layout, the inner optimizer's state
+            alone is carried over, with a warning.
 
     Returns:
         A state for `tx`. Arrays of the inner optimizer are those given, not copies.
@@ -42,7 +45,8 @@ def migrate(tx: optax.GradientTransformation, params: Any, old: Any) -> Any:
         TypeError: If `tx` is no optax transformation.
         ValueError: If either holds no guard, or they do not hold as many; if the inner
             optimizer or the parameters are others; if a newer version wrote the state;
-            if a parameter is not finite.
+            if a parameter is not finite; if `old` is what `nnx.state` had saved and was
+            restored without a target, since the names of the numbers are not in it.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -55,7 +59,7 @@ def migrate(tx: optax.GradientTransformation, params: Any, old: Any) -> Any:
     require_optimizer("migrate", tx)
     require_finite("migrate", params)
     fresh = tx.init(params)
-    old = _as_guards(_trees.without_variables(old))
+    old = _as_guards(_trees.without_variables(opt_state_of(old)))
     sources = iter(guards_in(old))
     if not guards_in(old):
         raise ValueError(
@@ -73,15 +77,25 @@ def migrate(tx: optax.GradientTransformation, params: Any, old: Any) -> Any:
 
 def _as_guards(tree: Any) -> Any:
     """Return a tree with guards' states for the dicts that Orbax restores of them."""
-    needed = set(GuardState._fields) - set(GuardState._field_defaults)
-    is_dict = lambda node: isinstance(node, dict) and needed <= node.keys()
+    is_dict = lambda node: isinstance(node, Mapping) and "guarded_inner" in node
 
     def convert(node):
         if not is_dict(node):
             return node
+        if "columns" not in node:
+            raise ValueError(
+                "`migrate` got a checkpoint of `nnx.state`, which has no names for the "
+                "guard's numbers. Restore it into the optimizer as it was, with the "
+                "transformation of then, and migrate from that:\n"
+                "  target = nnx.Optimizer(model, old_tx, wrt=nnx.Param)\n"
+                "  restored = checkpointer.restore(path, nnx.state(target))\n"
+                "  nnx.update(target, restored)\n"
+                "  state = sg.migrate(tx, nnx.state(model, nnx.Param), target)"
+            )
         known = {name: node[name] for name in GuardState._fields if name in node}
         guard = GuardState(**known)
-        numbers = tuple(map(jnp.asarray, guard.numbers))
+        # NNX has a dict around each array, Flax's `msgpack_restore` one for the tuple.
+        numbers = tuple(map(jnp.asarray, jax.tree.leaves(guard.numbers)))
         inner = _as_guards(guard.guarded_inner)
         return guard._replace(guarded_inner=inner, numbers=numbers)
 
@@ -131,7 +145,8 @@ def _carried(old: GuardState, new: GuardState) -> Packed:
 def _unpacked(guard: GuardState) -> tuple[Packing, tuple[Record, list[list]]]:
     structs = [structs_of(part) for part in parts_of(guard.layout)]
     packing = Packing((record_structs(guard.columns), structs))
-    return packing, packing.unpack(guard.numbers)
+    # They may lie on a mesh that is not in use.
+    return packing, packing.unpack(on_host(guard.numbers))
 
 
 def _known(described, parts) -> dict[State | Rows, list]:

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .. import _checks
+from .. import _checks, _trees
 from .._norms import LARGEST
 from ..granularity._groups import Granularity, check_granularity
 
@@ -50,6 +50,11 @@ def signal_name(of: Signal) -> str:
 
 def scalar_signal(name: str, value) -> jax.Array:
     """Return a scalar as a float32 signal of one group, or raise ValueError."""
+    if not _trees.is_array(value):
+        raise ValueError(
+            f"`{name}` must be a real scalar, got {_trees.described(value)}. Of "
+            "`(loss, aux)`, pass the loss alone."
+        )
     value = jnp.asarray(value)
     if value.ndim != 0 or jnp.iscomplexobj(value):
         raise ValueError(

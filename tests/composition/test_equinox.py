@@ -1,5 +1,7 @@
 """A whole Equinox model as `params`, functions and numbers included."""
 
+from collections.abc import Callable
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -36,3 +38,52 @@ def test_an_update_takes_the_whole_model(name):
     moved = eqx.apply_updates(model, whole)
     assert (moved.layers[0].weight != model.layers[0].weight).any()
     assert moved.activation is model.activation
+
+
+class Frozen(eqx.Module):
+    """A trained weight, and what no gradient is taken of."""
+
+    weight: jax.Array
+    mask: jax.Array
+    activation: Callable
+    inference: bool
+    scale: float
+
+    def __call__(self, x):
+        return self.activation(x @ self.weight) * self.mask * self.scale
+
+
+MODEL = Frozen(jnp.ones((2, 1)), jnp.array([[3]]), jax.nn.tanh, False, 0.5)
+
+
+@pytest.mark.parametrize("guarded", [True, False])
+def test_apply_leaves_what_has_no_gradient_as_it_was(guarded):
+    tx = optax.adam(0.1)
+    tx = sg.stabilize(tx) if guarded else tx
+    arrays = eqx.filter(MODEL, eqx.is_inexact_array)
+
+    @eqx.filter_jit
+    def step(model, state, x):
+        loss_fn = eqx.filter_value_and_grad(lambda model: jnp.mean(model(x) ** 2))
+        loss, grads = loss_fn(model)
+        return sg.apply(tx, grads, state, model, value=loss)
+
+    moved, state = step(MODEL, tx.init(arrays), jnp.ones((4, 2)))
+    assert (moved.weight != MODEL.weight).all()
+    assert moved.mask == MODEL.mask
+    assert moved.activation is MODEL.activation
+    rest = moved.inference, moved.scale
+    assert rest == (False, 0.5) and all(type(x) in (bool, float) for x in rest)
+    grads = eqx.filter(moved, eqx.is_inexact_array)
+    again, _ = sg.apply(tx, grads, state, moved, value=1.0)  # Without jit.
+    assert again.activation is MODEL.activation and again.mask == MODEL.mask
+
+
+def test_a_whole_model_is_healthy_and_kept_where_it_broke():
+    tx = sg.guard(optax.sgd(0.1))
+    state = tx.init(eqx.filter(MODEL, eqx.is_inexact_array))
+    broken = eqx.tree_at(lambda m: m.weight, MODEL, jnp.array([[2.0], [jnp.inf]]))
+    assert sg.is_healthy(state, MODEL) and not sg.is_healthy(state, broken)
+    kept = sg.keep_if_skipped(state, MODEL, broken)
+    assert kept.weight.tolist() == [[2.0], [1.0]]
+    assert kept.activation is MODEL.activation and kept.inference is False

@@ -155,3 +155,101 @@ def test_variables_by_reference_are_warned_of_since_nothing_of_them_is_kept():
     assert np.isnan(jax.tree.leaves(lost)[0]).all()
     kept = sg.keep_if_skipped(state, copied, nnx.state(layer, nnx.BatchStat))
     chex.assert_tree_all_finite(jax.tree.leaves(kept))
+
+
+@pytest.mark.parametrize("big", [3e19, 1e25])
+def test_one_huge_element_leaves_no_statistic_that_is_not_finite(big):
+    model = nnx.Sequential(
+        nnx.BatchNorm(3, rngs=nnx.Rngs(0)), nnx.Linear(3, 1, rngs=nnx.Rngs(1))
+    )
+    optimizer = nnx.Optimizer(model, sg.stabilize(optax.adam(0.1)), wrt=nnx.Param)
+    statistics = lambda: nnx.state(model, nnx.BatchStat)
+
+    def step(x):
+        old = jax.tree.map(lambda leaf: leaf, statistics())
+        loss, grads = nnx.value_and_grad(loss_fn)(model, x)
+        optimizer.update(model, grads, value=loss)
+        nnx.update(model, sg.keep_if_skipped(optimizer, old, statistics()))
+
+    for x in (X[0], X[1].at[0, 0].set(big)):
+        step(x)
+    assert sg.is_healthy(optimizer, nnx.state(model))
+
+
+def test_an_element_that_breaks_is_kept_and_the_others_are_new():
+    tx, params = sg.guard(optax.sgd(0.1)), jnp.ones(1)
+    state = tx.init(params)
+    old = {
+        "a": jnp.array([1.0, 2.0, jnp.inf]),
+        "n": jnp.int32(1),
+        "k": jax.random.key(1),
+    }
+    new = {
+        "a": jnp.array([9.0, jnp.nan, jnp.nan]),
+        "n": jnp.int32(2),
+        "k": jax.random.key(2),
+    }
+    for keep in (sg.keep_if_skipped, jax.jit(sg.keep_if_skipped)):
+        kept = keep(state, old, new)
+        np.testing.assert_array_equal(kept["a"], [9.0, 2.0, np.nan])
+        assert kept["n"] == 2 and kept["k"] == new["k"]
+
+
+class Fields(train_state.TrainState):
+    """A train state with a field that no optimizer has."""
+
+    batch_stats: dict
+
+
+def test_fields_given_by_name_are_kept_and_the_rest_reaches_the_optimizer():
+    seen = []
+
+    def update(updates, state, params=None, *, temperature, **extra):
+        seen.append((temperature, extra))
+        return updates, state
+
+    inner = optax.GradientTransformationExtraArgs(lambda params: (), update)
+    state = Fields.create(
+        apply_fn=None,
+        params=jnp.ones(2),
+        tx=sg.stabilize(inner),
+        batch_stats={"mean": jnp.zeros(2)},
+    )
+
+    def step(state, grads):
+        return apply_gradients(
+            state,
+            grads=grads,
+            value=jnp.sum(grads),
+            temperature=3.0,
+            batch_stats={"mean": grads},
+        )
+
+    with jax.disable_jit():
+        state = step(state, jnp.ones(2))
+        assert state.batch_stats["mean"].tolist() == [1, 1]
+        state = step(state, jnp.full(2, jnp.nan))
+    assert state.batch_stats["mean"].tolist() == [1, 1]
+    assert {temperature for temperature, _ in seen} == {3.0}
+    assert all(extra.keys() == {"value"} for _, extra in seen)
+
+
+@pytest.mark.slow
+def test_scales_of_float8_are_overwritten_unless_the_step_is_skipped():
+    model = linen.Dense(4, dot_general_cls=linen.fp8_ops.Fp8DirectDotGeneralOp)
+    variables = model.init(jax.random.key(0), jnp.ones((8, 4)))
+    tx = sg.guard(optax.sgd(0.01))
+    state = train_state.TrainState.create(apply_fn=model.apply, params=variables, tx=tx)
+
+    @jax.jit
+    def step(state, x):
+        loss_fn = lambda params: jnp.mean((model.apply(params, x) - 1) ** 2)
+        loss, grads = jax.value_and_grad(loss_fn)(state.params)
+        theirs = state.apply_gradients(grads=grads)
+        return apply_gradients(state, grads=grads, value=loss), theirs
+
+    x = jax.random.normal(jax.random.key(1), (8, 4))
+    good, theirs = step(state, x)
+    chex.assert_trees_all_close(good.params, theirs.params, rtol=1e-6)
+    bad, _ = step(good, x * jnp.nan)
+    chex.assert_trees_all_equal(bad.params, good.params)

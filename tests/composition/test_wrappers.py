@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from helpers.composing import (
     NAN_STEP,
     SPIKE_STEP,
@@ -176,3 +177,19 @@ def test_a_guard_around_lookahead_says_that_gradients_are_of_the_fast_half_only(
     params = optax.LookaheadParams.init_synced(start())
     with pytest.raises(ValueError, match="missing: fast.first.bias"):
         jax.eval_shape(tx.update, params.fast, tx.init(params), params)
+
+
+def test_a_rate_set_in_what_unwrap_returns_is_set_in_the_guard():
+    params = jnp.ones(2)
+    tx = optax.chain(
+        optax.identity(),
+        sg.guard(optax.inject_hyperparams(optax.sgd)(learning_rate=0.1)),
+    )
+    state = tx.init(params)
+    sg.unwrap(state)[1].hyperparams["learning_rate"] = jnp.float32(0.0)
+    updates, _ = tx.update(params, state, params)
+    assert not updates.any()
+    model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    rate = sg.unwrap(optimizer.opt_state)[1].hyperparams["learning_rate"]
+    assert rate is optimizer.opt_state[1].guarded_inner.hyperparams["learning_rate"]

@@ -96,6 +96,17 @@ def test_a_value_that_is_not_a_real_scalar_is_an_error(value, rules):
 
 
 @pytest.mark.slow
+def test_a_loss_with_auxiliary_output_is_an_error_that_shows_the_fix():
+    tx = sg.stabilize(optax.sgd(0.1))
+    with pytest.raises(ValueError, match=r"pass the loss alone"):
+        tx.update(PARAMS, tx.init(PARAMS), PARAMS, value=(1.0, {"accuracy": 0.5}))
+
+
+def test_parameters_that_are_no_arrays_are_an_error_that_shows_the_fix():
+    with pytest.raises(TypeError, match=r"eqx.filter\(model, eqx.is_inexact_array\)"):
+        sg.stabilize(optax.adam(0.1)).init({"w": jnp.ones(2), "activation": jnp.tanh})
+
+
 def test_a_float64_loss_beyond_float32_counts_as_finite(x64):
     tx = sg.guard(optax.sgd(0.1), sg.skip(sg.nonfinite(of="value")))
     _, state = tx.update(PARAMS, tx.init(PARAMS), PARAMS, value=1e300)

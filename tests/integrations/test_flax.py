@@ -10,6 +10,7 @@ from flax import linen, nnx, serialization
 from flax.training.train_state import TrainState
 
 import stablegrad as sg
+from stablegrad.integrations.nnx import update as nnx_update
 
 
 class Model(nnx.Module):
@@ -171,3 +172,39 @@ def test_units_of_a_whole_nnx_model_are_clipped_one_by_one(guarded):
     seen = sg.metrics(optimizer.opt_state)
     key = "clip_scale" if guarded else "clip_by_param_norm_scale"
     assert 0 < seen[key] < 0.5
+
+
+class Held(nnx.Module):
+    """A parameter that holds a pytree, and a variable that holds nothing yet."""
+
+    def __init__(self):
+        self.w = nnx.Param({"k": jnp.ones((3, 1)), "b": jnp.zeros(1)})
+        self.cache = nnx.Variable(None)
+
+    def __call__(self, x):
+        return x @ self.w["k"] + self.w["b"][None]
+
+
+def test_variables_of_pytrees_and_of_nothing_train_and_are_named():
+    model = Held()
+    optimizer = nnx.Optimizer(model, sg.guard(optax.sgd(0.1)), wrt=nnx.Param)
+    for x in (jnp.zeros((4, 3)), jnp.full((4, 3), jnp.nan)):
+        loss, grads = nnx.value_and_grad(loss_of, argnums=nnx.DiffState(0, nnx.Param))(
+            model, x
+        )
+        optimizer.update(model, grads, value=loss)
+    np.testing.assert_allclose(model.w["b"], 0.2)
+    assert sg.metrics((model, optimizer))["skipped_steps"] == 1
+    sg.raise_if_halted((model, optimizer))
+    assert sg.events(optimizer)[0].leaf == "w.b"
+
+
+@pytest.mark.skipif(not hasattr(nnx, "set_graph_mode"), reason="graphs alone")
+def test_update_of_a_model_with_shared_layers_follows_the_optimizers_graph():
+    model = nnx.Sequential(layer := nnx.Linear(3, 3, rngs=nnx.Rngs(0)), layer)
+    tx = sg.guard(optax.sgd(0.1))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param, graph=True)
+    grads = nnx.grad(loss_of, graph=True)(model, jnp.ones((4, 3)))
+    with nnx.set_graph_mode(False):
+        nnx_update(optimizer, model, grads)
+    assert sg.metrics(optimizer)["guarded_steps"] == 1

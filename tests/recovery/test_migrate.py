@@ -6,6 +6,8 @@ import jax.numpy as jnp
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from flax import nnx, serialization
+from flax.training.train_state import TrainState
 
 import stablegrad as sg
 from stablegrad.engine._step import GuardState
@@ -168,3 +170,52 @@ def test_what_orbax_restores_without_a_target_is_migrated(old, tmp_path):
         restored = checkpointer.restore(tmp_path / "state")
     moved = sg.migrate(second(), params, restored)
     chex.assert_trees_all_equal(moved, sg.migrate(second(), params, state))
+
+
+def nnx_training(tx):
+    """A model and an optimizer that has taken a step."""
+    model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    grads = jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param))
+    optimizer.update(model, grads, value=1.0)
+    return model, optimizer
+
+
+def test_what_flax_restores_without_a_target_is_migrated(old):
+    params, state = old
+    restored = serialization.msgpack_restore(serialization.to_bytes(state))
+    moved = sg.migrate(second(), params, restored)
+    chex.assert_trees_all_equal(moved, sg.migrate(second(), params, state))
+
+
+@pytest.mark.slow
+def test_what_orbax_restores_of_an_nnx_optimizer_is_migrated_or_says_how(tmp_path):
+    model, optimizer = nnx_training(first())
+    params = nnx.state(model, nnx.Param)
+    expected = sg.migrate(second(), params, optimizer)
+    assert sg.metrics(expected)["guarded_steps"] == 1
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "whole", {"opt_state": optimizer.opt_state})
+        checkpointer.save(tmp_path / "arrays", nnx.state(optimizer))
+        checkpointer.wait_until_finished()
+        whole, arrays = map(
+            checkpointer.restore, (tmp_path / "whole", tmp_path / "arrays")
+        )
+        moved = sg.migrate(second(), params, whole["opt_state"])
+        chex.assert_trees_all_equal(moved, expected)
+        for found in (arrays, nnx.state(optimizer)):
+            with pytest.raises(ValueError, match=r"nnx\.update\(target, restored\)"):
+                sg.migrate(second(), params, found["opt_state"])
+        # As the error says:
+        target = nnx.Optimizer(model, first(), wrt=nnx.Param)
+        restored = checkpointer.restore(tmp_path / "arrays", nnx.state(target))
+        nnx.update(target, restored)
+    chex.assert_trees_all_equal(sg.migrate(second(), params, target), expected)
+
+
+@pytest.mark.parametrize("move", [sg.adopt, sg.migrate])
+def test_a_train_state_stands_for_its_optimizers_state(move):
+    tx = INNER if move is sg.adopt else first()
+    held = TrainState.create(apply_fn=None, params=PARAMS, tx=tx)
+    moved = move(second(), PARAMS, held)
+    chex.assert_trees_all_equal(moved, move(second(), PARAMS, held.opt_state))
