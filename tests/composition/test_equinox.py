@@ -56,7 +56,7 @@ class Frozen(eqx.Module):
 MODEL = Frozen(jnp.ones((2, 1)), jnp.array([[3]]), jax.nn.tanh, False, 0.5)
 
 
-@pytest.mark.parametrize("guarded", [True, False])
+@pytest.mark.parametrize("guarded", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_apply_leaves_what_has_no_gradient_as_it_was(guarded):
     tx = optax.adam(0.1)
     tx = sg.stabilize(tx) if guarded else tx

@@ -157,6 +157,7 @@ def test_variables_by_reference_are_warned_of_since_nothing_of_them_is_kept():
     chex.assert_tree_all_finite(jax.tree.leaves(kept))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("big", [3e19, 1e25])
 def test_one_huge_element_leaves_no_statistic_that_is_not_finite(big):
     model = nnx.Sequential(
@@ -201,6 +202,7 @@ class Fields(train_state.TrainState):
     batch_stats: dict
 
 
+@pytest.mark.slow
 def test_fields_given_by_name_are_kept_and_the_rest_reaches_the_optimizer():
     seen = []
 

@@ -185,6 +185,7 @@ class Held(nnx.Module):
         return x @ self.w["k"] + self.w["b"][None]
 
 
+@pytest.mark.slow
 def test_variables_of_pytrees_and_of_nothing_train_and_are_named():
     model = Held()
     optimizer = nnx.Optimizer(model, sg.guard(optax.sgd(0.1)), wrt=nnx.Param)
@@ -199,6 +200,7 @@ def test_variables_of_pytrees_and_of_nothing_train_and_are_named():
     assert sg.events(optimizer)[0].leaf == "w.b"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(nnx, "set_graph_mode"), reason="graphs alone")
 def test_update_of_a_model_with_shared_layers_follows_the_optimizers_graph():
     model = nnx.Sequential(layer := nnx.Linear(3, 3, rngs=nnx.Rngs(0)), layer)

@@ -197,12 +197,14 @@ def test_growth_that_comes_back_is_kept_after_the_limit():
     assert not any(row[2]["halted"] for row in rows)
 
 
+@pytest.mark.slow
 def test_growth_from_the_first_parameters_is_left_alone():
     tiny = jax.tree.map(lambda p: 1e-6 * p, PARAMS)
     rows, _ = run(APPLY, TX, poison={1: times(1e6)[0]}, params=tiny)
     assert not rolled_back(rows)
 
 
+@pytest.mark.slow
 def test_moments_that_were_zero_in_the_snapshot_may_grow():
     tx = guarded(optax.MultiSteps(optax.sgd(0.01), 3))
     rows, _ = run(stepper(tx), tx)
@@ -258,6 +260,7 @@ def test_a_halt_for_too_many_roll_backs_ends_with_the_trouble():
     assert newest_snapshot(rows, STEPS - 1) > 35  # And there are new snapshots.
 
 
+@pytest.mark.slow
 def test_through_update_parameters_come_back_within_a_rounding():
     rows, state = run(UPDATE, TX, values=dict.fromkeys(range(20, 23), 100.0))
     taken = newest_snapshot(rows, 22)
@@ -344,7 +347,7 @@ def test_statistics_go_back_to_those_of_the_snapshot():
     assert sg.metrics(state)["roll_backs"] == 1
 
 
-@pytest.mark.parametrize("memory", ["device", "pinned_host"])
+@pytest.mark.parametrize("memory", core(["device", "pinned_host"], "device"))
 def test_snapshots_lie_where_they_are_wanted_and_are_restored_from_there(memory):
     tx = guarded(memory=memory)
     rows, state = run(stepper(tx), tx, poison={25: nan_at("w")})

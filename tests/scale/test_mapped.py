@@ -140,6 +140,7 @@ def test_shards_under_pmap_step_as_one_device_does(optimizer, mode, size):
     assert_same(Run(whole, history, run.state), alone(optimizer, size))
 
 
+@pytest.mark.slow
 def test_the_model_of_each_device_is_probed_on_its_own():
     rates = jnp.array([0.1, 50.0] * (DEVICES // 2))  # Every second one is too high.
     guarded = lambda rate: sg.guard(optax.sgd(rate), sg.trust_region())

@@ -154,6 +154,7 @@ def test_nothing_is_placed_under_tracing_or_abstract_init(kind):
     assert as_shapes(abstract) == as_shapes(concrete)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sets_mesh", [SETS_MESH, PUTS_ALONE])
 def test_a_run_on_explicit_axes_is_adopted_and_migrated_where_it_is(sets_mesh):
     where = places("fsdp", EXPLICIT)
