@@ -85,6 +85,7 @@ def varying(leaf: jax.Array, names: frozenset) -> jax.Array:
         return leaf
     if hasattr(lax, "pcast"):
         return lax.pcast(leaf, missing, to="varying")
+    # Older versions of JAX.
     return lax.pvary(leaf, missing)  # pyright: ignore[reportAttributeAccessIssue]
 
 

@@ -101,7 +101,7 @@ def test_the_loss_of_the_optimizer_alone_has_the_gradients_that_are_given():
     jax.tree.map(np.testing.assert_array_equal, grads, problem.data)
 
 
-@pytest.mark.skipif(not pytorch.available(), reason="PyTorch is not installed")
+@pytest.mark.skipif(not pytorch.available(), reason="no PyTorch, or no CPU")
 def test_pytorch_steps_the_same_parameters():
     for step in pytorch.steppers(optimizer_alone(64, 2)).values():
         step()
