@@ -1,4 +1,4 @@
-"""Guards for training that blows up: bounded, loud and explained."""
+"""Guards that keep JAX training runs alive, built on Optax."""
 
 from importlib.metadata import (
     PackageNotFoundError as _PackageNotFoundError,

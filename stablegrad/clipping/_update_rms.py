@@ -35,7 +35,7 @@ def clip_update_rms(
         r_i = sqrt(mean(g^2 / v_hat));    g_i <- g_i * min(1, max(D, limit_i) / r_i)
 
     with v_hat that of the steps before, at least its mean over the leaf, and limit_i
-    that of `zscore(z)` on r_i. No moment follows the gradient before it is shrunk.
+    that of `zscore(z)` on r_i. The moments are updated with the clipped gradient only.
 
     As published, v_hat includes the current gradient, and the update of `inner` is
     divided by max(1, r / D) after the moments of `inner` have followed the gradient.

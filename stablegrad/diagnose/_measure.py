@@ -76,7 +76,7 @@ class Instrument:
         self._taps[value] = key
 
         def measured(read, x):
-            alike = _taps.alikeness(x, by_example)
+            alike = _taps.mean_cosine(x, by_example)
             return {**_taps.of_values(x), "alike": alike}
 
         self._add(value, key, measured)

@@ -31,7 +31,7 @@ class Value:
     literal: Any = None
     maker: "Op | None" = None
     users: "list[Op]" = dataclasses.field(default_factory=list)
-    ancestors: int = 0  # Bits of `order`s within the same program, its own included.
+    ancestors: int = 0  # Bit set of the `order` of it and of all that it depends on.
     order: int = 0
 
     @property

@@ -1,4 +1,4 @@
-"""A place of a program to look at."""
+"""A site: a measured operation of the traced loss."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from ._program import Value
 
 @dataclasses.dataclass(eq=False)
 class Site:
-    """A place; what it measures is told apart by `kind`."""
+    """A measured operation; `kind` says which statistics apply."""
 
     kind: str  # linear, conv, embed, norm, sum, attention or router
     name: str

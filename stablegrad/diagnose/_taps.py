@@ -67,7 +67,7 @@ def of_values(array: jax.Array) -> dict[str, jax.Array]:
     }
 
 
-def alikeness(array: jax.Array, by_example: bool) -> jax.Array:
+def mean_cosine(array: jax.Array, by_example: bool) -> jax.Array:
     """Mean cosine between pairs of rows: of examples, or of all but the last axis."""
     x = array.astype(jnp.float32)
     if x.ndim < 2:

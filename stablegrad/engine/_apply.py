@@ -1,4 +1,4 @@
-"""One optimizer step, parameters included."""
+"""`apply`: one optimizer step that returns the new parameters."""
 
 from typing import Any
 

@@ -47,8 +47,8 @@ class Committed(NamedTuple):
 
     result: Any  # Updates or parameters, whichever the caller asked for.
     inner_state: Any
-    # int32 (leaves + 1,): elements kept out, and at last those of no parameter's leaf.
-    # Of a step that was held back, above 0 where parameters are not finite.
+    # int32 (leaves + 1,): elements kept out; the last entry counts other arrays. If
+    # the step was held back: above 0 where parameters are not finite.
     kept_out: jax.Array
     reason: jax.Array  # int32: why the step was held back, 0 if it was taken.
 
@@ -71,9 +71,9 @@ def commit(
     counted = _trees.inexact_flags(step.like)
     leaves = _trees.inexact_leaves(step.like)
     owners = owners_of(inner_state, step.like)
-    trusts = jnp.zeros((), bool)
-    if not always_checked(step.like, inner_state):
-        trusts = on_cpu()
+    each_checked = always_checked(step.like, inner_state)
+    # A constant on either platform, which removes the counts from a CPU's program.
+    uncounted = jnp.zeros((), bool) if each_checked else on_cpu()
 
     def run(updates, inner_state, params):
         gradient = _scaled(updates, scales[0], step.like)
@@ -90,9 +90,9 @@ def commit(
         return inspected(of_result, of_state)
 
     kept_out = jnp.zeros((len(leaves) + 1,), jnp.int32)
-    if not always_checked(step.like, inner_state):
+    if not each_checked:
         kept_out, breaks = lax.cond(
-            (reason == 0) & is_checked & trusts,
+            (reason == 0) & is_checked & uncounted,
             inspect,
             lambda *_: (kept_out, jnp.zeros((), bool)),
             *operands,
@@ -105,12 +105,11 @@ def commit(
         update, new_state = run(updates, inner_state, params)
         tally = Tally(leaves)
         result = tally_result(tally, params, update, counted, writes_params)
-        state = tally_state(tally, new_state, inner_state, owners, ~trusts)
+        state = tally_state(tally, new_state, inner_state, owners, ~uncounted)
         own = None
         if params is not None:
             own = _trees.inexact_leaves(params, step.like)
-        # A constant on either platform, which removes the counts from a CPU's program.
-        found = jnp.where(trusts, kept_out, tally.counts(accepted, own))
+        found = jnp.where(uncounted, kept_out, tally.counts(accepted, own))
         return Committed(
             write(accepted, *result), write(accepted, *state), found, reason
         )

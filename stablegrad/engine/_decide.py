@@ -21,7 +21,7 @@ class StepContext(NamedTuple):
 
     updates: Any  # The incoming gradient.
     params: Any
-    like: Any  # A tree whose floating-point leaves are the ones that count.
+    like: Any  # Its floating-point leaves select those of the other trees.
     extra: dict[str, Any]  # Further arguments, such as `value=`.
     axes: MappedAxes
 

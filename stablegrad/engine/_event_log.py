@@ -104,7 +104,7 @@ def cause_of(
     backed_off,
     grad_norm,
 ) -> Cause:
-    """Return the first threshold that a rejected step, or a cut, is due to."""
+    """Return the first threshold that caused a rejection or a cut."""
     found = Cause(jnp.int32(-1), grad_norm, jnp.float32(OVERFLOW))
     number = sum(len(judged) for judged in judgements)
     everything = [*zip(responses, states, judgements, strict=True)]

@@ -48,7 +48,7 @@ def guard(
     record_norms: int = 0,
     exact_updates: bool | None = None,
 ) -> GuardedTransformation:
-    """Run an optimizer so that no single step can harm it, and record what was done.
+    """Guard an optimizer with responses, and record what they did.
 
     With g the gradient, S the inner state, and s, s', k the factors that `clip` (of the
     gradient, of the update) and `back_off` ask for:

@@ -1,4 +1,4 @@
-"""The layout of a guard's numbers: which of them are whose.
+"""The layout of a guard's numbers: which belong to which response or threshold.
 
 A state carries it as the keys of a dict without arrays. So a checkpoint can be read by
 a guard with other responses, and a state of other responses is found out before it is

@@ -12,7 +12,7 @@ from .. import _checks, _trees
 from .._mapped_axes import MappedAxes, warn_of_replicas
 from .._norms import Measurement, measure
 from .._packing import Packed, Packing
-from ..responses._base import Response, Verdict
+from ..responses._base import Response
 from ..responses._layers import LayerNumbers
 from ..responses._reasons import first_reason, gradient_reason
 from ..responses.roll_back._snapshots import Written
@@ -44,7 +44,7 @@ class GuardState(NamedTuple):
     columns: dict[str, None]  # Names of the record's further columns; no arrays.
     names: jax.Array  # uint8: names of the leaves given to `init`.
     # Absent from states of the first version; see `migrate`.
-    layout: dict[str, None] = {}  # noqa: RUF012  What is whose in the numbers.
+    layout: dict[str, None] = {}  # noqa: RUF012  Of `numbers`.
     snapshots: tuple = ()  # Of `roll_back`, newest first.
     layers: LayerNumbers | tuple[()] = ()  # Of `layer_health`; () without one.
     history: Any = ()  # float32 (steps, columns): the last steps; () unless asked for.
@@ -144,48 +144,33 @@ class GuardedStep:
         step = StepContext(updates, params, like, extra, self._axes)
         packing = Packing(jax.eval_shape(lambda: self._init_numbers(like)))
         record, states, statistics = packing.unpack(state.numbers)
+        before, last = _record.totals_of(record), _record.last_step_of(record)
         gradient = measure(updates, like, self._axes)
-        scopes, limits = _decide.limits_of(
-            self._responses, self._statistics, statistics, step
-        )
-        judgements = _decide.judge_incoming(
-            self._responses, scopes, limits, gradient, step
-        )
-        verdict = self._verdict(states, judgements, gradient)
-
         inner = self._inner.given(extra)
-        decision = decide_on_update(
-            self._responses,
-            inner,
-            step,
-            state.guarded_inner,
-            states,
-            judgements,
-            verdict,
+        decision = self._decide(
+            inner, step, state.guarded_inner, states, statistics, gradient
         )
         verdict = decision.verdict
         layers, warning = state.layers, NO_WARNING
         if self._layers and layers:
-            steps = _record.totals_of(record).guarded_steps
             sight = sight_of(inner, step, state.guarded_inner, gradient, decision)
-            layers, *warning = self._layers.after_step(layers, steps, sight)
+            layers, *warning = self._layers.after_step(
+                layers, before.guarded_steps, sight
+            )
+        scale = update_scales(decision)
         done = commit(
             inner,
             step,
             state.guarded_inner,
-            (verdict.gradient_scales, update_scales(decision)),
+            (verdict.gradient_scales, scale),
             verdict.reason,
-            checked_now(
-                gradient,
-                _record.totals_of(record).guarded_steps,
-                _record.last_step_of(record).kept_out_elements,
-            ),
+            checked_now(gradient, before.guarded_steps, last.kept_out_elements),
             writes_params,
         )
         trouble = trouble_of(step, done.reason, self._axes.total(done.kept_out))
-        shortened = update_scales(decision).smallest() < 1
-        changed = (shortened | (trouble.kept_out > 0)) & (trouble.reason == 0)
-        cut = verdict.lr_scale < _record.last_step_of(record).back_off_scale
+        changed = (scale.smallest() < 1) | (trouble.kept_out > 0)
+        changed &= trouble.reason == 0
+        cut = verdict.lr_scale < last.back_off_scale
         rolled = self._roll_back.after_commit(
             Written(
                 done.result,
@@ -234,11 +219,28 @@ class GuardedStep:
             layers,
             _history.after_step(
                 state.history,
-                _record.totals_of(record).guarded_steps,
+                before.guarded_steps,
                 gradient.leaf_norms,
                 [getattr(outcome.step, name) for name in _history.SERIES]
                 + [outcome.extras[name] for name in self._limit_names],
             ),
+        )
+
+    def _decide(
+        self, inner, step, inner_state, states, statistics, gradient: Measurement
+    ) -> Decision:
+        """Return the decision of all responses; a bad gradient is always rejected."""
+        scopes, limits = _decide.limits_of(
+            self._responses, self._statistics, statistics, step
+        )
+        judgements = _decide.judge_incoming(
+            self._responses, scopes, limits, gradient, step
+        )
+        verdict = _decide.verdict_on(self._responses, states, judgements)
+        bad = gradient_reason(gradient.norm)
+        verdict = verdict._replace(reason=first_reason((bad, verdict.reason)))
+        return decide_on_update(
+            self._responses, inner, step, inner_state, states, judgements, verdict
         )
 
     def _warn_of_missing_value(self, extra: dict[str, Any]) -> None:
@@ -246,13 +248,7 @@ class GuardedStep:
         every = (t for response in self._responses for t in response.thresholds)
         watches = any(t.of == "value" and not t.required for t in every)
         # With `value_fn=` alone, the trust region raises an error.
-        told = {"value", "value_fn"} & extra.keys()
-        if watches and not told and not self._warned:
+        passed = {"value", "value_fn"} & extra.keys()
+        if watches and not passed and not self._warned:
             self._warned = True
             warnings.warn(_checks.unseen_value(extra), stacklevel=2)
-
-    def _verdict(self, states, judgements, gradient: Measurement) -> Verdict:
-        """Return the verdict of all responses; a bad gradient is always rejected."""
-        verdict = _decide.verdict_on(self._responses, states, judgements)
-        bad = gradient_reason(gradient.norm)
-        return verdict._replace(reason=first_reason((bad, verdict.reason)))

@@ -46,7 +46,7 @@ class Tally:
         return sum(self._others, jnp.zeros((), jnp.int32))
 
     def counts(self, accepted: jax.Array, params: list | None) -> jax.Array:
-        """Return the count of each leaf, others at last: int32 (leaves + 1,).
+        """Return the count of each leaf, the others last: int32 (leaves + 1,).
 
         If the step is not `accepted`, count parameters that are not finite instead.
         """

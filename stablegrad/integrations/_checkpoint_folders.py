@@ -49,6 +49,27 @@ def step_number(step: Any) -> int:
     return number
 
 
+def as_arrays(trees: Any, opt_state: Any) -> dict[str, Any]:
+    """Return what is saved, with numbers as arrays, as a compiled step returns them.
+
+    Raise TypeError at a leaf that is neither a number nor an array.
+    """
+
+    def convert(path, leaf):
+        if isinstance(leaf, bool | int | float | complex):
+            return jnp.asarray(leaf)
+        if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
+            return leaf
+        raise TypeError(
+            f"A checkpoint holds arrays and numbers, got {leaf!r:.60} at "
+            f"{_trees.path_name(path)}. Of an Equinox model, save "
+            "`eqx.filter(model, eqx.is_array)`."
+        )
+
+    saved = {"trees": trees, "opt_state": opt_state}
+    return jax.tree_util.tree_map_with_path(convert, saved)
+
+
 def is_healthy(trees: Any, guards: Iterable[GuardState]) -> bool:
     """Return whether all of `trees` is finite and no guard has halted."""
     finite = [jnp.all(jnp.isfinite(x)) for x in _trees.inexact_leaves(trees)]

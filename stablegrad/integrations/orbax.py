@@ -100,7 +100,8 @@ class HealthyCheckpoints:
             step: The number of the checkpoint, an integer >= 0, on the device or not,
                 and larger than those of all that are there. A run that goes back to an
                 older one calls `delete_newer` first.
-            trees: Parameters, batch statistics, and whatever else must be finite.
+            trees: Parameters, batch statistics, and whatever else must be finite:
+                arrays, and numbers, which are restored as arrays.
             opt_state: The optimizer's state, guarded or not. It may hold an inf on
                 purpose, so of it only the guards are asked.
             told: Anything for JSON: an epoch, a place in the data.
@@ -108,9 +109,11 @@ class HealthyCheckpoints:
         Raises:
             CheckpointError: If this or the last one cannot be written, or if `step` is
                 not larger than the newest; earlier ones stay whole.
-            ValueError: If `step` is no integer >= 0.
+            TypeError: If a leaf is neither an array nor a number.
+            ValueError: If `step` is not an integer >= 0.
         """
         step = folders.step_number(step)
+        saved = folders.as_arrays(trees, opt_state)
         guards = _reading.search(_trees.without_variables(opt_state))
         if not folders.is_healthy(trees, guards):
             return False
@@ -118,7 +121,7 @@ class HealthyCheckpoints:
         # A copy: the caller may go on changing it while the disk is written.
         notes = {"format": folders.FORMAT, "calm": calm, "told": copy.deepcopy(told)}
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave({"trees": trees, "opt_state": opt_state}),
+            state=ocp.args.StandardSave(saved),
             notes=ocp.args.JsonSave(notes),
         )
         self.wait()
@@ -149,12 +152,13 @@ class HealthyCheckpoints:
         Raises:
             CheckpointError: If it is damaged, or of another model or optimizer: what
                 differs, and which others there are.
+            TypeError: If a leaf is neither an array nor a number.
         """
+        like = folders.as_arrays(trees, opt_state)
         self.wait()
         step = self._manager.latest_step() if step is None else step
         if step is None:
             return None
-        like = {"trees": trees, "opt_state": opt_state}
         what = f"checkpoint {step} cannot be read"
         try:
             stored = folders.described(self._manager.item_metadata(step)["state"])

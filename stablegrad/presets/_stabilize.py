@@ -40,9 +40,9 @@ def stabilize(
     skip_z: float | None = None,
     back_off_z: float | None = None,
 ) -> GuardedTransformation:
-    """Guard an optimizer with defaults that healthy training hardly notices.
+    """Guard an optimizer with default responses.
 
-    It is this guard, no more:
+    It is this guard, in which rules that need `value=` or `value_fn=` rest without:
 
         guard(inner,
               clip(rarity(share, window=window, per=per)),
@@ -85,7 +85,7 @@ def stabilize(
             within a factor of two.
         regrow_steps: Calm steps that undo one cut, >= 1.
         min_scale: Smallest factor on the learning rate, in (0, 1]. 0.01: a rate that is
-            more than 100 times too high wants mending, not absorbing.
+            more than 100 times too high should be fixed, not compensated.
         max_consecutive: Finite outliers rejected in a row at most.
         halt_after: Non-finite steps, with none taken, until `halted` is raised. 20: no
             transient lasts as long.
@@ -104,7 +104,7 @@ def stabilize(
         A guarded transformation, for `update` or `stablegrad.apply`.
 
     Raises:
-        TypeError: If one of `responses` is none.
+        TypeError: If one of `responses` is not a response.
         ValueError: If a concrete argument is out of range.
 
     Example:

@@ -5,8 +5,8 @@
               |        +--a further rise             +--another rise
               +--------+-----------------------------+
 
-`back_off`, `scale_by_explosion_aware_schedule` and `explosion_aware_schedule` are three
-doors to it. It knows nothing of gradients or thresholds: a step is an `Explosion`.
+`back_off`, `scale_by_explosion_aware_schedule` and `explosion_aware_schedule` use it.
+It knows nothing of gradients or thresholds: a step is an `Explosion`.
 """
 
 from typing import NamedTuple

@@ -18,7 +18,7 @@ def layer_health(
     margin: float | jax.Array = 1.5,
     cosine: bool = False,
 ) -> Response:
-    """Record how every layer fares, and warn where it leaves what is usual for it.
+    """Record update ratios and gradient norms by layer, and warn of outliers.
 
         update_ratio   ||u|| / ||theta||       of the step as it is taken
         grad_norm      ||g||                   of the incoming gradient

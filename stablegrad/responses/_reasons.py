@@ -24,9 +24,9 @@ class Reason(IntEnum):
     NONFINITE_GRADIENT = 1  # The norm of the incoming gradient was nan.
     NONFINITE_VALUE = 2  # The loss passed as `value=` was nan or inf.
     NONFINITE_UPDATE = 3  # No element of the optimizer's update was finite.
-    NONFINITE_STATE = 4  # The new state was not: inspected steps of large CPU trees.
+    NONFINITE_STATE = 4  # The new state was not finite: large trees on a CPU.
     NONFINITE_SIGNAL = 5  # A function given as `of=` returned nan or inf.
-    NONFINITE_PARAMETERS = 6  # Something was not, and neither were the parameters.
+    NONFINITE_PARAMETERS = 6  # The parameters themselves were not finite.
     GRADIENT_OVERFLOW = 7  # The gradient norm was 1e18 or more, or inf.
     GRADIENT_NORM = 10  # The gradient norm was above its threshold.
     VALUE = 11  # The loss was above its threshold.

@@ -39,7 +39,7 @@ def ema_ratio(
         m_t = d m + (1 - d) w_t
 
     The first `warmup_steps` finite values set m to their median. Meanwhile a norm may
-    be ten times as large, so that only the very first is taken on trust; other signals
+    be ten times as large, so only the first is accepted unchecked; other signals
     are not flagged yet. A value counts at no more than twice the mean (or `ratio`
     times, if that is more), so one outlier moves it by a few per cent, while a lasting
     rise lifts it by the factor 1 + (1 - d) a step or more. From the `patience`-th value

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._checks import require
+from .._checks import require, require_steps
 from .._trees import increment
 from ..granularity._groups import Granularity
 from . import _statistics as stats
@@ -20,12 +20,11 @@ EDGES = np.arange(1, 73, dtype=np.float32)[None] / 3
 LEVEL_WEIGHT = 0.03  # Weight of a step in the level and the spread.
 MOST_OCTAVES = 3.0  # A norm moves its level as if it were no further away.
 MOST_SPREADS = 8.0  # The same for other signals, in spreads.
-PATIENCE = 4  # Unusual values in a row after which more of their size are usual.
-LASTING = 12  # Unusual values in a row after which the level moves to them.
+LASTING = 12  # The least number of them after which the level moves there.
 # Until so many values of a norm have been seen, the limit is so many octaves wider.
 EARLY = ((1, np.inf), (2, 6.0), (10, 3.0), (100, 1.0))
 FIRST_COUNTED = 10  # Values of other signals that set level and spread, no more.
-ALONE = 1.5  # A single value, which weighs 1, is no more than that many.
+ALONE = 1.5  # Weights that `share` counts as at least: one value is never usual.
 ARMED_AFTER = 50  # Values before a signal that is no norm is held against a limit.
 LEAST_SPREAD = 1e-3  # Relative to the level: a spread is never zero.
 
@@ -38,7 +37,7 @@ class RarityState(NamedTuple):
     spread: jax.Array  # float32 (groups,): mean distance from the level; unless a norm.
     reach: jax.Array  # float32 (groups,): octaves from the level to the limit.
     run_mean: jax.Array  # float32 (groups,): mean of the unusual values in a row.
-    run: jax.Array  # int32 (groups,), in [0, LASTING]: unusual values in a row.
+    run: jax.Array  # int32 (groups,): unusual values in a row, until the level moves.
     seen: jax.Array  # int32 (groups,): finite values so far, saturating.
 
 
@@ -47,6 +46,7 @@ def rarity(
     *,
     window: int | jax.Array = 256,
     margin: float | jax.Array = 1.0,
+    patience: int | jax.Array = 4,
     of: Signal = "grad_norm",
     per: Granularity = "global",
 ) -> Threshold:
@@ -63,25 +63,28 @@ def rarity(
     is bounded before it is counted, and none starts the statistics again: an outlier
     weighs 1 / `window` and hides nothing, and what comes again is usual after about
     share * window times. So that the limit does not stay open after a burst, a value
-    above it is counted only if the one before it was not. From the fourth unusual value
-    in a row on, up to twice their mean is usual as well; after the twelfth, the level
-    moves to their mean. The first norm is taken on trust, the second up to 2^10 times
-    the first, those up to the tenth up to 2^4 times the limit, and those up to the
-    hundredth up to twice the limit.
+    above it is counted only if the one before it was not. After `patience` unusual
+    values in a row, up to twice their mean is usual as well; after max(12, `patience`),
+    the level moves to their mean. The first norm is accepted unchecked, the second up
+    to 2^10 times the first, those up to the tenth up to 2^4 times the limit, and those
+    up to the hundredth up to twice the limit.
 
     Other signals can be negative. They are followed with y_t = x_t, their level m and
-    mean absolute distance s with bounded residuals, and
+    mean absolute distance s with residuals of at most 8 s, but for the first change of
+    a signal that was constant, and in a run of unusual values by its first alone, and
 
         r_t = log2 max(x_t - m, 0) / s;    limit_{t+1} = m + margin * s * 2^reach
 
     from their 50th value on.
 
     Args:
-        share: Share of steps above the limit that is taken for chance, in (0, 1). About
-            as many healthy steps are flagged, whatever their distribution.
+        share: Expected share of healthy steps above the limit, in (0, 1), whatever
+            their distribution.
         window: Steps that a value is remembered for, >= 2.
         margin: Factor on the limit of a norm, or on a limit's distance from the level,
             >= 1. The statistics do not depend on it.
+        patience: Unusual values in a row after which more of their size are usual,
+            >= 1.
         of: What is measured, as for `fixed`.
         per: For what, as for `fixed`. The state holds 72 float32 a group.
 
@@ -105,14 +108,15 @@ def rarity(
     require("share", share, "in (0, 1)", lambda x: 0 < x < 1)
     require("window", window, ">= 2", lambda x: 2 <= x < float("inf"))
     require("margin", margin, ">= 1", lambda x: 1 <= x < float("inf"))
-    settings = (share, window, margin, float(is_norm(of)))
+    require_steps("patience", patience)
+    settings = (share, window, margin, patience, float(is_norm(of)))
     family = Family(("rarity",), settings, _rule)
     return Threshold("rarity", of, per, *_rule(settings), family=family)
 
 
 def _rule(settings: tuple):
     """Return init, limit and update; settings may differ by group."""
-    share, window, margin, norm = (
+    share, window, margin, patience, norm = (
         x.astype(jnp.float32) if isinstance(x, jax.Array) else np.float32(x)
         for x in settings
     )
@@ -140,7 +144,7 @@ def _rule(settings: tuple):
         # Up to twice the mean of a run: an octave, or twice the distance.
         twice = state.run_mean + jnp.where(is_log, 1.0, state.run_mean - level)
         top = jnp.where(is_log, level + reach, level + spread_of(state) * 2**reach)
-        top = jnp.where(state.run >= PATIENCE, jnp.maximum(top, twice), top)
+        top = jnp.where(state.run >= patience, jnp.maximum(top, twice), top)
         linear = level + margin * (top - level)
         return jnp.where(is_log, margin * 2.0**top, linear)
 
@@ -166,16 +170,20 @@ def _rule(settings: tuple):
         longer = jnp.maximum(run, 1).astype(jnp.float32)
         run_mean = state.run_mean + (value - state.run_mean) / longer
         most = jnp.where(is_log, MOST_OCTAVES, MOST_SPREADS * spread)
-        free = before < jnp.where(is_log, 2, FIRST_COUNTED)
+        # Nor is there anything to bound the first change of a constant signal by.
+        constant = ~is_log & (state.spread <= 0)
+        free = (before < jnp.where(is_log, 2, FIRST_COUNTED)) | constant
         most = jnp.where(free, jnp.inf, most)
         near = jnp.clip(distance, -most, most)
         w = jnp.maximum(LEVEL_WEIGHT, 1 / (before + 1))
-        lasting = state.run >= LASTING
+        lasting = state.run >= jnp.maximum(patience, LASTING)
         wider = state.spread + w * (jnp.abs(near) - state.spread)
+        # A run of unusual values widens the spread by its first, so it stays unusual.
+        spread_now = jnp.where(unusual & (state.run > 0), state.spread, wider)
         return RarityState(
             tail,
             jnp.where(lasting, state.run_mean, state.level + w * near),
-            jnp.where(is_log | (before < 1), 0.0, wider),
+            jnp.where(is_log | (before < 1), 0.0, spread_now),
             jnp.min(rare, axis=-1),
             jnp.where(unusual, run_mean, 0.0),
             jnp.where(lasting, 0, run),

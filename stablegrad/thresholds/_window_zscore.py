@@ -39,7 +39,7 @@ def window_zscore(
         limit_t = median(y) + sigma * max(1.4826 * MAD(y), floor)  (norms: exponential)
 
     Before half the window is filled, the deviation of norms counts as 1 at least, so
-    that only the very first is taken on trust; other signals are not flagged yet. Raw
+    only the first is accepted unchecked; other signals are not flagged yet. Raw
     values enter, and half of them may be outliers: one huge value neither moves the
     limit nor hides the next, and a lasting shift is the new median after
     window // 2 + 1 steps at the latest.

@@ -42,8 +42,8 @@ def zscore(
 
     The first `warmup_steps` finite values set m to their median M and s to 1.4826 times
     their median absolute deviation D: up to half of them may be outliers. Meanwhile a
-    norm is held against exp(M + z max(D, 1)) of those before it, so that only the very
-    first is taken on trust; other signals are not flagged yet. A clipped residual means
+    norm is held against exp(M + z max(D, 1)) of those before it, so only the first is
+    accepted unchecked; other signals are not flagged yet. A clipped residual means
     that one outlier, however huge, widens s by 5 %, so it cannot hide the next; yet s
     does grow at every outlier (d (1 + 6.6 (1 - d)) > 1), so no level is refused for
     ever. From the `patience`-th value in a row on that is flagged, or lies below m - z

@@ -151,6 +151,23 @@ def test_what_is_not_healthy_is_never_saved(tmp_path):
         assert checkpoints.steps == [1, 3, 4]
 
 
+def test_numbers_are_saved_as_arrays_and_other_leaves_are_a_clear_error(tmp_path):
+    params, state = train(start(), [1])
+    trees = {"params": params, "epoch": 3, "best": 0.5, "done": True}
+    with HealthyCheckpoints(tmp_path, asynchronous=False) as checkpoints:
+        assert checkpoints.save(1, trees, state)
+        for like in (trees, trees | {"epoch": jnp.int32(0)}):
+            found = checkpoints.restore(like, state).trees
+            assert (found["epoch"], found["best"], found["done"]) == (3, 0.5, True)
+        for call in (
+            lambda: checkpoints.save(2, trees | {"act": jax.nn.relu}, state),
+            lambda: checkpoints.restore(trees | {"act": jax.nn.relu}, state),
+        ):
+            with pytest.raises(TypeError, match=r"at trees\.act\. .*eqx\.filter"):
+                call()
+        assert checkpoints.steps == [1]
+
+
 def test_the_last_one_from_before_a_spike_is_never_rotated_out(tmp_path):
     carry = train(start(), [1] * 4)
     with HealthyCheckpoints(tmp_path, keep=2, calm_steps=10) as checkpoints:

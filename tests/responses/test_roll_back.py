@@ -457,3 +457,32 @@ def test_a_plateau_within_is_shown_once():
     assert "plateau_2_scale" not in sg.metrics(state)
     seen = sg.metrics(sg.observe_metric(state, value=1.0))
     assert seen["plateau_evaluations"] == 1
+
+
+def default_roll_backs(values):
+    """Steps in which the default rolls back, for a run of losses."""
+    tx = sg.guard(optax.sgd(0.0), sg.skip(), sg.roll_back())
+
+    def step(state, value):
+        _, state = tx.update(jnp.ones(()), state, jnp.ones(()), value=value)
+        return state, sg.metrics(state)["rolled_back"]
+
+    start = tx.init(jnp.ones(()))
+    return np.flatnonzero(jax.jit(lambda x: jax.lax.scan(step, start, x)[1])(values))
+
+
+def test_by_default_a_loss_that_stays_high_for_ten_steps_is_trouble():
+    losses = 1 + 0.05 * np.random.default_rng(0).normal(size=400).astype(np.float32)
+    short, lasting = losses.copy(), losses.copy()
+    short[300:309] += 1.0
+    lasting[300:330] += 1.0
+    assert default_roll_backs(short).size == 0
+    np.testing.assert_array_equal(default_roll_backs(lasting), [309])
+
+
+def test_by_default_losses_that_have_come_before_are_no_trouble():
+    rng = np.random.default_rng(0)
+    # A reward that comes ever more often, as in a policy gradient: else zero.
+    comes = rng.random(600) < np.linspace(-0.1, 1.2, 600)
+    losses = np.where(comes, rng.uniform(0.2, 1.0, 600), 0).astype(np.float32)
+    assert default_roll_backs(losses).size == 0

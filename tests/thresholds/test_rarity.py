@@ -15,7 +15,7 @@ RTOL = 1e-3  # float32 logarithms and powers of two against float64.
 EDGES = np.arange(1, 73) / 3  # Octaves.
 
 
-def oracle(signals, share, window, margin, norm):
+def oracle(signals, share, window, margin, norm, patience=4):
     """The limit that each step meets: the docstring's recurrence in float64."""
     tail, reach, level, spread = np.zeros(len(EDGES)), 0.0, 0.0, 0.0
     run, run_mean, seen, found = 0, 0.0, 0, []
@@ -27,7 +27,7 @@ def oracle(signals, share, window, margin, norm):
             early = np.inf if seen < 50 else 0.0
         s = max(spread, 1e-3 * abs(level) + 1e-30)
         top = level + reach + early if norm else level + s * 2 ** (reach + early)
-        if run >= 4:
+        if run >= patience:
             top = max(top, run_mean + 1 if norm else 2 * run_mean - level)
         found.append(margin * 2**top if norm else level + margin * (top - level))
         if not np.isfinite(x):
@@ -41,10 +41,13 @@ def oracle(signals, share, window, margin, norm):
             tail += weight * ((r >= EDGES) - tail)
         w = max(0.03, 1 / (seen + 1))
         bound = (np.inf if seen < 2 else 3) if norm else np.inf if seen < 10 else 8 * s
+        if not norm and spread <= 0:
+            bound = np.inf
         near = np.clip(y - level, -bound, bound)
         if not norm:
-            spread = 0.0 if seen == 0 else spread + w * (abs(near) - spread)
-        if run >= 12:
+            if not unusual or run == 0:
+                spread = 0.0 if seen == 0 else spread + w * (abs(near) - spread)
+        if run >= max(patience, 12):
             level, run = run_mean, 0
         else:
             level, run = level + w * near, run + 1 if unusual else 0
@@ -80,18 +83,34 @@ def test_norm_limits_match_the_float64_oracle(share, window, margin):
         assert close.mean() > 0.99
 
 
-def test_loss_limits_match_the_float64_oracle():
+@pytest.mark.parametrize("patience", [4, 8, 20])
+def test_loss_limits_match_the_float64_oracle(patience):
     rng = np.random.default_rng(0)
     losses = 3 * np.exp(-np.arange(400) / 80) - 1 + 0.1 * rng.normal(size=400)
     losses[120:122], losses[270:] = 9.0, losses[270:] + 4.0
     losses[350] = np.nan
-    seen, exceeded, _ = limits(LOSS, losses)
-    expected = oracle(losses, 0.01, 256, 2.0, norm=False)
+    rule = sg.rarity(margin=2.0, patience=patience, of="value")
+    seen, exceeded, _ = limits(rule, losses)
+    expected = oracle(losses, 0.01, 256, 2.0, norm=False, patience=patience)
     armed = np.isfinite(expected)
     np.testing.assert_array_equal(np.isfinite(seen), armed)
     close = np.isclose(seen[armed], expected[armed], rtol=RTOL, atol=1e-3)
     assert close.mean() > 0.99
-    assert exceeded[[120, 121, 270, 271]].all() and not exceeded[280:].any()
+    assert exceeded[[120, 121, 270, 271]].all()
+    lasting = exceeded[270:350]
+    assert lasting[:patience].all() and lasting[: 2 * patience].sum() <= patience + 1
+    assert not lasting[2 * patience :].any()
+
+
+@pytest.mark.parametrize("gap", [6, 10, 16])
+def test_a_loss_that_leaves_a_constant_again_and_again_is_usual(gap):
+    losses = np.zeros(400)
+    losses[100::gap] = np.random.default_rng(0).uniform(0.3, 1.1, losses[100::gap].size)
+    losses[300:] = np.random.default_rng(1).uniform(0.1, 1.0, 100)  # Now every time.
+    exceeded = limits(LOSS, losses)[1]
+    assert exceeded[100] and exceeded[200:].sum() <= 2
+    losses[350] = 1e4
+    assert limits(LOSS, losses)[1][350]
 
 
 @pytest.mark.slow

@@ -117,8 +117,8 @@ def plan(
     limited = (state.restores >= settings.limit) & ~seen.poisoned
     refusal = jnp.where(limited, int(Refusal.LIMIT), 0)
     refusal = jnp.where(jnp.any(held), refusal, int(Refusal.NO_SNAPSHOT))
-    # Poison says nothing against the newest snapshot; what comes again after a
-    # roll-back does.
+    # Parameters that are not finite do not discredit the newest snapshot; trouble that
+    # comes back after a roll-back does.
     nth = jnp.where(seen.poisoned, 0, jnp.minimum(state.restores, jnp.sum(held) - 1))
     slot = jnp.argmax(jnp.cumsum(held) == nth + 1)
     old = state.from_init | (ages[0] < 0) | (ages[0] >= settings.every)

@@ -7,7 +7,7 @@ from jax.core import Tracer
 from ..._checks import require, require_count, require_steps
 from ...thresholds._base import Threshold, optional
 from ...thresholds._limits import nonfinite
-from ...thresholds._zscore import zscore
+from ...thresholds._rarity import rarity
 from .._base import Response, check_thresholds
 from ._machine import RollBackSettings, RollBackState, init_state
 
@@ -33,13 +33,13 @@ def roll_back(
 
     What a guard does about trouble, in this order:
 
-    | it lasts | response | what is lost |
+    | duration | response | what is lost |
     |---|---|---|
     | one step | `skip` refuses it | the batch |
     | `confirm_steps` risen losses | `back_off` cuts the learning rate | some progress |
     | `after` bad steps | `roll_back` | the steps since the snapshot |
-    | the same again, after `cooldown_steps` | the snapshot before that one | those |
-    | `limit` times without a new snapshot | it halts | until a person has looked |
+    | the same again, after `cooldown_steps` | the snapshot before that one | the steps since |
+    | `limit` times without a new snapshot | it halts | nothing: a person must look |
 
     A snapshot is a copy of parameters, inner state and the thresholds' statistics after
     a step. One is taken every `every` steps, from the first 20 calm ones on: none of
@@ -73,8 +73,9 @@ def roll_back(
 
     Args:
         *thresholds: What counts as bad besides rejected steps. None given means a loss
-            that is not finite or above `zscore(6.0)`, where `value=` is passed. A
-            threshold must refuse what lasts for more than `after` steps in a row.
+            that is not finite or above `rarity(margin=2.0, patience=after)`, where
+            `value=` is passed. A threshold must refuse what lasts for at least `after`
+            steps in a row.
         after: Bad steps in a row until a roll-back, >= 1.
         every: Steps from one snapshot to the next, > `hold_steps`.
         keep: Snapshots that are held, >= 2: the newest is on probation for
@@ -114,10 +115,11 @@ def roll_back(
         which restarted about 100 steps before a spike.
     """
     check_thresholds("roll_back", thresholds)
-    if not thresholds:
-        watched = nonfinite(of="value"), zscore(6.0, of="value")
-        thresholds = tuple(map(optional, watched))
     require_steps("after", after)
+    if not thresholds:
+        rule = rarity(margin=2.0, patience=after, of="value")
+        watched = nonfinite(of="value"), rule
+        thresholds = tuple(map(optional, watched))
     require_count("keep", keep, least=2)
     require_steps("hold_steps", hold_steps)
     require_steps("every", every)

@@ -26,7 +26,7 @@ from ...thresholds._signals import scalar_signal
 TRIES = 8  # Maximum number of looks at one step, each nearer than the last.
 NEARER = (0.01, 0.5)  # Smallest and largest factor on the part of the next look.
 BLIND = 0.1  # The factor if r is not finite.
-SAME, ALIKE = 0.05, 3  # Equal r: difference, and looks in a row, for a mismatch.
+SAME, ALIKE = 0.05, 3  # Tolerance on r, and equal looks in a row, for a mismatch.
 ROUNDING = 16  # Smallest change of a loss that is seen, in units in the last place.
 
 KINDS = ("forward", "hvp")

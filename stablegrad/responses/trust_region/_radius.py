@@ -72,7 +72,7 @@ def before_step(state: TrustRegionState, length) -> TrustRegionState:
     """Return the state before a step of `length`: a much longer one starts anew."""
     anew = jnp.isfinite(length) & (length > LONGER * state.own_length)
     known = jnp.where(anew, 0, state.probes_known)
-    # A state that was reset to zeros is no trap.
+    # A radius of 0, from a state reset to zeros, is no limit.
     radius = jnp.where(state.trust_radius > 0, state.trust_radius, NEVER)
     target = jnp.where(anew, FIRST_TARGET, state.trust_target)
     return state._replace(trust_radius=radius, probes_known=known, trust_target=target)
@@ -124,7 +124,7 @@ def after_probe(
     move = jnp.where(move > 0, move * (1 + won) / 2, move)
     # A step whose change cannot be seen is short enough to grow.
     move = jnp.where(found.known, move, jnp.where(found.blind, 1.0, 0.0))
-    # A radius far above the step shrinks from where it is felt.
+    # A radius far above the step shrinks from twice its length.
     felt = jnp.minimum(state.trust_radius, 2 * own_length)
     radius = jnp.where(move < 0, felt, state.trust_radius) * jnp.exp(GAIN * move)
     # If no part may be taken, the length is not the cause, and the radius stays.
