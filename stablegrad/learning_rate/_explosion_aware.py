@@ -1,4 +1,4 @@
-"""A base schedule and a back-off, joined: what the two explosion-aware schedules share."""
+"""A base schedule and a back-off, joined: shared by the explosion-aware schedules."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -44,9 +44,8 @@ def oracle(signals, share, window, margin, norm, patience=4):
         if not norm and spread <= 0:
             bound = np.inf
         near = np.clip(y - level, -bound, bound)
-        if not norm:
-            if not unusual or run == 0:
-                spread = 0.0 if seen == 0 else spread + w * (abs(near) - spread)
+        if not norm and (not unusual or run == 0):
+            spread = 0.0 if seen == 0 else spread + w * (abs(near) - spread)
         if run >= max(patience, 12):
             level, run = run_mean, 0
         else:

@@ -38,7 +38,7 @@ def roll_back(
     | one step | `skip` refuses it | the batch |
     | `confirm_steps` risen losses | `back_off` cuts the learning rate | some progress |
     | `after` bad steps | `roll_back` | the steps since the snapshot |
-    | the same again, after `cooldown_steps` | the snapshot before that one | the steps since |
+    | again, after `cooldown_steps` | the snapshot before that one | the steps since |
     | `limit` times without a new snapshot | it halts | nothing: a person must look |
 
     A snapshot is a copy of parameters, inner state and the thresholds' statistics after
