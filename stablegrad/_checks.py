@@ -110,6 +110,14 @@ def unseen_value(extra: dict[str, Any]) -> str:
     )
 
 
+def misspelt_value_fn(name: str) -> str:
+    """Return the warning for a keyword that resembles `value_fn`."""
+    return (
+        f"the step got `{name}=`, which this guard ignores, and no `value_fn=`, so no "
+        "step is probed. Is `value_fn=` meant?"
+    )
+
+
 def missing_value_fn(asker: str, name: str) -> ValueError:
     """Return the error for a step without what a probe needs."""
     return ValueError(

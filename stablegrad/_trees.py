@@ -1,4 +1,4 @@
-"""Pytrees of arrays: which leaves count, their names, selecting, placing."""
+"""Pytrees of arrays: which leaves count, their names, selecting."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
 def is_array(leaf) -> bool:
@@ -117,39 +116,6 @@ def strongly_typed(tree):
 def distinct(tree):
     """Copy every array, so that each has a buffer of its own and can be donated."""
     return jax.tree.map(jnp.array, tree)
-
-
-def placed_like(tree, params):
-    """Place arrays where the parameters are, replicated over the mesh of these.
-
-    A state on one device beside parameters on a mesh would compile a step twice. Arrays
-    that already live on the parameters' devices stay as they are. Nothing is placed
-    under tracing, or if the parameters are not arrays.
-    """
-    arrays = [
-        x
-        for x in jax.tree.leaves(params)
-        if isinstance(x, jax.Array) and not isinstance(x, Tracer)
-    ]
-    meshes = [x.sharding.mesh for x in arrays if isinstance(x.sharding, NamedSharding)]
-    if not meshes:
-        return tree
-    mesh = meshes[0]
-    # A compiled step returns replicated arrays with a spec of full rank if the mesh has
-    # explicit axes, and the state must have the same.
-    explicit = AxisType.Explicit in mesh.axis_types
-
-    def place(leaf):
-        if isinstance(leaf, Tracer) or not isinstance(leaf, jax.Array):
-            return leaf
-        spec, wanted = (), PartitionSpec()
-        if isinstance(leaf.sharding, NamedSharding) and leaf.sharding.mesh == mesh:
-            spec = wanted = leaf.sharding.spec
-        if explicit:
-            wanted = PartitionSpec(*spec, *(None,) * (leaf.ndim - len(spec)))
-        return jax.device_put(leaf, NamedSharding(mesh, wanted))
-
-    return jax.tree.map(place, tree)
 
 
 def floating_like(updates, like):

@@ -17,6 +17,7 @@ from .. import _checks, _trees
 from .._compiled import compiled
 from .._norms import OVERFLOW, Measurement, measure
 from .._packing import Packing
+from .._placing import placed_like
 from .._scales import scale_leaves
 from ..granularity._group_norms import (
     group_norms,
@@ -74,7 +75,7 @@ def transformation(
         numbers = packing(params).pack((init_readings(), start(params)))
         state = kind(*memory(params), {name: numbers})
         # Some optimizers start with one buffer in two places, which cannot be donated.
-        return _trees.placed_like(_trees.distinct(state), params)
+        return placed_like(_trees.distinct(state), params)
 
     def update_fn(updates, state, params=None, **extra):
         *kept, numbers = state

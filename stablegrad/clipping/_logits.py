@@ -11,6 +11,7 @@ from .. import _checks, _trees
 from .._checks import require
 from .._compiled import compiled
 from .._packing import Packing
+from .._placing import placed_like
 from ._base import ClippingState
 from ._readings import init_readings, next_readings
 
@@ -79,7 +80,7 @@ def clip_logits(
 
     def init_fn(params):
         state = ClippingState({NAME: packing.pack(init_readings())})
-        return _trees.placed_like(state, params)
+        return placed_like(state, params)
 
     def update_fn(updates, state, params=None, *, largest_logits=None, **extra):
         del extra

@@ -1,5 +1,6 @@
 """The decision on a step: signals to judgements, judgements to one verdict."""
 
+import difflib
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -24,6 +25,20 @@ class StepContext(NamedTuple):
     like: Any  # Its floating-point leaves select those of the other trees.
     extra: dict[str, Any]  # Further arguments, such as `value=`.
     axes: MappedAxes
+
+
+def overlooked(responses: tuple[Response, ...], extra: dict[str, Any]) -> str | None:
+    """Return the warning for a step whose loss, or probe, goes unseen; else None."""
+    every = (t for response in responses for t in response.thresholds)
+    watches = any(t.of == "value" and not t.required for t in every)
+    # With `value_fn=` alone, the trust region raises an error.
+    passed = {"value", "value_fn"} & extra.keys()
+    if watches and not passed:
+        return _checks.unseen_value(extra)
+    if "value_fn" in passed or not any(response.look_ahead for response in responses):
+        return None
+    alike = difflib.get_close_matches("value_fn", extra.keys() - passed, n=1)
+    return _checks.misspelt_value_fn(*alike) if alike else None
 
 
 def limits_of(

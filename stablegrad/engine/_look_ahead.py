@@ -210,9 +210,10 @@ def _checked(value_fn, axes: MappedAxes) -> Callable[[Any], Any]:
 
 
 def _resolution(loss) -> float:
-    """Return the relative unit in the last place of a loss, as it was computed."""
+    """Return the relative unit in the last place of a loss, float32's at least."""
+    least = float(jnp.finfo(jnp.float32).eps)
     dtype = jnp.asarray(loss).dtype
-    return float(jnp.finfo(dtype if _trees.is_inexact(loss) else jnp.float32).eps)
+    return max(least, float(jnp.finfo(dtype).eps)) if _trees.is_inexact(loss) else least
 
 
 def only_layers(responses: tuple[Response, ...]) -> LayerHealth | None:

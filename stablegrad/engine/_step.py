@@ -12,6 +12,7 @@ from .. import _checks, _trees
 from .._mapped_axes import MappedAxes, warn_of_replicas
 from .._norms import Measurement, measure
 from .._packing import Packed, Packing
+from .._placing import placed_like
 from ..responses._base import Response
 from ..responses._layers import LayerNumbers
 from ..responses._reasons import first_reason, gradient_reason
@@ -87,8 +88,8 @@ class GuardedStep:
             self._layers.init(params) if self._layers else (),
             _history.init_history(self._record_norms, len(names), len(limits)),
         )
-        state = _trees.placed_like(state, params)
-        statistics = _trees.placed_like(numbers[2], params)
+        state = placed_like(state, params)
+        statistics = placed_like(numbers[2], params)
         kept = self._roll_back.init(params, state.guarded_inner, statistics)
         state = state._replace(snapshots=kept)
         if type(params).__name__ == "_ParamsPlaceholder":
@@ -136,7 +137,7 @@ class GuardedStep:
     ) -> tuple[Any, GuardState]:
         if not self._axes.names:
             warn_of_replicas(extra.get("value"), updates)
-        self._warn_of_missing_value(extra)
+        self._warn_once(extra)
         like = updates if params is None else params
         updates = _trees.floating_like(updates, like)
         own_layout = describe(self._responses, self._statistics, like)
@@ -243,12 +244,9 @@ class GuardedStep:
             self._responses, inner, step, inner_state, states, judgements, verdict
         )
 
-    def _warn_of_missing_value(self, extra: dict[str, Any]) -> None:
-        """Warn once if a step brings no loss and a threshold could judge it."""
-        every = (t for response in self._responses for t in response.thresholds)
-        watches = any(t.of == "value" and not t.required for t in every)
-        # With `value_fn=` alone, the trust region raises an error.
-        passed = {"value", "value_fn"} & extra.keys()
-        if watches and not passed and not self._warned:
+    def _warn_once(self, extra: dict[str, Any]) -> None:
+        """Warn once if a step brings no loss that could be judged, or a wrong name."""
+        said = None if self._warned else _decide.overlooked(self._responses, extra)
+        if said:
             self._warned = True
-            warnings.warn(_checks.unseen_value(extra), stacklevel=2)
+            warnings.warn(said, stacklevel=2)

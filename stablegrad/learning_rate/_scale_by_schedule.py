@@ -5,8 +5,8 @@ import optax
 
 from .._compiled import compiled
 from .._norms import measure
+from .._placing import placed_like
 from .._scales import scale_leaves, uniform
-from .._trees import placed_like
 from ..responses._explosions import ExplosionSettings
 from ..thresholds._base import Threshold
 from ..thresholds._signals import is_outgoing

@@ -19,8 +19,8 @@ def filled(like: Any, given: Any, asker: str) -> Any:
 
     Raise ValueError if a name is missing or too many, or a shape or dtype differs.
     """
-    wanted = named(like)
-    found = named(without_variables(given))
+    wanted = by_path(like)
+    found = by_path(without_variables(given))
     if found.keys() != wanted.keys():
         raise ValueError(
             f"`{asker}` got a state of another optimizer, or of other parameters: "
@@ -31,22 +31,23 @@ def filled(like: Any, given: Any, asker: str) -> Any:
     for name, leaf in wanted.items():
         if _kind(leaf) != _kind(found[name]):
             raise ValueError(
-                f"`{asker}` needs {name} as {_kind(leaf)}, got {_kind(found[name])}."
+                f"`{asker}` needs {'.'.join(name)} as {_kind(leaf)}, got "
+                f"{_kind(found[name])}. Where only the dtypes differ, build the inner "
+                "optimizer for them, for example with `mu_dtype=`."
             )
     leaves = [jnp.asarray(found[name]) for name in wanted]
     return jax.tree.structure(like).unflatten(leaves)
 
 
-def named(tree: Any) -> dict[str, Any]:
-    """Return the leaves by name, as `0.mu.dense.kernel`, in the order of the tree."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    named = {}
-    for path, leaf in leaves:
-        words = [jax.tree_util.keystr((key,), simple=True) for key in path]
+def by_path(tree: Any) -> dict[tuple[str, ...], Any]:
+    """Return the leaves by their paths in words, in the order of the tree."""
+    found = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        words = tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
         # The array of a variable of Flax NNX.
         words = words[:-1] if words and words[-1] == "value" else words
-        named[".".join(words)] = leaf
-    return named
+        found[words] = leaf
+    return found
 
 
 def _kind(leaf) -> str:
@@ -56,7 +57,7 @@ def _kind(leaf) -> str:
 def _differing(wanted, found) -> str:
     def listed(names) -> str:
         more = ", ..." if len(names) > _SHOWN else ""
-        return ", ".join(names[:_SHOWN]) + more
+        return ", ".join(map(".".join, names[:_SHOWN])) + more
 
     missing = [name for name in wanted if name not in found]
     extra = [name for name in found if name not in wanted]

@@ -10,6 +10,7 @@ from jax.core import Tracer
 
 from .. import _trees
 from .._packing import Packed
+from .._placing import placed_like
 from ..engine._step import GuardState
 
 Refill = Callable[[GuardState], Packed]  # A guard's fresh state -> its numbers.
@@ -37,7 +38,7 @@ def rebuilt(fresh: Any, unguarded: Any, refill: Refill, params: Any) -> Any:
         params: Where they are, the state goes.
     """
     leaves = iter(jax.tree.leaves(unguarded))
-    return _trees.placed_like(_put(fresh, leaves, refill), params)
+    return placed_like(_put(fresh, leaves, refill), params)
 
 
 def _put(fresh: Any, leaves: Iterator, refill: Refill) -> Any:

@@ -154,8 +154,9 @@ class LayerHealth(NamedTuple):
         """Return init, limit and update of `rarity` for all rows."""
         family = rarity(self.share, window=self.window, margin=self.margin).family
         assert family is not None
+        share, window, margin, patience, _ = family.settings
         is_norm = np.repeat([float(x != "cosine") for x in self.signals], groups)
-        settings = (self.share, self.window, self.margin, is_norm)
+        settings = (share, window, margin, patience, is_norm)
         return family.build(
             tuple(
                 jnp.broadcast_to(jnp.asarray(x, jnp.float32), is_norm.shape)

@@ -1,5 +1,6 @@
 """The comparison: train every candidate, and rank the results."""
 
+import numbers
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ def compare(
     params: Any,
     data: Any,
     candidates: Any,
-    learning_rates: Sequence[float] = RATES,
+    learning_rates: float | Sequence[float] = RATES,
     seeds: int | Iterable[int] = 1,
     steps: int = 1000,
     *,
@@ -99,12 +100,14 @@ def compare(
     Reference:
         LR sensitivity: Wortsman et al. (2023), https://arxiv.org/abs/2309.14322.
     """
+    if isinstance(learning_rates, numbers.Real):
+        learning_rates = (learning_rates,)
     rates = tuple(map(float, learning_rates))
     positive = lambda x: len(x) > 0 and all(0 < rate < np.inf for rate in x)
     _checks.require("learning_rates", rates, "finite rates > 0", positive)
-    if isinstance(seeds, int):
-        _checks.require_count("seeds", seeds)
-        seeds = range(seeds)
+    if isinstance(seeds, numbers.Integral):
+        _checks.require_count("seeds", int(seeds))
+        seeds = range(int(seeds))
     seeds = tuple(map(int, seeds))
     distinct = lambda x: len(x) > 0 and len(set(x)) == len(x) and min(x) >= 0
     _checks.require("seeds", seeds, "different integers >= 0", distinct)

@@ -56,6 +56,22 @@ class Frozen(eqx.Module):
 MODEL = Frozen(jnp.ones((2, 1)), jnp.array([[3]]), jax.nn.tanh, False, 0.5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_probe_calls_the_loss_with_the_whole_model(compiled):
+    tx = sg.stabilize(optax.sgd(100.0))
+    loss_fn = lambda model: jnp.mean((model(jnp.ones((4, 2))) - 0.2) ** 2)
+
+    def step(model, state):
+        loss, grads = eqx.filter_value_and_grad(loss_fn)(model)
+        return sg.apply(tx, grads, state, model, value=loss, value_fn=loss_fn)
+
+    step = eqx.filter_jit(step) if compiled else step
+    model, state = step(MODEL, tx.init(eqx.filter(MODEL, eqx.is_inexact_array)))
+    assert sg.metrics(state)["trust_cuts"] == 1
+    assert loss_fn(model) < loss_fn(MODEL)
+
+
 @pytest.mark.parametrize("guarded", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_apply_leaves_what_has_no_gradient_as_it_was(guarded):
     tx = optax.adam(0.1)

@@ -100,6 +100,21 @@ def test_a_foreign_state_is_an_error_that_names_the_leaves(given, said):
         sg.adopt(sg.stabilize(optax.adamw(0.1)), params, given(params))
 
 
+def test_names_that_join_to_the_same_text_are_told_apart():
+    params = {"a.b": jnp.ones(2), "a": {"b": jnp.ones(3)}}
+    inner = optax.adam(0.1).init(params)
+    adopted = sg.adopt(sg.stabilize(optax.adam(0.1)), params, inner)
+    chex.assert_trees_all_equal(sg.unwrap(adopted), inner)
+
+
+def test_widened_moments_are_an_error_that_names_the_cure():
+    params = {"w": jnp.ones(2, jnp.bfloat16)}
+    wide = optax.adam(0.1, mu_dtype=jnp.float32)
+    with pytest.raises(ValueError, match="mu_dtype="):
+        sg.adopt(sg.stabilize(optax.adam(0.1)), params, wide.init(params))
+    sg.adopt(sg.stabilize(wide), params, wide.init(params))
+
+
 def test_poisoned_parameters_are_not_adopted():
     params, inner = trained(optax.sgd(0.1))
     params["b"] = params["b"].at[1].set(jnp.nan)

@@ -486,3 +486,14 @@ def test_by_default_losses_that_have_come_before_are_no_trouble():
     comes = rng.random(600) < np.linspace(-0.1, 1.2, 600)
     losses = np.where(comes, rng.uniform(0.2, 1.0, 600), 0).astype(np.float32)
     assert default_roll_backs(losses).size == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("memory", ["device", "pinned_host"])
+def test_committed_parameters_compile_a_step_once(memory):
+    tx = sg.stabilize(optax.adam(0.1), sg.roll_back(memory=memory))
+    params = jax.device_put(jax.tree.map(jnp.array, PARAMS), jax.devices()[0])
+    state, step = tx.init(params), stepper(tx)
+    for _ in range(3):
+        params, state = step(params, state, 1.0, 1.0)
+    assert step._cache_size() == 1

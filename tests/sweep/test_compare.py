@@ -324,6 +324,12 @@ def test_guards_tell_what_they_skipped_and_the_plateau_sees_the_validation_loss(
 
 
 @pytest.mark.slow
+def test_one_rate_and_a_number_of_seeds_may_be_numpys():
+    seen = compare("sgd", learning_rates=np.float64(0.1), seeds=np.int64(2))
+    assert seen.row("sgd").rates == (0.1,) and seen.seeds == (0, 1)
+
+
+@pytest.mark.slow
 def test_one_broken_seed_counts_with_its_loss_before_training():
     def start(key):  # Of one seed, so far out that its loss overflows later on.
         first = jax.random.key_data(key)[1] == 1

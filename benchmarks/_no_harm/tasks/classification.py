@@ -8,6 +8,8 @@ from ..networks import accuracy, cross_entropy, digits, draw_digits, forward, ml
 from ..task import Start, Task, single, supervised
 
 SIZES = (64, 64, 10)
+DEEP = (64, 64, 64, 64, 10)
+PARITY_INPUTS = 16
 RARE_SHARE, RARE_WEIGHT = 0.02, 25.0
 
 
@@ -96,6 +98,49 @@ def log_distance(world, data):
     return jnp.log10(jnp.linalg.norm(world.params["model"]["w"] - data["truth"]))
 
 
+def begin_sigmoid(key) -> Start:
+    """Three hidden layers of sigmoids: at first the loss rests at that of a guess."""
+    data_key, init_key = jax.random.split(key)
+    return Start({"model": mlp(init_key, DEEP, gain=1.0)}, digits(data_key))
+
+
+def sigmoid_loss(params, batch):
+    """Cross-entropy of a batch."""
+    x, y = batch
+    return cross_entropy(forward(params, x, jax.nn.sigmoid), y)
+
+
+def log_sigmoid_loss(world, data):
+    """Decimal logarithm of the loss on all training data."""
+    full = data["x"], data["y"]
+    return jnp.log10(sigmoid_loss(world.params["model"], full))
+
+
+def begin_parity(key) -> Start:
+    """A network with one hidden layer; the task has no data of its own."""
+    return Start({"model": mlp(key, (PARITY_INPUTS, 64, 1), gain=1.0)})
+
+
+def draw_parity(data, key, t):
+    """Signs, and the product of the first three: nothing is learned from two."""
+    x = jax.random.rademacher(key, (32, PARITY_INPUTS), jnp.float32)
+    return x, jnp.prod(x[:, :3], -1)
+
+
+def parity_loss(params, batch):
+    """Logistic loss of a batch."""
+    x, y = batch
+    return jnp.mean(jax.nn.softplus(-y * forward(params, x)[:, 0]))
+
+
+def parity_accuracy(world, data):
+    """On 1,024 fresh inputs."""
+    keys = jax.random.split(jax.random.key(7), 32)
+    x, y = jax.vmap(lambda key: draw_parity(None, key, 0))(keys)
+    right = forward(world.params["model"], x)[..., 0] * y > 0
+    return jnp.mean(right.astype(jnp.float32))
+
+
 def tasks() -> list[Task]:
     """This family."""
 
@@ -156,4 +201,26 @@ def tasks() -> list[Task]:
         step=supervised(draw_heavy, absolute_error),
         score=log_distance,
     )
-    return [clean, noisy, tiny, whole, edge, rare, heavy]
+    sigmoid = whole._replace(
+        name="sigmoid-plateau",
+        kind="plateau at the start",
+        goal=-1.5,
+        steps=6000,
+        optimizers=single(lambda: optax.sgd(0.3)),
+        begin=begin_sigmoid,
+        step=supervised(draw_digits(32), sigmoid_loss),
+        score=log_sigmoid_loss,
+    )
+    parity = Task(
+        "parity-plateau",
+        "plateau at the start",
+        "accuracy on fresh inputs",
+        higher=True,
+        goal=0.98,
+        steps=6000,
+        optimizers=single(lambda: optax.sgd(0.1)),
+        begin=begin_parity,
+        step=supervised(draw_parity, parity_loss),
+        score=parity_accuracy,
+    )
+    return [clean, noisy, tiny, whole, edge, rare, heavy, sigmoid, parity]

@@ -68,8 +68,10 @@ def roll_back(
 
     Each snapshot takes as much memory as parameters and inner state: with Adam in
     float32, `keep` times 12 bytes a parameter. "pinned_host" keeps them in the host's
-    memory, and costs a transfer when one is taken or restored. Other steps pay for one
-    loop of no turn, which makes an accelerator's host wait, as a condition does.
+    memory, and costs a transfer when one is taken or restored; commit the parameters to
+    their device first, by `jax.device_put`, or the second step compiles anew. Other
+    steps pay for one loop of no turn, which makes an accelerator's host wait, as a
+    condition does.
 
     Args:
         *thresholds: What counts as bad besides rejected steps. None given means a loss

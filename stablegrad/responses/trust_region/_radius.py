@@ -2,12 +2,13 @@
 
     log R  moves by  0.3 clip(target - r, -1, 1)   at each probe, slower while growing
                                                    where the loss does not fall
-    target moves by  0.03 balance                  at each probe, within [0, 2]
+    target moves by  0.03 balance                  at each probe, within [0.2, 2]
 
 There is no region of rest: R grows while r is below the target, which rises while the
 loss falls and sinks where gains on own batches are not real (see `_progress`). So a
 healthy run, at the edge of stability too, raises the target above its own r and is soon
 free of an early cut; steps too long for the noise lower it until the loss falls again.
+On a plateau no length helps: steps of a small r are left alone.
 """
 
 from typing import NamedTuple
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from ..._norms import LARGEST
-from ..._trees import count_if
+from ..._trees import count_if, increment
 from ._probe import Look, ratio
 from ._progress import Progress, after_gain, after_loss, balance, init_progress
 
@@ -24,6 +25,7 @@ DENSE = 5  # The first probes, one a step: R has to be found.
 DECAY = 0.8  # Weight of the past in averages over probes: five of them.
 GAIN = 0.3  # Of log R for r: a probe moves R by a third at most.
 FIRST_TARGET = 1 / 2  # The minimum along the step.
+LEAST_TARGET = 0.2  # Two fifths of the way to that minimum are never too long.
 PACE = 0.03  # Of the target for `balance`: it passes 1 after 17 good probes.
 LONGER = 4.0  # Times the last step: where R has to be found anew.
 ACCEPT = 1 / 2  # Largest r of the first step; one that is shortened aims at half of it.
@@ -38,13 +40,14 @@ class TrustRegionState(NamedTuple):
     trust_probes: jax.Array  # int32: probes made, each a forward pass at least.
     trust_cuts: jax.Array  # int32: steps that a probe shortened at once.
     trust_mismatch: jax.Array  # bool: gradients are not those of `value`.
-    trust_target: jax.Array  # float32 in [0, 2]: the r that R aims at.
+    trust_target: jax.Array  # float32 in [0.2, 2]: the r that R aims at.
     own_length: jax.Array  # float32: length of the optimizer's last step.
     mean_excess: jax.Array  # float32: over probes, for steps as long as the last.
     mean_slope: jax.Array  # float32: over probes, for steps as long as the last.
     progress: Progress
     steps_tried: jax.Array  # int32: steps with a length.
     probes_known: jax.Array  # int32: probes with a finite result that descend.
+    probes_blind: jax.Array  # int32: in a row, whose promise drowns in rounding.
 
 
 def init_radius() -> TrustRegionState:
@@ -53,7 +56,7 @@ def init_radius() -> TrustRegionState:
     none, zero = jnp.zeros((), jnp.int32), number(0.0)
     shown = (number(NEVER), zero, number(1.0), none, none, jnp.zeros((), bool))
     averages = (number(FIRST_TARGET), zero, zero, zero)
-    return TrustRegionState(*shown, *averages, init_progress(), none, none)
+    return TrustRegionState(*shown, *averages, init_progress(), none, none, none)
 
 
 def readings(state: TrustRegionState) -> dict[str, jax.Array]:
@@ -72,16 +75,23 @@ def before_step(state: TrustRegionState, length) -> TrustRegionState:
     """Return the state before a step of `length`: a much longer one starts anew."""
     anew = jnp.isfinite(length) & (length > LONGER * state.own_length)
     known = jnp.where(anew, 0, state.probes_known)
+    blind = jnp.where(anew, 0, state.probes_blind)
     # A radius of 0, from a state reset to zeros, is no limit.
     radius = jnp.where(state.trust_radius > 0, state.trust_radius, NEVER)
     target = jnp.where(anew, FIRST_TARGET, state.trust_target)
-    return state._replace(trust_radius=radius, probes_known=known, trust_target=target)
+    return state._replace(
+        trust_radius=radius,
+        trust_target=target,
+        probes_known=known,
+        probes_blind=blind,
+    )
 
 
 def is_due(state: TrustRegionState, every) -> jax.Array:
     """Return whether this step is probed: half as often while R does not bind."""
     interval = jnp.where(binds(state), every, 2 * every)
-    due = (state.probes_known < DENSE) | (state.steps_tried % interval == 0)
+    dense = (state.probes_known < DENSE) & (state.probes_blind < DENSE)
+    due = dense | (state.steps_tried % interval == 0)
     return due & ~state.trust_mismatch
 
 
@@ -118,7 +128,7 @@ def after_probe(
     r = jnp.where(slope < 0, ratio(excess, slope), beyond)
 
     won = balance(state.progress, state.steps_tried)
-    target = jnp.clip(state.trust_target + PACE * won, 0.0, 2.0)
+    target = jnp.clip(state.trust_target + PACE * won, LEAST_TARGET, 2.0)
     target = jnp.where(found.known, target, state.trust_target)
     move = jnp.clip(target - r, -1.0, 1.0)
     move = jnp.where(move > 0, move * (1 + won) / 2, move)
@@ -135,6 +145,7 @@ def after_probe(
     radius = jnp.where(mismatch, NEVER, jnp.clip(radius, 1e-30, NEVER))
     shorter = jnp.minimum(1.0, radius / (length * found.part))
     gain = jnp.where(alarm, jnp.nan, -(found.excess + found.slope))
+    unseen = found.blind & found.accepted
     progress = after_gain(
         state.progress, gain, state.probes_known, state.steps_tried, every
     )
@@ -150,6 +161,7 @@ def after_probe(
             mean_slope=slope * shorter,
             progress=progress,
             probes_known=count_if(found.known & (found.slope < 0), state.probes_known),
+            probes_blind=jnp.where(unseen, increment(state.probes_blind), 0),
         ),
         alarm,
     )

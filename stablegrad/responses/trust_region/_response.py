@@ -42,7 +42,7 @@ def trust_region(
     radius R, and each probe moves R and the r that it aims at:
 
         |step_t| = min(|d_t|, R)
-        target  <- clip(target + 0.03 balance, 0, 2),  1/2 at first
+        target  <- clip(target + 0.03 balance, 0.2, 2),  1/2 at first
         log R   <- log R + 0.3 clip(target - r, -1, 1),  rises times (1 + balance) / 2,
                    falls from 2 |d_t| at most
         balance  = (D - 0.05 G) / (|D| + 0.05 G + error)
@@ -51,8 +51,9 @@ def trust_region(
     deviation by noise, and G the mean fall that a step causes on its own batch. While
     the loss falls, the target rises above the r of healthy steps, and a cut is soon
     forgotten. Where less than a twentieth of what steps gain on their own batch is
-    real, steps are too long for the noise, and the target sinks. A jump of the loss, as
-    after a change of the data, counts neither way.
+    real, steps are too long for the noise, and the target sinks, to 0.2 at least: on a
+    plateau, steps of a small r are left alone. A jump of the loss, as after a change of
+    the data, counts neither way.
 
     The first five steps are probed, then every `every`-th, and half as often while R
     does not bind. A step that would double the loss, or make it nan or inf, is

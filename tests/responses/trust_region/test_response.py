@@ -809,3 +809,32 @@ def test_stabilize_rests_without_a_value_fn():
     # What it takes is what all other responses leave, and that is not enough.
     np.testing.assert_array_equal(rests["lr_scale"], rests["back_off_scale"])
     assert not losses[-1] < quadratic(START)
+
+
+@pytest.mark.slow
+def test_float64_losses_are_resolved_as_float32(x64):
+    rows = np.random.default_rng(0).normal(size=(64, 8))
+    target = np.random.default_rng(1).normal(size=64)
+    loss_fn = lambda params: jnp.mean((rows @ params - target) ** 2) + 100
+    warm_up = lambda count: 0.3 * jnp.minimum((count + 1) / 500, 1.0) ** 3
+    tx = sg.stabilize(optax.sgd(warm_up))
+
+    def step(carry, _):
+        params, state = carry
+        loss, grads = jax.value_and_grad(loss_fn)(params)
+        return sg.apply(tx, grads, state, params, value=loss, value_fn=loss_fn), loss
+
+    start = jnp.zeros(8, jnp.float64)
+    run = jax.jit(lambda carry: jax.lax.scan(step, carry, None, length=1000))
+    (_, state), losses = run((start, tx.init(start)))
+    least = np.linalg.lstsq(rows, target)[1][0] / 64 + 100
+    assert losses[-1] - least < 1e-3 and not sg.metrics(state)["trust_mismatch"]
+
+
+def test_a_misspelt_value_fn_warns_once():
+    tx = sg.stabilize(optax.sgd(0.1))
+    state, extra = tx.init(START), {"value": 1.0, "value_func": quadratic}
+    with pytest.warns(UserWarning, match=r"got `value_func=`.*Is `value_fn=` meant"):
+        tx.update(START, state, START, **extra)
+    tx.update(START, state, START, **extra)
+    tx.update(START, state, START, value=1.0, batch_id=jnp.int32(3))
