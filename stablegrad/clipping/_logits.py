@@ -147,7 +147,7 @@ def _clipped(updates, params, gammas: dict[str, jax.Array], powers) -> Any:
 
 def _place(name: str, gammas, powers) -> tuple[str, float] | None:
     """Return the attention that a leaf belongs to, and its power of gamma."""
-    for attention in gammas:
+    for attention in sorted(gammas, key=len, reverse=True):
         inside = name.removeprefix(f"{attention}.") if attention else name
         if inside == name and attention:
             continue

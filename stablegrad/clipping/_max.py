@@ -109,6 +109,7 @@ def _published(decay, reset_every: int) -> optax.GradientTransformationExtraArgs
         steps, total = _trees.increment(steps), _trees.increment(total)
         running = decay * running + (1 - decay) * largest
         limit = running * _moments.correction(decay, steps)
+        limit = jnp.where(largest > 0, limit, jnp.inf)  # Nothing to clip.
         factors = limit / largest
         clipped = _elements.scale_above(updates, limit, factors)
         if reset_every:

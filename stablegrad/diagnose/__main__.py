@@ -7,7 +7,7 @@ The function takes nothing and returns the arguments of `stablegrad.diagnose`: a
 import argparse
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--figure", type=Path, help="write the profile by depth")
     options = parser.parse_args(argv)
     try:
-        arguments = _arguments(options.target)
+        function = _function(options.target)
     except (ImportError, AttributeError, ValueError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
+    arguments = _arguments(function())
     if options.steps is not None:
         arguments["steps"] = options.steps
     report = diagnose(**arguments)
@@ -40,16 +41,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(report.severity == "critical")
 
 
-def _arguments(target: str) -> dict[str, Any]:
-    """Call `module:function`, from the current folder too."""
+def _function(target: str) -> Callable[[], Any]:
+    """Return the function of `module:function`, from the current folder too."""
     module, colon, name = target.partition(":")
     if not (module and colon and name):
         raise ValueError(f"the target must be module:function, got {target!r}")
     if "" not in sys.path:
         sys.path.insert(0, "")
-    found = getattr(importlib.import_module(module), name)()
+    return getattr(importlib.import_module(module), name)
+
+
+def _arguments(found: Any) -> dict[str, Any]:
+    """Return the arguments of `diagnose` by name, or raise TypeError."""
     if isinstance(found, dict):
         return found
+    if not isinstance(found, tuple | list) or len(found) not in (3, 4):
+        raise TypeError(
+            "the function must return (loss_fn, params, batch), the same and tx, or a "
+            f"dict of arguments by name; got {type(found).__name__}"
+            + (f" of {len(found)}." if isinstance(found, tuple | list) else ".")
+        )
     return dict(zip(("loss_fn", "params", "batch", "tx"), found, strict=False))
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from . import _taps
 
 MOST_SHARDS = 8
+ODD_ROW = 20.0  # Times the median row.
 NAN = math.nan
 
 
@@ -23,7 +24,7 @@ class BatchFacts:
     losses: tuple[float, ...] = ()
     norms: tuple[float, ...] = ()  # Of the shards' gradients.
     noise_scale: float = NAN  # In examples: B_simple of McCandlish et al.
-    input_rms: float = NAN  # Largest of the floating-point arrays.
+    array_rms: tuple[float, ...] = ()  # Of each floating-point array: inputs, targets.
     bad_rows: tuple[int, ...] = ()  # Examples with a nan or inf.
     odd_rows: tuple[int, ...] = ()  # Examples far larger than the others.
     odd_ratio: float = NAN  # Of the largest row's RMS to the median's.
@@ -100,7 +101,10 @@ def facts(loss, params, frozen, batch) -> BatchFacts:
     if found.examples:
         _read_rows(found, row_sizes(batch))
     if count:
-        run = shard_gradients(loss, params, frozen, batch, count)
+        try:
+            run = shard_gradients(loss, params, frozen, batch, count)
+        except (TypeError, ValueError, IndexError):  # It takes this many examples only.
+            return found
         losses, norms, mean = jax.device_get(run)
         found.losses = tuple(map(float, losses))
         found.norms = tuple(map(float, norms))
@@ -124,7 +128,4 @@ def _read_rows(found: BatchFacts, sizes: list[Any]) -> None:
             ratios.append(float(ratio.max()))
             odd |= set(np.flatnonzero(ratio > ODD_ROW).tolist())
     found.bad_rows, found.odd_rows = tuple(sorted(bad)), tuple(sorted(odd))
-    found.odd_ratio, found.input_rms = max(ratios), max(rms_of_all, default=NAN)
-
-
-ODD_ROW = 20.0  # Times the median row.
+    found.odd_ratio, found.array_rms = max(ratios), tuple(rms_of_all)

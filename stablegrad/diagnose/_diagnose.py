@@ -30,10 +30,12 @@ def diagnose(
 ) -> Report:
     """Find the layers that explode, vanish, die or saturate, why, and what to do.
 
-    The loss is traced once. Layers are the operations that combine data with a
-    parameter, in forward order, named after the parameter; so that Flax NNX, Linen,
-    Equinox and plain functions need no change, nor do models under `jax.jit`,
-    `jax.vmap`, `jax.checkpoint` or `jax.lax.scan`. With z the result of a layer, f its
+    The loss is traced once for each function object, so what it reads besides its
+    arguments is constant, and once more on parts of the batch, which is left out of the
+    report where it takes whole batches only. Layers are the operations that combine
+    data with a parameter, in forward order, named after the parameter; so that Flax
+    NNX, Linen, Equinox and plain functions need no change, nor do models under
+    `jax.jit`, `jax.vmap`, `jax.checkpoint` or `jax.lax.scan`. With z the result of a layer, f its
     activation and W the weights of the layer that takes f(z),
 
         chi = rms(dL/dz)^2 / rms(dL/dz')^2,  in theory  fan_out rms(W)^2 E[f'(z)^2]

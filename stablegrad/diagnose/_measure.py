@@ -15,8 +15,11 @@ Statistics = dict[str, dict[str, jax.Array]]
 
 
 def key_of(site: Site, what: str) -> str:
-    """Name what is measured at a site: "out", "in", "weight" and others."""
-    return "/".join([*(f"{place:06d}" for place in site.path), what])
+    """Name what is measured at a site: "out", "in", "weight" and others.
+
+    Two sites of different kinds may share a value: a layer, and a scale behind it.
+    """
+    return "/".join([*(f"{place:06d}" for place in site.path), site.kind, what])
 
 
 class Instrument:

@@ -71,14 +71,14 @@ class Report:
         """Return the same as JSON, and write it to `path` if one is given."""
         text = json.dumps(self.to_dict(), indent=1, allow_nan=False)
         if path is not None:
-            Path(path).write_text(text)
+            Path(path).write_text(text, encoding="utf-8")
         return text
 
     def to_html(self, path: str | Path | None = None) -> str:
         """Return a page without outside references, and write it to `path`."""
         page = _html.page(self)
         if path is not None:
-            Path(path).write_text(page)
+            Path(path).write_text(page, encoding="utf-8")
         return page
 
     def figure(self) -> Any:

@@ -108,6 +108,8 @@ def text(report: "Report") -> str:
 def summary(report: "Report") -> str:
     """Return the counts of verdicts."""
     causes, rest = len(report.causes), len(report.verdicts) - len(report.causes)
+    if not report.layers:
+        return "no layer found: does the loss take the batch as an argument?"
     if not report.verdicts:
         return "within usual limits"
     words = [f"{causes} finding{'s' * (causes != 1)}"] if causes else []

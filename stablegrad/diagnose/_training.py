@@ -64,7 +64,9 @@ def constants(tx, params) -> jax.Array:
     one, two = moments_in(after), moments_in(last)
     if one is None:
         return jnp.full(3, jnp.nan)
-    first = lambda tree: jnp.ravel(jax.tree.leaves(tree)[0])[0].astype(jnp.float32)
+    first = lambda tree: next(
+        x.ravel()[0] for x in jax.tree.leaves(tree) if x.size
+    ).astype(jnp.float32)
     ratio = first(large) / first(small)
     epsilon = jnp.maximum(1e-4 * (ratio - 1) / (100.0 - ratio), 0.0)
     b1, b2 = first(two.mu) / first(one.mu), first(two.nu) / first(one.nu)
@@ -205,7 +207,10 @@ def _try_labels(found: TrainingFacts, run, loss, data, scale: float) -> None:
     half = examples // 2
     halves = [[jnp.asarray(x)[k : 2 * half : 2] for x in leaves] for k in (0, 1)]
     trained_on = structure.unflatten([x[None] for x in halves[0]])
-    *_, after = run(trained_on, scale)
+    try:
+        *_, after = run(trained_on, scale)
+    except (TypeError, ValueError, IndexError):  # The loss takes whole batches only.
+        return
     chance = np.random.default_rng(0)
     orders = np.stack([chance.permutation(half) for _ in range(SHUFFLES)])
     for pair, name in zip(halves, ("labels_seen", "labels_unseen"), strict=True):

@@ -32,7 +32,8 @@ def draw(history) -> Any:
     )
     figure.colorbar(image, ax=heat, label="norm by its median, log10", pad=0.01)
     named = range(0, leaves, -(-leaves // MOST_NAMES) or 1)
-    heat.set_yticks(named, [history.leaves[i] for i in named], fontsize="x-small")
+    names = [history.leaves[i].replace("$", r"\$") for i in named]
+    heat.set_yticks(named, names, fontsize="x-small")
     title = "gradient norm of each leaf; black: not finite; above: events"
     heat.set_title(title, fontsize="medium", pad=10)
     steps = history.steps

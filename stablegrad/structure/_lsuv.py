@@ -74,11 +74,14 @@ def lsuv(
             f"{', '.join(places)}."
         )
     for layer, name in enumerate(order):
+        place, distance = places[name], float("inf")
         for _ in range(max_iterations):
             deviation = float(measured[layer])
             if not 0 < deviation < float("inf") or abs(deviation - 1) < tolerance:
                 break
-            place = places[name]
+            if abs(deviation - 1) > 0.9 * distance:  # The bias makes the rest.
+                break
+            distance = abs(deviation - 1)
             leaves[place] = jax.tree.map(
                 lambda x, divisor=deviation: (x / divisor).astype(x.dtype),
                 leaves[place],

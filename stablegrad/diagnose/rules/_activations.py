@@ -66,13 +66,27 @@ def saturated(facts: Facts) -> Iterator[Verdict]:
                 remedy="Bring what enters the activation to an RMS of 1: normalise "
                 f"it, or multiply {layer.leaf} and its bias by {factor:.3g}.",
                 formula=f"W <- W / rms(W x + b) = W / {layer.rms:.3g}",
-                code=f"nnx.LayerNorm after {layer.name}, or params["
-                f"{layer.leaf!r}] *= {factor:.3g}",
+                code=f"nnx.LayerNorm after {layer.name}, or "
+                f"params{_keys(layer.leaf)} *= {factor:.3g}",
                 change={"multiply": {layer.leaf: factor}, "zero_bias": layer.leaf},
             )
 
 
-_SYMPTOMS = ("vanishing", "exploding", "rank_collapse", "rate", "updates", "epsilon")
+def _keys(name: str) -> str:
+    """Return the keys of a leaf, such as `['dense'][0]`, as code."""
+    parts = (int(part) if part.isdigit() else part for part in name.split("."))
+    return "".join(f"[{part!r}]" for part in parts)
+
+
+_SYMPTOMS = (
+    "no_gradient",
+    "vanishing",
+    "exploding",
+    "rank_collapse",
+    "rate",
+    "updates",
+    "epsilon",
+)
 RULES = (
     Rule("dead_units", "Do units never react?", dead_units, _SYMPTOMS, forward=True),
     Rule("saturated", "Do activations saturate?", saturated, _SYMPTOMS, forward=True),

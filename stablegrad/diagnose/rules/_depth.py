@@ -162,6 +162,26 @@ def _through(facts: Facts, rule: str, sign: int) -> Iterator[Verdict]:
         )
 
 
+def no_gradient(facts: Facts) -> Iterator[Verdict]:
+    """Every element of the gradient is exactly zero."""
+    roots = [numbers["gradient"] for numbers in facts.parameters.values()]
+    if not math.isfinite(facts.loss) or not roots or any(root != 0 for root in roots):
+        return
+    yield Verdict(
+        rule="no_gradient",
+        severity="critical",
+        layer="",
+        finding="The gradient of every parameter is exactly zero.",
+        evidence={"gradient": 0.0},
+        threshold="0",
+        source="no step of any optimizer that follows the gradient moves a parameter",
+        remedy="Let the loss depend on the parameters: look for `stop_gradient`, "
+        "rounding, a clamp that holds every example, or weights of zeros.",
+        formula="|dL/dW| > 0",
+        code="jax.grad(loss_fn)(params, batch)",
+    )
+
+
 CAUSES = (
     Rule(
         "gain",
@@ -182,6 +202,12 @@ CAUSES = (
     ),
 )
 SYMPTOMS = (
+    Rule(
+        "no_gradient",
+        "Does any parameter have a gradient?",
+        no_gradient,
+        ("vanishing", "rank_collapse", "updates", "epsilon", "noise"),
+    ),
     Rule(
         "exploding",
         "Does the gradient grow with depth?",

@@ -20,7 +20,7 @@ def _leaves(facts: Facts, numbers) -> list[tuple[str, float]]:
 
 def rate(facts: Facts) -> Iterator[Verdict]:
     found = facts.training
-    if found is None or not found.losses or found.calm_scale == 0:
+    if found is None or not found.losses or not np.isfinite(found.untrained).all():
         return
     losses = np.asarray(found.losses)
     finite = bool(np.isfinite(losses).all())
@@ -29,10 +29,12 @@ def rate(facts: Facts) -> Iterator[Verdict]:
     if found.calm_scale < 1:
         scale, peak = found.calm_scale, float(losses.max()) if finite else math.inf
         evidence |= {"peak": peak, "calm_scale": scale}
-        what = (
-            f"within {steps} steps the loss goes from {start:.3g} to {peak:.3g}; the "
-        )
-        what += f"same steps at {scale:g} of the rate do not raise it"
+        what = f"within {steps} steps the loss goes from {start:.3g} to {peak:.3g}; "
+        if scale > 0:
+            what += f"the same steps at {scale:g} of the rate do not raise it"
+        else:
+            scale = SCALES[-1] / 4
+            what += f"the same steps at {SCALES[-1]:g} of the rate raise it, too"
         severity = "critical" if peak > 2 * abs(start) else "warning"
         threshold = "10 % and 3 deviations of its parts above the same batch untrained"
     else:

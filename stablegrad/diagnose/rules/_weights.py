@@ -113,6 +113,7 @@ def norm_scale(facts: Facts) -> Iterator[Verdict]:
 
 
 _SYMPTOMS = (
+    "no_gradient",
     "saturated",
     "dead_units",
     "exploding",
