@@ -35,8 +35,8 @@ def diagnose(
     report where it takes whole batches only. Layers are the operations that combine
     data with a parameter, in forward order, named after the parameter; so that Flax
     NNX, Linen, Equinox and plain functions need no change, nor do models under
-    `jax.jit`, `jax.vmap`, `jax.checkpoint` or `jax.lax.scan`. With z the result of a layer, f its
-    activation and W the weights of the layer that takes f(z),
+    `jax.jit`, `jax.vmap`, `jax.checkpoint` or `jax.lax.scan`. With z the result of a
+    layer, f its activation and W the weights of the layer that takes f(z),
 
         chi = rms(dL/dz)^2 / rms(dL/dz')^2,  in theory  fan_out rms(W)^2 E[f'(z)^2]
 

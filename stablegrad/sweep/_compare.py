@@ -100,12 +100,11 @@ def compare(
     Reference:
         LR sensitivity: Wortsman et al. (2023), https://arxiv.org/abs/2309.14322.
     """
-    if isinstance(learning_rates, numbers.Real):
-        learning_rates = (learning_rates,)
-    rates = tuple(map(float, learning_rates))
+    one = isinstance(learning_rates, int | float | numbers.Real)
+    rates = (float(learning_rates),) if one else tuple(map(float, learning_rates))
     positive = lambda x: len(x) > 0 and all(0 < rate < np.inf for rate in x)
     _checks.require("learning_rates", rates, "finite rates > 0", positive)
-    if isinstance(seeds, numbers.Integral):
+    if isinstance(seeds, int | numbers.Integral):
         _checks.require_count("seeds", int(seeds))
         seeds = range(int(seeds))
     seeds = tuple(map(int, seeds))

@@ -129,6 +129,7 @@ def test_published_clip_by_max_counts_beside_a_leaf_without_a_gradient():
 def test_lsuv_keeps_a_kernel_whose_bias_makes_the_spread():
     bias = 3 * jax.random.normal(jax.random.key(2), (16,))
     params = {"w": jnp.eye(16)}
-    after = sg.structure.lsuv(lambda params: {"w": X @ params["w"] + bias[None]}, params)
+    outputs = lambda params: {"w": X @ params["w"] + bias[None]}
+    after = sg.structure.lsuv(outputs, params)
     assert jnp.abs(after["w"]).max() > 0.05
     chex.assert_tree_all_finite(after)

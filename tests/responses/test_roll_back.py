@@ -471,6 +471,7 @@ def default_roll_backs(values):
     return np.flatnonzero(jax.jit(lambda x: jax.lax.scan(step, start, x)[1])(values))
 
 
+@pytest.mark.slow
 def test_by_default_a_loss_that_stays_high_for_ten_steps_is_trouble():
     losses = 1 + 0.05 * np.random.default_rng(0).normal(size=400).astype(np.float32)
     short, lasting = losses.copy(), losses.copy()

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.marking import core
 from helpers.thresholding import judged, limits, lognormal
 
 import stablegrad as sg
@@ -82,7 +83,7 @@ def test_norm_limits_match_the_float64_oracle(share, window, margin):
         assert close.mean() > 0.99
 
 
-@pytest.mark.parametrize("patience", [4, 8, 20])
+@pytest.mark.parametrize("patience", core([4, 8, 20], 8))
 def test_loss_limits_match_the_float64_oracle(patience):
     rng = np.random.default_rng(0)
     losses = 3 * np.exp(-np.arange(400) / 80) - 1 + 0.1 * rng.normal(size=400)
@@ -101,7 +102,7 @@ def test_loss_limits_match_the_float64_oracle(patience):
     assert not lasting[2 * patience :].any()
 
 
-@pytest.mark.parametrize("gap", [6, 10, 16])
+@pytest.mark.parametrize("gap", core([6, 10, 16], 10))
 def test_a_loss_that_leaves_a_constant_again_and_again_is_usual(gap):
     losses = np.zeros(400)
     losses[100::gap] = np.random.default_rng(0).uniform(0.3, 1.1, losses[100::gap].size)

@@ -264,7 +264,7 @@ def test_the_target_sinks_where_gains_on_own_batches_are_not_real(noise):
     assert scale[0, -1] < 0.55  # Half the length has the r of the target.
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.01])
+@pytest.mark.parametrize("noise", core([0.0, 0.01], 0.01))
 def test_on_a_plateau_steps_of_a_small_r_are_left_alone(noise):
     table = line(np.ones(1000), 0.15, d=0.1, noise=noise)
     scale, _, state = walk(sg.trust_region(), table)
@@ -272,6 +272,7 @@ def test_on_a_plateau_steps_of_a_small_r_are_left_alone(noise):
     assert (scale[0, 20:] == 1).mean() > 0.95
 
 
+@pytest.mark.slow
 def test_steps_that_the_rounding_of_the_loss_hides_are_probed_as_seldom_as_others():
     d = np.where(np.arange(400) < 200, 1e-9, 0.1)
     _, _, state = walk(sg.trust_region(), line(np.ones(400), 0.05, d=d))
