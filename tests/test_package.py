@@ -119,6 +119,7 @@ ROOMS = (
     "_norms",
     "_scales",
     "_packing",
+    "_placing",
     "granularity",
     "thresholds",
     "responses",

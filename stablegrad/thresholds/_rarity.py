@@ -144,7 +144,8 @@ def _rule(settings: tuple):
         # Up to twice the mean of a run: an octave, or twice the distance.
         twice = state.run_mean + jnp.where(is_log, 1.0, state.run_mean - level)
         top = jnp.where(is_log, level + reach, level + spread_of(state) * 2**reach)
-        top = jnp.where(state.run >= patience, jnp.maximum(top, twice), top)
+        lasts = state.run.astype(jnp.float32) >= patience
+        top = jnp.where(lasts, jnp.maximum(top, twice), top)
         linear = level + margin * (top - level)
         return jnp.where(is_log, margin * 2.0**top, linear)
 
@@ -176,7 +177,8 @@ def _rule(settings: tuple):
         most = jnp.where(free, jnp.inf, most)
         near = jnp.clip(distance, -most, most)
         w = jnp.maximum(LEVEL_WEIGHT, 1 / (before + 1))
-        lasting = state.run >= jnp.maximum(patience, LASTING)
+        most_run = jnp.maximum(patience, LASTING)
+        lasting = state.run.astype(jnp.float32) >= most_run
         wider = state.spread + w * (jnp.abs(near) - state.spread)
         # A run of unusual values widens the spread by its first, so it stays unusual.
         spread_now = jnp.where(unusual & (state.run > 0), state.spread, wider)
