@@ -831,6 +831,7 @@ def test_float64_losses_are_resolved_as_float32(x64):
     assert losses[-1] - least < 1e-3 and not sg.metrics(state)["trust_mismatch"]
 
 
+@pytest.mark.slow
 def test_a_misspelt_value_fn_warns_once():
     tx = sg.stabilize(optax.sgd(0.1))
     state, extra = tx.init(START), {"value": 1.0, "value_func": quadratic}
