@@ -217,6 +217,16 @@ def matching_params(params, updates) -> Any:
         raise _other_leaves(leaf_names(params), leaf_names(updates)) from error
 
 
+def completed(params, whole) -> Any:
+    """Return parameters with what they lack of a whole model, where they have None."""
+    return jax.tree.map(
+        lambda leaf, other: other if leaf is None else leaf,
+        params,
+        whole,
+        is_leaf=lambda node: node is None,
+    )
+
+
 def _other_leaves(expected: tuple[str, ...], now: tuple[str, ...]) -> ValueError:
     absent = [name for name in expected if name not in set(now)]
     extra = [name for name in now if name not in set(expected)]

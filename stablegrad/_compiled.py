@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from ._checks import matching_params
+from ._checks import completed, matching_params
 
 NUMBERS = (jax.Array, np.ndarray, np.generic, bool, int, float, complex)
 
@@ -33,7 +33,12 @@ def compiled(
 
     def compiled_update(updates, state, params=None, **extra) -> Any:
         check_state(state)
-        params = matching_params(params, updates)
+        whole, params = params, matching_params(params, updates)
+        value_fn = extra.get("value_fn")
+        if callable(value_fn) and jax.tree.structure(whole) != jax.tree.structure(
+            params
+        ):
+            extra["value_fn"] = lambda params: value_fn(completed(params, whole))
         check_leaves(state, updates if params is None else params)
         arguments = (updates, state, params, extra)
         if any(isinstance(x, Tracer) for x in jax.tree.leaves(arguments)):

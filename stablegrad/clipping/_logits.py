@@ -86,7 +86,7 @@ def clip_logits(
         del extra
         if params is None:
             raise _checks.missing_params(f"`{NAME}`")
-        if largest_logits is None:
+        if not largest_logits:
             raise ValueError(
                 f"`{NAME}` needs the largest logits of the step. Pass them:\n"
                 "  tx.update(grads, state, params, largest_logits={name: logits})\n"

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax
 import optax
 
 from .. import _checks
@@ -48,12 +47,6 @@ def apply(
     """
     if params is None:
         raise _checks.missing_params("`apply`")
-    is_none = lambda node: node is None
-    keep = lambda after, before: before if after is None else after
-    restored = lambda trained: jax.tree.map(keep, trained, params, is_leaf=is_none)
-    value_fn = extra.get("value_fn")
-    if callable(value_fn) and jax.tree.structure(grads) != jax.tree.structure(params):
-        extra["value_fn"] = lambda trained: value_fn(restored(trained))
     guarded_apply = getattr(tx.update, APPLY, None)
     if guarded_apply is not None:
         new, state = guarded_apply(grads, state, params, **extra)
@@ -61,4 +54,4 @@ def apply(
         tx = optax.with_extra_args_support(tx)
         updates, state = tx.update(grads, state, params, **extra)
         new = optax.apply_updates(_checks.matching_params(params, updates), updates)
-    return restored(new), state
+    return _checks.completed(new, params), state

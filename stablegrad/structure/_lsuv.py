@@ -33,8 +33,9 @@ def lsuv(
         max_iterations: Divisions of a kernel at most, >= 1.
 
     Returns:
-        Parameters of the same structure, shapes and dtypes. A kernel whose layer has an
-        output of zeros, or one that is not finite, is left as it is.
+        Parameters of the same structure, shapes and dtypes. A kernel is left as it is
+        if its layer's output is zero or not finite, or if divisions stop helping, as
+        where the bias alone spreads by more than 1.
 
     Raises:
         ValueError: If a concrete argument is out of range, or a name is no leaf.
@@ -75,11 +76,13 @@ def lsuv(
         )
     for layer, name in enumerate(order):
         place, distance = places[name], float("inf")
+        untouched = leaves[place], measured
         for _ in range(max_iterations):
             deviation = float(measured[layer])
             if not 0 < deviation < float("inf") or abs(deviation - 1) < tolerance:
                 break
-            if abs(deviation - 1) > 0.9 * distance:  # The bias makes the rest.
+            if abs(deviation - 1) > 0.9 * distance:  # The bias alone spreads more.
+                leaves[place], measured = untouched
                 break
             distance = abs(deviation - 1)
             leaves[place] = jax.tree.map(

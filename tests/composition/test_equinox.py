@@ -103,3 +103,14 @@ def test_a_whole_model_is_healthy_and_kept_where_it_broke():
     kept = sg.keep_if_skipped(state, MODEL, broken)
     assert kept.weight.tolist() == [[2.0], [1.0]]
     assert kept.activation is MODEL.activation and kept.inference is False
+
+
+@pytest.mark.slow
+def test_a_probe_of_an_update_calls_the_loss_with_the_whole_model():
+    tx = sg.stabilize(optax.sgd(100.0))
+    loss_fn = lambda model: jnp.mean((model(jnp.ones((4, 2))) - 0.2) ** 2)
+    loss, grads = eqx.filter_value_and_grad(loss_fn)(MODEL)
+    state = tx.init(eqx.filter(MODEL, eqx.is_inexact_array))
+    updates, state = tx.update(grads, state, MODEL, value=loss, value_fn=loss_fn)
+    assert sg.metrics(state)["trust_cuts"] == 1
+    assert loss_fn(eqx.apply_updates(MODEL, updates)) < loss

@@ -131,5 +131,22 @@ def test_lsuv_keeps_a_kernel_whose_bias_makes_the_spread():
     params = {"w": jnp.eye(16)}
     outputs = lambda params: {"w": X @ params["w"] + bias[None]}
     after = sg.structure.lsuv(outputs, params)
-    assert jnp.abs(after["w"]).max() > 0.05
-    chex.assert_tree_all_finite(after)
+    chex.assert_trees_all_equal(after, params)
+
+
+@pytest.mark.slow
+def test_an_optimizer_is_read_beside_a_leaf_without_elements():
+    params = {"empty": jnp.zeros((0, 3)), **PARAMS}
+    loss_fn = lambda params, batch: squared_error(
+        {k: w for k, w in params.items() if k != "empty"}, batch
+    )
+    found = sg.diagnose(loss_fn, params, (X, Y), tx=optax.adam(1e-3)).facts.training
+    np.testing.assert_allclose((found.b1, found.b2), (0.9, 0.999), rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_a_page_is_written_as_the_encoding_that_it_declares(tmp_path):
+    report = sg.diagnose(squared_error, PARAMS, (X, Y))
+    page = report.to_html(tmp_path / "page.html")
+    assert (tmp_path / "page.html").read_text(encoding="utf-8") == page
+    assert 'charset="utf-8"' in page.lower()

@@ -100,6 +100,16 @@ def test_an_ensemble_has_a_history_for_each_member():
 
 
 @pytest.mark.slow
+def test_the_figure_draws_names_as_they_are():
+    params = {"a$x_{$": jnp.ones(2)}
+    tx = sg.guard(optax.sgd(0.1), sg.skip(), record_norms=4)
+    _, state = tx.update(params, tx.init(params), params)
+    figure = sg.history(state).figure()
+    figure.canvas.draw()  # Raises where Matplotlib takes a name for mathematics.
+    assert figure.axes[0].get_yticklabels()[0].get_text() == r"a\$x_{\$"
+
+
+@pytest.mark.slow
 def test_the_figure_shows_norms_losses_limits_and_events():
     found = sg.history(train(KEPT)[0])
     figure = found.figure()

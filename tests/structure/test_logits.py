@@ -181,6 +181,17 @@ def test_logits_that_are_not_finite_shrink_nothing_and_are_counted(bad):
 
 
 @pytest.mark.slow
+def test_a_name_within_another_is_that_of_the_nearer_attention():
+    params = {"b": {"query": jnp.ones((1, 2)), "att": {"query": jnp.ones((1, 2))}}}
+    tx = clip_logits(100.0, powers={"query": 1.0})
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    logits = {"b": jnp.float32(50.0), "b.att": jnp.float32(400.0)}
+    updates, _ = tx.update(zeros, tx.init(params), params, largest_logits=logits)
+    chex.assert_trees_all_close(updates["b"]["query"], jnp.zeros((1, 2)))
+    chex.assert_trees_all_close(updates["b"]["att"]["query"], jnp.full((1, 2), -0.75))
+
+
+@pytest.mark.slow
 def test_a_guard_hands_the_logits_on_and_a_rejected_step_is_not_counted():
     params = jax.tree.map(lambda x: x.astype(jnp.float32), stacked())
     tx = sg.guard(optax.chain(optax.sgd(0.0), clip_logits()), sg.skip())
@@ -197,6 +208,7 @@ def test_a_guard_hands_the_logits_on_and_a_rejected_step_is_not_counted():
     ("logits", "match"),
     [
         (None, "needs the largest logits"),
+        ({}, "needs the largest logits"),
         ({"attention": jnp.ones(4)}, r"names \['attention'\], below which no leaf"),
         (
             {"": jnp.ones(3)},
