@@ -51,16 +51,51 @@ def after_shift(value: Value) -> Value:
 
 
 def walk_back(value: Value, stop: Value | None = None) -> Value:
-    """Follow logits back through masks, scales and casts."""
+    """Follow logits back through masks, scales and casts.
+
+    Of the operands of a sum, that which a product of two arrays of data makes counts:
+    the other is a mask that the batch holds.
+    """
     through = (*PASSING, "mul", "div", "add", "select_n", "tanh", "where", "max")
     while value is not stop and value.maker is not None:
         if value.maker.name not in through:
             break
-        before = [v for v in value.maker.ins if v.is_data and v.aval.dtype != bool]
+        before = _data(value)
+        if len(before) > 1 and value.maker.name in ("add", "select_n"):
+            before = [v for v in before if _is_product(walk_back(v, stop))]
         if len(before) != 1:
             break
         value = before[0]
     return value
+
+
+def before_mask(value: Value) -> Value:
+    """Follow masked logits back to the last array of logits that no mask changed."""
+    before, seen = value, value
+    while seen.maker is not None and seen.maker.name in (*PASSING, "add", "select_n"):
+        operands = [v for v in _data(seen) if _is_product(walk_back(v))]
+        if len(operands) != 1:
+            break
+        seen = operands[0]
+        if seen.aval.shape == value.aval.shape:
+            before = seen
+    return before
+
+
+def _data(value: Value) -> list[Value]:
+    """Return the operands that are numbers of data."""
+    assert value.maker is not None
+    return [v for v in value.maker.ins if v.is_data and v.aval.dtype != bool]
+
+
+def _is_product(value: Value) -> bool:
+    """Whether two arrays of data make it, as queries and keys make logits."""
+    maker = value.maker
+    return (
+        maker is not None
+        and maker.name == "dot_general"
+        and all(operand.is_data for operand in maker.ins)
+    )
 
 
 def is_passed_on(value: Value, target: Value) -> bool:

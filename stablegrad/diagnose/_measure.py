@@ -66,7 +66,8 @@ class Instrument:
             def attended(read, x):
                 if site.kind == "router":
                     return _taps.of_router(x)
-                return _taps.of_attention(read(site.value), x)
+                unmasked = read(site.extra["unmasked"])
+                return _taps.of_attention(unmasked, read(site.value), x)
 
             self._add(weights, key_of(site, site.kind), attended)
 

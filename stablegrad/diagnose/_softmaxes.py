@@ -3,7 +3,7 @@
 import numpy as np
 
 from ._elementwise import PASSING
-from ._follow import walk_back
+from ._follow import before_mask, walk_back
 from ._program import Op, Program, Value
 from ._site import Site, last_layer
 
@@ -23,7 +23,11 @@ def softmaxes(program: Program, linear: list[Site]) -> list[Site]:
                 q, k = (last_layer(side, linear) for side in sides)
                 site = Site("attention", "", (), logits, None)
                 site.parents = [one for one in (q, k) if one is not None]
-                site.extra = {"weights": weights, "dim": _contracted(made_by.maker)}
+                site.extra = {
+                    "weights": weights,
+                    "dim": _contracted(made_by.maker),
+                    "unmasked": before_mask(logits),
+                }
                 if site.parents:
                     found.append(site)
                 continue
@@ -47,11 +51,21 @@ def _softmax(op: Op) -> tuple[Value | None, Value | None]:
         return (None, None) if is_log else (op.ins[0], op.outs[0])
     if op.name != "exp" or op.ins[0].maker is None or op.ins[0].maker.name != "sub":
         return None, None
-    summed = any(user.name == "reduce_sum" for user in op.outs[0].users)
-    divided = [user for user in op.outs[0].users if user.name in ("div", "mul")]
+    users = _users(op.outs[0])
+    summed = any(user.name == "reduce_sum" for user in users)
+    divided = [user for user in users if user.name in ("div", "mul")]
     if not (summed and divided):
         return None, None
     return op.ins[0].maker.ins[0], divided[0].outs[0]
+
+
+def _users(value: Value) -> list[Op]:
+    """The users of a value and of its casts: 16 bits are summed in 32."""
+    found = []
+    for user in value.users:
+        casts = user.name == "convert_element_type"
+        found += _users(user.outs[0]) if casts else [user]
+    return found
 
 
 def _routes(weights: Value) -> bool:

@@ -97,13 +97,16 @@ def of_activation(activation: Any, array: jax.Array, axis: int) -> dict[str, jax
     }
 
 
-def of_attention(logits: jax.Array, weights: jax.Array) -> dict[str, jax.Array]:
+def of_attention(
+    logits: jax.Array, masked: jax.Array, weights: jax.Array
+) -> dict[str, jax.Array]:
     """Largest unmasked logit, and the mean entropy of rows over that of equal weights.
 
-    Rows with one key only do not count.
+    A mask is what takes more than 1,000 from a logit, or puts it below -1e8. Rows with
+    one key only do not count.
     """
-    x = logits.astype(jnp.float32)
-    allowed = x > -1e8
+    x, after = logits.astype(jnp.float32), masked.astype(jnp.float32)
+    allowed = (after > -1e8) & (after - x > -1e3)
     largest = jnp.max(jnp.where(allowed, jnp.abs(x), 0.0), initial=0.0)
     axis = -1
     p = weights.astype(jnp.float32)
