@@ -224,6 +224,18 @@ def _measure(activation: Activation) -> None:
     activation.name = named(f) or f"{activation.ops[-1].name}(...)"
 
 
+def is_saturated(slope, steepest: float):
+    """Whether the slope is below 6 % of the steepest one, as where |tanh| > 0.97."""
+    return abs(slope) < 0.06 * steepest
+
+
+def saturated_usually(activation: Activation) -> float:
+    """The saturated share of normal inputs of mean 0 and RMS 1, by quadrature."""
+    nodes, weights = normal_nodes()
+    _, slope = activation.call(nodes)
+    return float(weights @ is_saturated(slope, activation.slope))
+
+
 def moments(activation: Activation | None, mean: float, deviation: float):
     """Return E[f^2] and E[f'^2] for normal inputs, by quadrature."""
     if activation is None:

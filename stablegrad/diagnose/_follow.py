@@ -109,6 +109,13 @@ def is_passed_on(value: Value, target: Value) -> bool:
     return True
 
 
+def is_one_hot(value: Value) -> bool:
+    """Whether a comparison of indices makes it."""
+    while value.maker is not None and value.maker.name in PASSING:
+        value = value.maker.ins[0]
+    return value.maker is not None and value.maker.name == "eq"
+
+
 _NEAR = frozenset(
     [
         "add",

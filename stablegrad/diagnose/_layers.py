@@ -33,6 +33,7 @@ class Layer:
     output_rms: float = NAN  # After the activation.
     gradient_rms: float = NAN  # Of the loss with respect to the result.
     gradient_norm: float = NAN  # L2, of the same over the whole batch.
+    fan_in: int = 1
     gain: float = NAN  # rms(W) sqrt(fan_in)
     right_gain: float = NAN  # 1 / sqrt(E[f^2]) for the activation f, 1 without one.
     chi: float = NAN  # Squared gradient here over that at the next layer.
@@ -59,10 +60,13 @@ class Layer:
     normalised: bool = False
     ends_branch: bool = False
     beside_stream: bool = False
+    joined: bool = False
     feeds: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ()  # The last layers that it reaches.
     parents: tuple[str, ...] = ()  # Of attention: the layers of queries and keys.
     dim: int = 1  # Of attention: the size of a head.
     bounded: bool = False
+    saturated_usually: float = 0.0  # The share at normal inputs of mean 0 and RMS 1.
     slope_share: float = NAN
 
 
@@ -157,7 +161,7 @@ def _layer(site: Site, picked: _Picked, names: Sequence[str]) -> Layer:
     layer.weight_rms = value("weight", "rms", root_mean_square)
     layer.leaf = names[site.leaf] if site.leaf >= 0 else ""
     layer.normalised, layer.ends_branch = site.normalised, site.branch
-    layer.beside_stream = site.within
+    layer.beside_stream, layer.joined = site.within, site.joined
     gradients = picked.gradients("out")
     if gradients is not None:
         flat = gradients.reshape(-1, gradients.shape[-1]).astype(float)
@@ -169,10 +173,12 @@ def _layer(site: Site, picked: _Picked, names: Sequence[str]) -> Layer:
         layer.times = len(flat)
         layer.time_gain = _time_gain(flat[:, 0])
     if site.kind in ("linear", "conv"):
+        layer.fan_in = site.fan_in
         layer.gain = layer.weight_rms * math.sqrt(site.fan_in)
         layer.right_gain = 1.0
     if activation is not None:
         layer.activation, layer.bounded = activation.name, activation.bounded
+        layer.saturated_usually = _elementwise.saturated_usually(activation)
         layer.dead = value("units", "dead", np.min)
         layer.saturated = value("units", "saturated", np.mean)
         second, _ = _elementwise.moments(activation, 0.0, 1.0)
@@ -205,6 +211,7 @@ def _link(site: Site, index, layer: Layer, found, rows) -> None:
     """Fill in what a layer shares with others."""
     suffix = "".join(f"[{i}]" for i, s in zip(index, site.sliced, strict=True) if s)
     layer.parents = tuple(parent.name + suffix for parent in site.parents)
+    layer.heads = tuple(head.name for head in site.heads)
     following = [found.get((id(other), index)) for other in site.feeds]
     layer.feeds = tuple(other.name for other in following if other is not None)
     timed = any(not over_layers for over_layers in site.sliced)

@@ -26,9 +26,11 @@ class Site:
     normalised: bool = False  # Whether a normalisation takes the result.
     branch: bool = False  # Whether the result is added to a residual stream.
     within: bool = False  # Whether it lies beside a residual stream.
+    joined: bool = False  # Whether another array is added to it, or multiplies it.
     feeds: list["Site"] = dataclasses.field(default_factory=list)
     parents: list["Site"] = dataclasses.field(default_factory=list)
     dtype: str = ""  # Of the operation, before any cast of its result.
+    heads: list["Site"] = dataclasses.field(default_factory=list)  # That it ends in.
     recurrent: bool = False  # Whether it takes what an iteration hands to the next.
     sliced: tuple[bool, ...] = ()  # For each scan around it: over layers, not time.
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)

@@ -5,18 +5,34 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from . import _elementwise
-from ._follow import after_bias, after_shift, is_near, is_passed_on
+from ._follow import after_bias, after_shift, is_near, is_one_hot, is_passed_on
 from ._program import Op, Program, Value, split
 from ._site import Site, last_layer
 from ._softmaxes import softmaxes
-from ._streams import mark_normalised, residual_sums
+from ._streams import mark_beside, mark_joined, mark_normalised, residual_sums
 
 
 def find(program: Program, names: Sequence[str]) -> list[Site]:
     """List the sites of a program and of its scans, in forward order."""
     sites = _in_program(program, (), (), {})
     _name(sites, names)
+    _find_heads(program, sites)
     return sites
+
+
+def _find_heads(program: Program, sites: list[Site]) -> None:
+    """Note which of the last layers, those that no other follows, a value reaches."""
+    own = [x for x in sites if len(x.path) == 1 and x.kind in ("linear", "conv", "sum")]
+    scans = [op for op in program.ops if op.body is not None]
+    used = [x.source for x in own if x.source is not None]
+    used += [value for op in scans for value in op.ins]
+    for site in own:
+        is_last = not any(value.comes_from(site.value) for value in used)
+        if is_last and site.kind != "sum" and site.activation is None:
+            site.heads = [site]
+    heads = [x for x in own if x.heads]
+    for site in own:
+        site.heads = [x for x in heads if x.value.comes_from(site.value)]
 
 
 def _in_program(program: Program, path, sliced, known) -> list[Site]:
@@ -36,6 +52,8 @@ def _in_program(program: Program, path, sliced, known) -> list[Site]:
     for site in linear:
         bits |= 1 << site.value.order
     sums = residual_sums(program, bits, layers)
+    mark_beside(program, linear)
+    mark_joined(program, linear)
     mixed = softmaxes(program, linear)
     mark_normalised(program, layers, sums)
     _attach_activations(program, [*layers, *sums], known)
@@ -59,14 +77,21 @@ def _mark_recurrent(op: Op, sites: list[Site]) -> None:
 
 
 def _layer(op: Op) -> Site | None:
-    """Return the layer that an operation of data with parameters is."""
+    """Return the layer that an operation of data with parameters is.
+
+    None for the operations of a gradient inside the loss, as of a physics-informed one.
+    """
+    if "transpose(" in str(op.eqn.source_info.name_stack):
+        return None
     data = [value for value in op.ins if value.is_data]
     weights = [value for value in op.ins if value.is_parameter]
     if len(data) != 1 or len(weights) != 1:
         return None
     (source,), (weight,) = data, weights
     out = op.outs[0]
-    if op.name == "dot_general":
+    if op.name == "dot_general" and is_one_hot(source):
+        site = Site("embed", "", (), out, None, weight, -1, 1, out.aval.shape[-1])
+    elif op.name == "dot_general":
         (left, right), batched = op.eqn.params["dimension_numbers"]
         is_left = op.ins[0] is weight
         contracted, batch = (left, batched[0]) if is_left else (right, batched[1])
@@ -88,7 +113,7 @@ def _layer(op: Op) -> Site | None:
         site = Site("conv", "", (), out, source, weight, -1, fan_in, fan_out, axis)
     elif op.name == "gather":
         site = Site("embed", "", (), out, None, weight, -1, 1, weight.aval.shape[-1])
-    elif op.name == "mul":
+    elif op.name == "mul" and weight.aval.size > 1:  # A single number is no scale.
         site = Site("norm", "", (), out, source, weight)
     else:
         return None

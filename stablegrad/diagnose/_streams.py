@@ -1,18 +1,15 @@
 """Residual sums, and results that a normalisation takes."""
 
-from ._program import Program
+from collections.abc import Iterator
+
+from ._program import Program, Value
 from ._site import Site, last_layer
 
 
 def residual_sums(program: Program, linear_bits: int, layers) -> list[Site]:
     """Sums x + f(x) with a layer in f."""
     found = []
-    for op in program.ops:
-        if op.name not in ("add", "add_any") or len(op.ins) != 2:
-            continue
-        a, b = op.ins
-        if not (a.is_data and b.is_data and a.aval.shape == b.aval.shape):
-            continue
+    for a, b, total in _sums(program):
         for x, f in ((a, b), (b, a)):
             between = f.ancestors & ~x.ancestors & linear_bits
             if f.comes_from(x) and between and f.aval.ndim > 1:
@@ -21,13 +18,55 @@ def residual_sums(program: Program, linear_bits: int, layers) -> list[Site]:
                     continue
                 branch.branch = True
                 for layer in layers:
-                    beside = f.comes_from(layer.value) and not x.comes_from(layer.value)
-                    layer.within |= beside
-                site = Site("sum", "", (), op.outs[0], x, None)
+                    layer.within |= _is_own(layer.value, f, x)
+                site = Site("sum", "", (), total, x, None)
                 site.extra, site.parents = {"branch": f}, [branch]
                 found.append(site)
                 break
     return found
+
+
+def mark_beside(program: Program, linear) -> None:
+    """Find the layers that a path of fewer layers goes around, as a projection does."""
+    for a, b, _ in _sums(program):
+        if a.aval.ndim < 2:
+            continue
+        for short, long in ((a, b), (b, a)):
+            fewer = [x for x in linear if _is_own(x.value, short, long)]
+            start = fewer[0].source if fewer else None
+            if start is None:
+                continue
+            more = [x for x in linear if _is_own(x.value, long, short)]
+            more = [x for x in more if x.value.comes_from(start)]
+            if len(more) > len(fewer):
+                for layer in more:
+                    layer.within = True
+
+
+def mark_joined(program: Program, linear) -> None:
+    """Find the layers whose result another array is added to or multiplied by."""
+    for op in program.ops:
+        joins = op.name in ("add", "add_any", "sub", "mul") and op.outs[0].aval.ndim > 1
+        if not (joins and all(value.is_data for value in op.ins)):
+            continue
+        for one, other in (op.ins, op.ins[::-1]):
+            layer = last_layer(one, linear)
+            if layer is not None and not other.comes_from(layer.value):
+                layer.joined = True
+
+
+def _is_own(value: Value, one: Value, other: Value) -> bool:
+    return one.comes_from(value) and not other.comes_from(value)
+
+
+def _sums(program: Program) -> Iterator[tuple[Value, Value, Value]]:
+    """The sums of two arrays of data of one shape: both operands, and the sum."""
+    for op in program.ops:
+        if op.name not in ("add", "add_any") or len(op.ins) != 2:
+            continue
+        a, b = op.ins
+        if a.is_data and b.is_data and a.aval.shape == b.aval.shape:
+            yield a, b, op.outs[0]
 
 
 def mark_normalised(program: Program, layers, sums) -> None:

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ._elementwise import is_saturated
+
 # What comes back through a probe, in this order.
 GRADIENT = ("rms", "largest", "nonfinite", "lost16")
 HALF_LARGEST, HALF_SMALLEST = 65504.0, 2.0**-24  # Of float16; below half of it: zero.
@@ -85,7 +87,7 @@ def of_activation(activation: Any, array: jax.Array, axis: int) -> dict[str, jax
     """Share of dead units and of saturated elements before an activation.
 
     A unit is dead if the slope is below 0.1 % of the largest for every example. An
-    element is saturated if it is below 6 %, which is |tanh| > 0.97.
+    element is saturated as `is_saturated` says.
     """
     _, slope = jax.jvp(activation.on, (array,), (jnp.ones_like(array),))
     slope = jnp.abs(slope.astype(jnp.float32)) / activation.slope
@@ -93,7 +95,7 @@ def of_activation(activation: Any, array: jax.Array, axis: int) -> dict[str, jax
     dead = jnp.max(slope, axis=others) < 1e-3
     return {
         "dead": jnp.mean(dead.astype(jnp.float32)),
-        "saturated": jnp.mean((slope < 0.06).astype(jnp.float32)),
+        "saturated": jnp.mean(is_saturated(slope, 1.0).astype(jnp.float32)),
     }
 
 

@@ -44,7 +44,9 @@ def dead_units(facts: Facts) -> Iterator[Verdict]:
 
 def saturated(facts: Facts) -> Iterator[Verdict]:
     for layer in facts.layers:
-        severity = graded(layer.saturated, SATURATED)
+        # A ReLU6 is flat for half of the usual inputs.
+        usual = layer.saturated_usually
+        severity = graded((layer.saturated - usual) / max(1 - usual, 1e-6), SATURATED)
         if severity and layer.bounded:
             factor = min(1.0, 1.0 / max(layer.rms, 1e-30))
             yield Verdict(
@@ -61,7 +63,8 @@ def saturated(facts: Facts) -> Iterator[Verdict]:
                     "input_rms": layer.input_rms,
                 },
                 threshold=f"{SATURATED[severity]:.0%} with a slope below 6 % of the "
-                "largest, as |tanh| > 0.97",
+                f"largest, as |tanh| > 0.97, of the {1 - usual:.0%} that are not flat "
+                "at inputs of mean 0 and RMS 1",
                 source="Glorot and Bengio (2010), AISTATS",
                 remedy="Bring what enters the activation to an RMS of 1: normalise "
                 f"it, or multiply {layer.leaf} and its bias by {factor:.3g}.",

@@ -57,6 +57,7 @@ def _span(path: Sequence[Layer]) -> tuple[str, float, list[float]]:
 
 def gain(facts: Facts) -> Iterator[Verdict]:
     path = [x for x in hidden(facts) if x.kind != "sum" and not x.normalised]
+    path = [x for x in path if x.gain > 0]
     if len(path) < 3 or len(path) < len(hidden(facts)) / 2:
         return
     forward, backward = _growths(path)

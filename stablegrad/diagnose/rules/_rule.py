@@ -56,9 +56,24 @@ class Facts:
 
     @property
     def path(self) -> list[Layer]:
-        """The layers and residual sums that no residual stream goes around."""
+        """The layers and residual sums on the way to the head that matters most.
+
+        Without those that a residual stream goes around, and without branches that
+        start with weights of zeros.
+        """
         kinds = ("linear", "conv", "sum")
-        return [x for x in self.layers if x.kind in kinds and not x.beside_stream]
+        off = {x.name for x in self.weighted if x.gain == 0 and x.joined}
+        heads = [x for x in self.weighted if x.name in x.heads]
+        main = max(heads, key=lambda x: x.gradient_norm, default=None)
+        return [
+            x
+            for x in self.layers
+            if x.kind in kinds
+            and not x.beside_stream
+            and x.name not in off
+            and not (x.feeds and off.issuperset(x.feeds))
+            and (main is None or not x.heads or main.name in x.heads)
+        ]
 
     @property
     def weighted(self) -> list[Layer]:
@@ -66,10 +81,9 @@ class Facts:
         return [x for x in self.layers if x.kind in ("linear", "conv")]
 
     def is_head(self, layer: Layer) -> bool:
-        """Whether it is the last of the linear layers, and nothing follows it."""
-        return (
-            bool(self.weighted) and layer is self.weighted[-1] and not layer.activation
-        )
+        """Whether nothing follows it but the loss."""
+        is_last = bool(self.weighted) and layer is self.weighted[-1]
+        return layer.name in layer.heads or (is_last and not layer.activation)
 
 
 @dataclasses.dataclass(frozen=True)

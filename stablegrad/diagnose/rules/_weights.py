@@ -46,7 +46,11 @@ def weights_small(facts: Facts) -> Iterator[Verdict]:
     weighted, asked = facts.weighted, queries_and_keys(facts)
     for layer in weighted:
         exempt = layer.normalised or layer.beside_stream or layer.name in asked
-        if exempt or facts.is_head(layer) or not layer.gain > 0:
+        if exempt or facts.is_head(layer):
+            continue
+        if layer.gain == 0:
+            if not layer.joined:
+                yield _zero(layer)
             continue
         usual = peers(layer, weighted)
         low = layer.gain < layer.right_gain / SMALL
@@ -54,11 +58,29 @@ def weights_small(facts: Facts) -> Iterator[Verdict]:
             yield _verdict("weights_small", layer, usual, "small", False)
 
 
+def _zero(layer: Layer) -> Verdict:
+    std = layer.right_gain / math.sqrt(layer.fan_in)
+    return Verdict(
+        rule="weights_small",
+        severity="critical",
+        layer=layer.name,
+        finding=f"All weights of {layer.name} are 0: no example and no gradient passes "
+        "it.",
+        evidence={"gain": 0.0, "right_gain": layer.right_gain},
+        threshold="a gain above 0, but in the last layer of a network or of a branch",
+        source="He et al. (2015), https://arxiv.org/abs/1502.01852; gain by quadrature",
+        remedy=f"Initialise {layer.leaf} with a standard deviation of {std:.3g}.",
+        formula=f"std = gain / sqrt(fan_in) = {layer.right_gain:.3g} / "
+        f"sqrt({layer.fan_in})",
+        code=f"kernel_init=jax.nn.initializers.normal({std:.3g})",
+        change={"initialise": {layer.leaf: std}},
+    )
+
+
 def _verdict(rule, layer: Layer, usual: float, word: str, critical: bool) -> Verdict:
     target = layer.right_gain if math.isnan(usual) else min(layer.right_gain, 2 * usual)
     factor = target / layer.gain
-    fan_in = (layer.gain / layer.weight_rms) ** 2
-    std = target / math.sqrt(fan_in)
+    std = target / math.sqrt(layer.fan_in)
     limits = {
         "large": f"{LARGE:g} times the right gain and {LARGE_AGAINST_PEERS:g} times "
         "the median layer's",
@@ -82,7 +104,7 @@ def _verdict(rule, layer: Layer, usual: float, word: str, critical: bool) -> Ver
         source="He et al. (2015), https://arxiv.org/abs/1502.01852; gain by quadrature",
         remedy=f"Initialise {layer.leaf} with a standard deviation of {std:.3g}; in "
         f"place, multiply it by {factor:.3g}.",
-        formula=f"std = gain / sqrt(fan_in) = {target:.3g} / sqrt({fan_in:.0f})",
+        formula=f"std = gain / sqrt(fan_in) = {target:.3g} / sqrt({layer.fan_in})",
         code=f"kernel_init=jax.nn.initializers.normal({std:.3g})",
         change={"multiply": {layer.leaf: factor}},
     )
