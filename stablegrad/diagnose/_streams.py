@@ -44,7 +44,10 @@ def mark_beside(program: Program, linear) -> None:
 
 
 def mark_joined(program: Program, linear) -> None:
-    """Find the layers whose result another array is added to or multiplied by."""
+    """Find the layers whose result another array is added to or multiplied by.
+
+    The layers of a gate lie beside what it multiplies, if that is what it is made of.
+    """
     for op in program.ops:
         joins = op.name in ("add", "add_any", "sub", "mul") and op.outs[0].aval.ndim > 1
         if not (joins and all(value.is_data for value in op.ins)):
@@ -53,6 +56,9 @@ def mark_joined(program: Program, linear) -> None:
             layer = last_layer(one, linear)
             if layer is not None and not other.comes_from(layer.value):
                 layer.joined = True
+            if op.name == "mul" and one.comes_from(other):
+                for gate in linear:
+                    gate.within |= _is_own(gate.value, one, other)
 
 
 def _is_own(value: Value, one: Value, other: Value) -> bool:

@@ -152,6 +152,18 @@ def derivative_in_the_loss():
     return loss, layers
 
 
+def squeeze_and_excite():
+    params = trunk(squeeze=dense(6, 32, 8), excite=dense(7, 8, 32))
+
+    def loss(p, batch):
+        h = jax.nn.relu(batch[0] @ p["w"])
+        pooled = jax.nn.relu(jnp.mean(h, axis=0, keepdims=True) + 0.01 * h)
+        gate = jax.nn.sigmoid(jax.nn.relu(pooled @ p["squeeze"]) @ p["excite"])
+        return squares(p, after(p, h * gate), batch)
+
+    return loss, params
+
+
 def additive_mask():
     params = {name: dense(2 + i, 16, 16) for i, name in enumerate("qkvo")}
     bias = -1e4 * (1 - jnp.tril(jnp.ones((1, 8, 8))))
@@ -174,6 +186,7 @@ NETWORKS = (
     one_hot_tokens,
     batch_norm_and_relu6,
     derivative_in_the_loss,
+    squeeze_and_excite,
     additive_mask,
 )
 

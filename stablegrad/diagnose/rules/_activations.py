@@ -6,7 +6,7 @@ from ._rule import Facts, Rule, Verdict
 
 DEAD = {"note": 0.3, "warning": 0.5, "critical": 0.9}
 SATURATED = {"note": 0.3, "warning": 0.5, "critical": 0.8}
-FEWEST_EXAMPLES = 8
+FEWEST_EXAMPLES, ALIKE = 8, 0.9
 
 
 def graded(value: float, limits: dict[str, float]) -> str:
@@ -22,7 +22,9 @@ def dead_units(facts: Facts) -> Iterator[Verdict]:
     if 0 < facts.batch.examples < FEWEST_EXAMPLES:
         return
     for layer in facts.layers:
-        severity = graded(layer.dead, DEAD)
+        # Examples that look alike say as little as one, for which half are off.
+        usual = 0.5 if layer.alike > ALIKE else 0.0
+        severity = graded((layer.dead - usual) / (1 - usual), DEAD)
         if severity and not layer.bounded:
             yield Verdict(
                 rule="dead_units",
@@ -31,7 +33,8 @@ def dead_units(facts: Facts) -> Iterator[Verdict]:
                 finding=f"{layer.dead:.0%} of the units of {layer.name} are dead: "
                 f"{layer.activation} has no slope there for any example.",
                 evidence={"dead": layer.dead, "mean": layer.mean, "rms": layer.rms},
-                threshold=f"{DEAD[severity]:.0%}",
+                threshold=f"{DEAD[severity]:.0%} of the {1 - usual:.0%} that are not "
+                "off by chance",
                 source="Lu et al. (2020), https://arxiv.org/abs/1903.06733",
                 remedy="Lower the rate that killed them, set the bias to 0, and use "
                 "an activation with a slope below 0.",
