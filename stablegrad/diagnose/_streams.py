@@ -1,5 +1,6 @@
 """Residual sums, and results that a normalisation takes."""
 
+import itertools
 from collections.abc import Iterator
 
 from ._program import Program, Value
@@ -27,7 +28,13 @@ def residual_sums(program: Program, linear_bits: int, layers) -> list[Site]:
 
 
 def mark_beside(program: Program, linear) -> None:
-    """Find the layers that a path of fewer layers goes around, as a projection does."""
+    """Find the layers that a path of fewer layers goes around.
+
+    A projection does, and a concatenation with what the layers were given.
+    """
+    for x, f in _concatenated(program):
+        for layer in linear:
+            layer.within |= f.comes_from(x) and _is_own(layer.value, f, x)
     for a, b, _ in _sums(program):
         if a.aval.ndim < 2:
             continue
@@ -41,6 +48,16 @@ def mark_beside(program: Program, linear) -> None:
             if len(more) > len(fewer):
                 for layer in more:
                     layer.within = True
+
+
+def _concatenated(program: Program) -> Iterator[tuple[Value, Value]]:
+    """The pairs of arrays of data that are concatenated along their features."""
+    for op in program.ops:
+        if op.name == "concatenate":
+            axis = op.outs[0].aval.ndim - 1
+            data = [v for v in op.ins if v.is_data and v.aval.shape[axis] > 1]
+            if op.eqn.params["dimension"] == axis > 0:
+                yield from itertools.permutations(data, 2)
 
 
 def mark_joined(program: Program, linear) -> None:

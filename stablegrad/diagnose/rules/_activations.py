@@ -50,6 +50,8 @@ def saturated(facts: Facts) -> Iterator[Verdict]:
         # A ReLU6 is flat for half of the usual inputs.
         usual = layer.saturated_usually
         severity = graded((layer.saturated - usual) / max(1 - usual, 1e-6), SATURATED)
+        if severity and layer.activation == "sigmoid" and layer.joined:
+            severity = "note"  # A gate may stay open or shut.
         if severity and layer.bounded:
             factor = min(1.0, 1.0 / max(layer.rms, 1e-30))
             yield Verdict(
