@@ -16,6 +16,7 @@ def compiled(
     update: Callable[..., Any],
     check_state: Callable[[Any], None] = lambda state: None,
     check_leaves: Callable[[Any, Any], None] = lambda state, like: None,
+    check_extra: Callable[[dict[str, Any]], None] = lambda extra: None,
 ) -> Callable[..., Any]:
     """Return an update that compiles once when it is called outside of a trace.
 
@@ -27,12 +28,14 @@ def compiled(
         update: A function (updates, state, params, **extra).
         check_state: Raises if the state is a wrong one.
         check_leaves: Raises if a state belongs to another tree than that of the step.
+        check_extra: Raises if an extra argument that is concrete is a wrong one.
     """
     program: Any = None
     constants: dict[str, Any] = {}  # Those of the program, by name.
 
     def compiled_update(updates, state, params=None, **extra) -> Any:
         check_state(state)
+        check_extra(extra)
         whole, params = params, matching_params(params, updates)
         value_fn = extra.get("value_fn")
         if callable(value_fn) and jax.tree.structure(whole) != jax.tree.structure(

@@ -65,6 +65,11 @@ LOCAL = MappedAxes()  # No axis: a device sees everything.
 def mapped_axes(axis_name: AxisName, averaged: bool = False) -> MappedAxes:
     """Return the axes given by one name, a tuple of names, or None."""
     if axis_name is None:
+        if averaged:
+            raise ValueError(
+                "`averaged_gradients=True` needs the name of the mapped axis over "
+                "which they are averaged, `axis_name=`."
+            )
         return LOCAL
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
     return MappedAxes(names, averaged)

@@ -119,14 +119,22 @@ def distinct(tree):
 
 
 def floating_like(updates, like):
-    """Return the updates with floats for integers where `like` has floats."""
+    """Return the updates with floats for integers where `like` has floats.
 
-    def convert(update, judge):
+    Raises ValueError if the shapes of a leaf differ.
+    """
+
+    def convert(path, update, judge):
+        if is_array(update) and is_array(judge) and np.shape(update) != np.shape(judge):
+            raise ValueError(
+                f"the gradient of the leaf {path_name(path)} has shape "
+                f"{np.shape(update)}, and the parameter {np.shape(judge)}."
+            )
         if is_inexact(judge) and not is_inexact(update):
             return jnp.asarray(update).astype(jnp.result_type(judge))
         return update
 
-    return jax.tree.map(convert, updates, like)
+    return jax.tree_util.tree_map_with_path(convert, updates, like)
 
 
 def nodes(tree, wanted: Callable[[Any], bool]) -> list[Any]:

@@ -24,7 +24,7 @@ def clip_by_max(
     ratio: float | jax.Array = 2.0,
     *,
     decay: float | jax.Array | None = None,
-    reset_every: int = 1000,
+    reset_every: int | None = None,
     published: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Clamp the elements of a leaf that exceed its usual largest one: AdaClip.
@@ -39,7 +39,7 @@ def clip_by_max(
         ratio: Tolerated multiple of the usual maximum, > 1. 1 if published.
         decay: Weight of the past, in [0, 1). None: 0.98; 0.999 if published.
         reset_every: Steps between resets of the moments, which restart the bias
-            correction, >= 0; 0 for never. Only with `published`.
+            correction, >= 0; 0 for never. Only with `published`; None: 1000.
         published: Whether to follow the recurrence of the paper exactly.
 
     Returns:
@@ -57,8 +57,9 @@ def clip_by_max(
     Reference:
         Huang et al., Stable-SPAM (2025), https://arxiv.org/abs/2502.17055.
     """
-    require_count("reset_every", reset_every, 0)
     if published:
+        reset_every = 1000 if reset_every is None else reset_every
+        require_count("reset_every", reset_every, 0)
         return _published(0.999 if decay is None else decay, reset_every)
     only_published(clip_by_max, reset_every=reset_every)
     decay = 0.98 if decay is None else decay

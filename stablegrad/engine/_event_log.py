@@ -128,14 +128,22 @@ def cause_of(
     return found
 
 
+def check_batch(extra: dict[str, Any]) -> None:
+    """Raise ValueError if a `batch_id=` that is no array of JAX is out of range."""
+    given = extra.get("batch_id")
+    if given is None or isinstance(given, jax.Array):  # Not waited for.
+        return
+    _checks.require(
+        "batch_id", given, "an integer in [0, 2**31)", lambda x: 0 <= int(x) < 2**31
+    )
+
+
 def batch_of(extra: dict[str, Any]) -> jax.Array:
     """Return the id that a step got as `batch_id=`, int32 ()."""
     given = extra.get("batch_id")
     if given is None:
         return jnp.full((), NO_BATCH, jnp.int32)
-    _checks.require(
-        "batch_id", given, "an integer in [0, 2**31)", lambda x: 0 <= x < 2**31
-    )
+    check_batch(extra)
     batch = jnp.asarray(given)
     if batch.ndim or not jnp.issubdtype(batch.dtype, jnp.integer):
         raise ValueError(

@@ -31,6 +31,7 @@ from .._compiled import compiled
 from .._mapped_axes import AxisName, mapped_axes
 from ..granularity._groups import check_sharded
 from ..responses._base import Response
+from ._event_log import check_batch
 from ._step import GuardedStep, GuardState
 
 APPLY = "guard_apply"  # The attribute of a guard's `update` that holds its `apply`.
@@ -96,11 +97,12 @@ def guard(
         TypeError: If `inner` is not an optax transformation, or a later argument is not
             a response.
         ValueError: If a threshold judges units and there is an `axis_name`, if there
-            are two `roll_back` or `layer_health`, or if `record_norms` is negative.
+            are two `roll_back` or `layer_health`, if `averaged_gradients` comes without
+            an `axis_name`, or if `record_norms` is negative.
             When a step is traced, if `value=` or `params` is needed and missing, if
-            `batch_id=` is not one integer, if the state is
-            not the guard's, or if the pytree has other leaves than the one given to
-            `init`.
+            `batch_id=` is not one integer in range, if the state is not the guard's, if
+            a gradient has another shape than its parameter, or if the pytree has other
+            leaves than the one given to `init`.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -132,7 +134,7 @@ def guard(
     _checks.require_count("record_norms", record_norms, least=0)
     step = GuardedStep(inner, responses, axes, record_norms)
     is_own = functools.partial(_checks.require_state, "guard", GuardState)
-    checks = (is_own, step.check_leaves)
+    checks = (is_own, step.check_leaves, check_batch)
     update = compiled(step.update, *checks)
     setattr(update, APPLY, compiled(step.apply, *checks))
     return GuardedTransformation(step.init, update)

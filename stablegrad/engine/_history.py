@@ -10,15 +10,19 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._packing import encode
+from ._record import NO_LOSS
 
 # The last columns of a row, before the limits; the first are the norms of the leaves.
 SERIES = ("loss_value", "grad_norm", "clipped_grad_norm", "lr_scale")
 
 
 def init_history(steps: int, leaves: int, limits: int) -> Any:
-    """Return rows for the last `steps` steps, float32; nothing for none."""
+    """Return rows for the last `steps` steps, float32; nothing for none.
+
+    An empty row is nan, encoded; `lr_scale` is a number in every other.
+    """
     columns = leaves + len(SERIES) + limits
-    return jnp.zeros((steps, columns), jnp.float32) if steps else ()
+    return jnp.full((steps, columns), NO_LOSS) if steps else ()
 
 
 def after_step(history: Any, step, leaf_norms, numbers: list[jax.Array]) -> Any:

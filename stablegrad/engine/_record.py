@@ -13,6 +13,7 @@ from .._trees import count_if
 from ._event_log import Cause, EventLog, Incident, init_log, log_incident
 
 NO_LOSS: Any = np.float32(-LARGEST)  # The encoded loss of a step without one.
+NO_LIMIT: Any = np.float32(LARGEST)  # The encoded limit of a threshold without one.
 # Fields of `LastStep` that may stand for a nan or an inf.
 ENCODED = ("grad_norm", "clipped_grad_norm", "loss_value")
 
@@ -122,6 +123,27 @@ def _described(columns: dict[str, None]) -> list[list[str]]:
     return [key.split(" ", 2)[1:] for key in sorted(columns)]
 
 
+def carried_extras(
+    old: tuple[dict[str, None], Record], new: tuple[dict[str, None], Record]
+) -> dict[str, jax.Array]:
+    """Return the extras of a new record, those of an old one where it has the name."""
+    (old_columns, source), (columns, target) = old, new
+    filled = {}
+    for kind in ("extra_numbers", "extra_codes"):
+        names = lambda own, kind=kind: [
+            name
+            for dtype, name in _described(own)
+            if (dtype == "float32") == (kind == "extra_numbers")
+        ]
+        before, array = names(old_columns), getattr(target, kind)
+        for place, name in enumerate(names(columns)):
+            if name in before:
+                value = getattr(source, kind)[..., before.index(name)]
+                array = jnp.asarray(array).at[..., place].set(value)
+        filled[kind] = array
+    return filled
+
+
 def record_structs(columns: dict[str, None]) -> Record:
     """Return the shapes and dtypes of a record with these columns."""
     extras = {name: jnp.zeros((), dtype) for dtype, name in _described(columns)}
@@ -143,7 +165,7 @@ def init_record(extras: dict[str, Any]) -> Record:
     """Return the record before the first step, with further numbers by name."""
     ones = ("clip_scale", "lr_scale", "back_off_scale")
     last = dict.fromkeys(LastStep._fields, 0) | dict.fromkeys(ones, 1)
-    last |= {"first_bad_leaf": -1, "largest_leaf": -1}
+    last |= {"first_bad_leaf": -1, "largest_leaf": -1, "loss_value": NO_LOSS}
     values = list(last.values())
     return Record(
         jnp.array(values[: len(FLOATS)], jnp.float32),

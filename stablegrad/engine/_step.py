@@ -119,15 +119,16 @@ class GuardedStep:
 
     def _extras(self, decision: Decision | None, states) -> dict[str, jax.Array]:
         """Return the record's further columns: limits, and readings of responses."""
-        names = [*self._limit_names]
+        limits, norms = [*self._limit_names], []
         if _decide.watches_update(self._responses):
-            names += ["raw_update_norm", "update_norm"]
-        numbers = [jnp.zeros((), jnp.float32)] * len(names)
+            norms = ["raw_update_norm", "update_norm"]
+        numbers: list[Any] = [_record.NO_LIMIT] * len(limits)
+        numbers += [_record.NO_LOSS] * len(norms)
         if decision is not None:
             flat = [judged.limit for own in decision.judgements for judged in own]
             numbers = [jnp.min(limit, initial=jnp.inf) for limit in flat]
             numbers += decision.update_norms or ()
-        named = dict(zip(names, numbers, strict=True))
+        named = dict(zip([*limits, *norms], numbers, strict=True))
         for response, state in zip(self._responses, states, strict=True):
             named |= response.readings(state)
         return named

@@ -86,6 +86,9 @@ def history(state: Any) -> History:
     rows = decode(rows[steps % rows.shape[0]])
     leaves = _trees.decode_names(own.names)
     limits = _reading.limit_names(own)
+    # `adopt` starts at a step before which there are no rows.
+    written = ~np.isnan(rows[:, len(leaves) + SERIES.index("lr_scale")])
+    steps, rows = steps[written], rows[written]
     series = dict(zip((*SERIES, *limits), rows[:, len(leaves) :].T, strict=True))
     return History(
         steps=steps,

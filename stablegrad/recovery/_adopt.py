@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from .._checks import require_optimizer, require_steps
-from .._packing import Packed, Packing, on_host
+from .._packing import Packing, on_host
 from ..engine._record import Totals, record_structs
 from ..engine._step import GuardState
 from ..engine._unwrap import unwrap
@@ -73,8 +73,8 @@ def opt_state_of(holder: Any) -> Any:
     return holder.opt_state if hasattr(holder, "tx") else holder
 
 
-def _starting_at(guard: GuardState, step: jax.Array) -> Packed:
-    """Return a fresh guard's numbers as if it had seen that many steps."""
+def _starting_at(guard: GuardState, step: jax.Array) -> GuardState:
+    """Return a fresh guard as if it had seen that many steps."""
     packing = Packing(record_structs(guard.columns))
     fresh = on_host(guard.numbers)  # They may lie on a mesh that is not in use.
     record = packing.unpack(fresh)
@@ -82,7 +82,8 @@ def _starting_at(guard: GuardState, step: jax.Array) -> Packed:
     totals = totals.at[Totals._fields.index("guarded_steps")].set(step)
     begun = packing.pack(record._replace(totals=totals))
     # The record comes first.
-    return tuple(
+    numbers = tuple(
         jnp.concatenate([own, numbers[own.size :]])
         for numbers, own in zip(fresh, begun, strict=True)
     )
+    return guard._replace(numbers=numbers)

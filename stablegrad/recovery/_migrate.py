@@ -11,14 +11,15 @@ import optax
 
 from .. import _trees
 from .._checks import require_optimizer
-from .._packing import Packed, Packing, on_host
+from .._packing import Packing, on_host
 from ..engine._layout import VERSION, Rows, State, parts_of, structs_of, version_of
-from ..engine._record import Record, record_structs
+from ..engine._record import Record, carried_extras, record_structs
 from ..engine._step import GuardState
 from ..engine._unwrap import unwrap
 from ._adopt import opt_state_of
 from ._matching import filled
 from ._rebuild import guards_in, rebuilt, require_finite
+from ._watched import watched_layers, watched_steps
 
 
 def migrate(tx: optax.GradientTransformation, params: Any, old: Any) -> Any:
@@ -26,9 +27,10 @@ def migrate(tx: optax.GradientTransformation, params: Any, old: Any) -> Any:
 
     Carried over are: the inner optimizer's state; all counts and events; the states of
     responses that both guards have, such as a cut of the learning rate; and statistics
-    of thresholds that both have, by name, signal and granularity. What is new starts as
-    at the start of a run. Snapshots of `roll_back` start with the parameters as they
-    are.
+    of thresholds that both have, by name, signal and granularity, with those of
+    `layer_health` if it watches the same signals of the same groups; and the rows of
+    `record_norms`. What is new starts as at the start of a run. Snapshots of
+    `roll_back` start with the parameters as they are.
 
     Args:
         tx: The new guarded transformation, around the same optimizer.
@@ -102,8 +104,8 @@ def _as_guards(tree: Any) -> Any:
     return jax.tree.map(convert, tree, is_leaf=is_dict)
 
 
-def _carried(old: GuardState, new: GuardState) -> Packed:
-    """Return the numbers of the new guard, as far as the old one has them."""
+def _carried(old: GuardState, new: GuardState) -> GuardState:
+    """Return the new guard with its numbers, as far as the old one has them."""
     version = version_of(old.layout)
     if version > VERSION:
         raise ValueError(
@@ -116,11 +118,11 @@ def _carried(old: GuardState, new: GuardState) -> Packed:
             "over, and counts, events and statistics start anew.",
             stacklevel=2,
         )
-        return new.numbers
+        return new
     _, (old_record, old_parts) = _unpacked(old)
     packing, (record, parts) = _unpacked(new)
     kept = old_record._replace(
-        extra_numbers=record.extra_numbers, extra_codes=record.extra_codes
+        **carried_extras((old.columns, old_record), (new.columns, record))
     )
     found = _known(parts_of(old.layout), old_parts)
     used: collections.Counter[Any] = collections.Counter()
@@ -139,7 +141,11 @@ def _carried(old: GuardState, new: GuardState) -> Packed:
         rows = [best(own, own_rows) for own, own_rows in _split(part, arrays)]
         joined = [jnp.concatenate(leaves) for leaves in zip(*rows, strict=True)]
         filled_parts.append(joined)
-    return packing.pack((kept, filled_parts))
+    return new._replace(
+        numbers=packing.pack((kept, filled_parts)),
+        layers=watched_layers(old, new),
+        history=watched_steps(old, new),
+    )
 
 
 def _unpacked(guard: GuardState) -> tuple[Packing, tuple[Record, list[list]]]:

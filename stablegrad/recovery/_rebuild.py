@@ -12,8 +12,10 @@ from .. import _trees
 from .._packing import Packed
 from .._placing import placed_like
 from ..engine._step import GuardState
+from ..responses.roll_back._snapshots import unnamed
 
-Refill = Callable[[GuardState], Packed]  # A guard's fresh state -> its numbers.
+# A guard's fresh state -> the same with its numbers, without the inner state.
+Refill = Callable[[GuardState], GuardState]
 
 
 def guards_in(state: Any) -> list[GuardState]:
@@ -34,7 +36,7 @@ def rebuilt(fresh: Any, unguarded: Any, refill: Refill, params: Any) -> Any:
     Args:
         fresh: A state from `init`, with guards anywhere.
         unguarded: What `unwrap` would return of it, with other arrays.
-        refill: Gives each guard its numbers, an outer one before an inner one.
+        refill: Fills each guard, an outer one before an inner one.
         params: Where they are, the state goes.
     """
     leaves = iter(jax.tree.leaves(unguarded))
@@ -45,10 +47,10 @@ def _put(fresh: Any, leaves: Iterator, refill: Refill) -> Any:
     def put(node):
         if not _is_guard(node):
             return next(leaves)
-        numbers = refill(node)
+        refilled = refill(node)
         inner = _put(node.guarded_inner, leaves, refill)
-        kept = tuple(_snapshot(old, inner, numbers) for old in node.snapshots)
-        return node._replace(guarded_inner=inner, numbers=numbers, snapshots=kept)
+        kept = tuple(_snapshot(x, inner, refilled.numbers) for x in node.snapshots)
+        return refilled._replace(guarded_inner=inner, snapshots=kept)
 
     return jax.tree.map(put, fresh, is_leaf=_is_guard)
 
@@ -61,7 +63,7 @@ def _snapshot(fresh, inner, numbers: Packed):
         by_dtype[own.dtype][..., by_dtype[own.dtype].shape[-1] - own.shape[-1] :]
         for own in fresh.statistics
     )
-    now = fresh._replace(guarded_inner=inner, statistics=statistics)
+    now = unnamed(fresh._replace(guarded_inner=inner, statistics=statistics))
 
     def place(new, old):
         new = jnp.array(new)

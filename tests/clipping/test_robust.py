@@ -29,6 +29,11 @@ INJECTED = [
 ]
 
 
+def test_settings_of_the_published_method_alone_need_no_static_arguments():
+    tx = optax.inject_hyperparams(sg.clip_by_max)(ratio=2.0)
+    assert tx.init(PARAMS).hyperparams.keys() == {"ratio"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "make, settings",

@@ -37,6 +37,13 @@ def test_map_params_takes_a_tree_of_specs(name):
     assert not jax.tree.leaves((marked.numbers, marked.names))
 
 
+def test_get_finds_what_is_in_force_beside_snapshots():
+    inner = optax.inject_hyperparams(optax.adam)(0.1)
+    state = sg.stabilize(inner, sg.roll_back(keep=2)).init(PARAMS)
+    assert optax.tree.get(state, "learning_rate") == jnp.float32(0.1)
+    assert optax.tree.get(state, "mu").keys() == PARAMS.keys()
+
+
 @pytest.mark.parametrize(
     "make",
     [

@@ -41,6 +41,22 @@ def test_missing_and_unexpected_leaves_are_named_where_the_state_is_concrete():
         tx.update(other, state, other)
 
 
+@pytest.mark.parametrize("step", ["update", "apply"])
+def test_a_gradient_of_another_shape_than_its_parameter_is_named(step):
+    tx = sg.stabilize(optax.adam(0.1))
+    given = {"w": jnp.ones(1)}, tx.init(PARAMS), PARAMS
+    with pytest.raises(ValueError, match=r"the leaf w has shape \(1,\), .* \(2,\)"):
+        if step == "update":
+            tx.update(*given, value=1.0)
+        else:
+            sg.apply(tx, *given, value=1.0)
+
+
+def test_averaged_gradients_without_the_axis_are_an_error():
+    with pytest.raises(ValueError, match="axis_name"):
+        sg.stabilize(optax.sgd(0.1), averaged_gradients=True)
+
+
 def test_a_state_of_another_transformation_is_explained():
     tx = sg.stabilize(optax.adam(0.1))
     foreign = optax.adam(0.1).init(PARAMS)

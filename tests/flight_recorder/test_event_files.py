@@ -69,6 +69,11 @@ def test_events_without_a_batch_id_have_none_and_a_wrong_one_is_an_error():
     for wrong in (1.5, jnp.zeros(2, jnp.int32), jnp.float32(3)):
         with pytest.raises(ValueError, match="batch_id"):
             TX.update(bad, state, START, value=1.0, batch_id=wrong)
+    for wrong in (-1, 2**31, np.int64(2**32 + 17), np.uint32(2**32 - 1)):
+        with pytest.raises(
+            ValueError, match=r"`batch_id` must be an integer in \[0, 2"
+        ):
+            TX.update(bad, state, START, value=1.0, batch_id=wrong)
     with pytest.raises(ValueError, match=r"`batch_id` must be an integer in \[0, 2"):
         jax.jit(lambda s: TX.update(bad, s, START, value=1.0, batch_id=-1))(state)
 

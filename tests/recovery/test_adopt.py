@@ -69,11 +69,25 @@ def test_the_adopted_state_is_one_from_init_but_for_its_arrays():
     state = sg.adopt(tx, params, inner)
     chex.assert_trees_all_equal_shapes_and_dtypes(state, tx.init(params))
     newest = state.snapshots[0]
-    chex.assert_trees_all_equal(newest.guarded_inner, inner)
+    chex.assert_trees_all_equal(*map(jax.tree.leaves, (newest.guarded_inner, inner)))
     chex.assert_trees_all_equal(newest.params, params)
     jax.jit(lambda s: s, donate_argnums=0)(state.snapshots)  # With their own buffers:
     chex.assert_tree_all_finite((params, inner))
     [leaf.block_until_ready() for leaf in jax.tree.leaves((params, inner))]
+
+
+def test_before_its_first_step_an_adopted_state_tells_nothing_of_one():
+    params, inner = trained(optax.sgd(0.1))
+    tx = sg.guard(optax.sgd(0.1), sg.clip(sg.rarity()), record_norms=4)
+    state = sg.adopt(tx, params, inner, step=1000)
+    told = sg.metrics(state)
+    assert np.isnan(told["loss_value"]) and told["guarded_steps"] == 1000
+    assert np.isposinf(told["clip_rarity_grad_norm_limit"])
+    assert sg.history(state).steps.tolist() == []
+    for loss in (3.0, 2.0):
+        _, state = tx.update(params, state, params, value=loss)
+    assert sg.history(state).steps.tolist() == [1000, 1001]
+    assert sg.history(state).loss_value.tolist() == [3.0, 2.0]
 
 
 @pytest.mark.slow

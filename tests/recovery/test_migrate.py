@@ -3,6 +3,7 @@
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
@@ -95,7 +96,10 @@ def test_snapshots_begin_with_what_was_carried_over(old):
     params, state = old
     moved = sg.migrate(second(), params, state)
     chex.assert_trees_all_equal(moved.snapshots[0].params, params)
-    chex.assert_trees_all_equal(moved.snapshots[0].guarded_inner, moved.guarded_inner)
+    chex.assert_trees_all_equal(
+        jax.tree.leaves(moved.snapshots[0].guarded_inner),
+        jax.tree.leaves(moved.guarded_inner),
+    )
     fresh = second().init(params)
     chex.assert_trees_all_equal_shapes_and_dtypes(moved, fresh)
     widths = [own.size for own in fresh.snapshots[0].statistics]
@@ -110,6 +114,75 @@ def test_a_guard_that_migrates_to_itself_decides_as_before(old):
     params, state = old
     moved = sg.migrate(first(), params, state)
     assert limits(first(), params, moved) == limits(first(), params, state)
+
+
+def watched(*responses, **kwargs):
+    return sg.guard(optax.sgd(1e-3), *responses, **kwargs)
+
+
+def with_steps(tx, steps, state=None, first=0, factor=1.0):
+    """The state after steps of noise, one leaf's times a factor."""
+
+    def step(state, i):
+        noise = 1 + 0.1 * jax.random.normal(jax.random.key(i), (2,))
+        grads = {"w": jnp.full((3, 2), factor * noise[0]), "b": jnp.full(2, noise[1])}
+        _, state = tx.update(grads, state, PARAMS, value=1.0 + i)
+        return state, None
+
+    state = tx.init(PARAMS) if state is None else state
+    number = first + jnp.arange(steps)
+    return jax.jit(lambda s: jax.lax.scan(step, s, number)[0])(state)
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        pytest.param(3, marks=pytest.mark.slow),
+        5,
+        pytest.param(9, marks=pytest.mark.slow),
+    ],
+)
+def test_the_rows_of_the_last_steps_are_carried_by_name(kept):
+    before = watched(sg.clip(sg.rarity()), sg.skip(sg.zscore(6.0)), record_norms=5)
+    after = watched(sg.skip(sg.zscore(6.0)), sg.clip(sg.fixed(9.0)), record_norms=kept)
+    old = with_steps(before, 12)
+    new = sg.migrate(after, PARAMS, old)
+    told, fresh = sg.history(old), sg.history(new)
+    count = min(5, kept)
+    assert fresh.steps.tolist() == list(range(12 - count, 12))
+    for name in ("leaf_norms", "loss_value", "grad_norm", "lr_scale"):
+        own, theirs = getattr(fresh, name), getattr(told, name)
+        np.testing.assert_array_equal(own, theirs[-count:])
+    limit = "skip_zscore_grad_norm_limit"
+    np.testing.assert_array_equal(fresh.limits[limit], told.limits[limit][-count:])
+    assert np.isnan(fresh.limits["clip_fixed_grad_norm_limit"]).all()
+    assert sg.metrics(new)[limit] == sg.metrics(old)[limit]
+    assert np.isposinf(sg.metrics(new)["clip_fixed_grad_norm_limit"])
+    again = with_steps(after, 2, new, 12)
+    assert sg.history(again).steps.tolist() == list(range(14 - min(kept, 7), 14))
+
+
+@pytest.mark.slow
+def test_layer_health_warns_as_if_it_had_not_moved(tmp_path):
+    tx = watched(sg.layer_health())
+    old = with_steps(tx, 600)
+    others = sg.layer_health(per="global"), sg.layer_health(cosine=True)
+    with ocp.StandardCheckpointer() as saver:
+        saver.save(tmp_path / "state", old)
+        saver.wait_until_finished()
+        restored = saver.restore(tmp_path / "state")
+    warned = [
+        int(sg.metrics(with_steps(tx, 100, state, 600, 30.0))["warned_steps"])
+        for state in (
+            old,
+            sg.migrate(tx, PARAMS, old),
+            sg.migrate(tx, PARAMS, restored),
+        )
+    ]
+    assert warned[0] > 0 and warned == [warned[0]] * 3
+    for other in others:
+        moved = sg.migrate(watched(other), PARAMS, old)
+        assert sg.metrics(moved)["layer_health_checks"] == 0
 
 
 def test_a_guard_inside_a_chain_is_found(old):

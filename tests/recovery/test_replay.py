@@ -57,6 +57,19 @@ def copy_of(tree):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("move", ["migrate", "adopt"])
+def test_a_state_that_was_carried_over_blames_no_hardware(move):
+    params, state = STEP(start(), BAD)
+    if move == "migrate":
+        state = sg.migrate(TX, params, state)
+        assert sg.replay(STEP, (params, state), BAD).verdict == "same"
+        return
+    begun = sg.adopt(TX, params, sg.unwrap(state), step=3)
+    after = STEP(copy_of((params, begun)), BATCH)
+    assert sg.replay(STEP, (params, begun), BATCH, after=after).verdict == "same"
+
+
+@pytest.mark.slow
 def test_bad_data_is_the_same_again_and_the_example_is_found():
     state = STEP(start(), BAD)
     kept = jax.device_get(state)

@@ -31,7 +31,9 @@ class Snapshot(NamedTuple):
     """What a step left behind."""
 
     params: Any
-    guarded_inner: Any  # State of the inner transformation.
+    # State of the inner transformation; without names while it is kept, since
+    # `optax.tree_utils.tree_get` is to find what is in force alone.
+    guarded_inner: Any
     statistics: Packed  # Of the thresholds.
 
 
@@ -45,6 +47,7 @@ class Written(NamedTuple):
 
 def init_snapshots(first: Snapshot, keep: int, memory: str) -> tuple[Snapshot, ...]:
     """Return `keep` copies of the first snapshot, each with buffers of its own."""
+    first = unnamed(first)
     copy = lambda: _trees.distinct(_trees.strongly_typed(first))
     return tuple(_put(copy(), memory) for _ in range(keep))
 
@@ -87,10 +90,40 @@ def exchange(
             written, refused = _once(action == RESTORE + slot, restore, carry)
         return written, kept, Exchanged(action, refused, norms, grown)
 
+    inner = jax.tree.structure(written.guarded_inner)
     kept = _put(kept, memory)  # A checkpoint may have brought them elsewhere.
+    kept = tuple(
+        own._replace(guarded_inner=inner.unflatten(jax.tree.leaves(own.guarded_inner)))
+        for own in kept
+    )
     action, zero = plan.action, plan.action * 0
     idle = Exchanged(action, zero, jnp.zeros_like(plan.largest_norms), zero > 0)
-    return _once(action > NOTHING, act, (written, kept, idle))
+    written, kept, done = _once(action > NOTHING, act, (written, kept, idle))
+    return written, tuple(map(unnamed, kept)), done
+
+
+def unnamed(snapshot: Snapshot) -> Snapshot:
+    """Put tuples in the place of what has names, but for trees like the parameters."""
+    is_like_params = _is_like(snapshot.params)
+    is_named = lambda node: isinstance(node, tuple) or type(node) is dict
+
+    def strip(node):
+        if is_like_params(node) or not is_named(node):
+            return node
+        values = [node[key] for key in sorted(node)] if type(node) is dict else node
+        return tuple(map(stripped, values))
+
+    def stripped(tree):
+        return jax.tree.map(strip, tree, is_leaf=is_named)
+
+    return snapshot._replace(guarded_inner=stripped(snapshot.guarded_inner))
+
+
+def _is_like(params: Any) -> Callable[[Any], bool]:
+    masked = lambda node: isinstance(node, optax.MaskedNode)
+    structure_of = lambda node: jax.tree.structure(node, is_leaf=masked)
+    structure = structure_of(params)
+    return lambda node: structure_of(node) == structure
 
 
 def _once(pred: jax.Array, function: Callable, carry):
@@ -153,11 +186,7 @@ def _reachable(snapshot, params) -> jax.Array:
 
 def _moments(snapshot: Snapshot) -> list:
     """Return what the state holds of the parameters' structure, or of parts of it."""
-    masked = lambda node: isinstance(node, optax.MaskedNode)
-    structure_of = lambda node: jax.tree.structure(node, is_leaf=masked)
-    structure = structure_of(snapshot.params)
-    is_like_params = lambda node: structure_of(node) == structure
-    return _trees.nodes(snapshot.guarded_inner, is_like_params)
+    return _trees.nodes(snapshot.guarded_inner, _is_like(snapshot.params))
 
 
 def _finite(snapshot: Snapshot) -> jax.Array:
