@@ -159,7 +159,7 @@ def faults() -> list[Case]:
             "conv_net",
             "nan weight",
             "nonfinite_parameters",
-            "Conv_3.kernel",
+            "params.Conv_3.kernel",
             "Conv_3.kernel",
             lambda leaf: np.where(
                 np.arange(leaf.size).reshape(leaf.shape) == 7, np.nan, leaf

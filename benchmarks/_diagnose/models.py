@@ -399,10 +399,14 @@ def _loss_of(name, options, loss_fn):
 
 
 def edited(model, changes: dict[str, Callable[[np.ndarray], Any]]):
-    """Return a copy of a model with some leaves changed, by dotted name."""
+    """Return a copy of a model with some leaves changed, by dotted name.
+
+    Linen's collection, "params", may be left out.
+    """
     if isinstance(model, nnx.Module):
         graphdef, params, rest = nnx.split(model, nnx.Param, ...)
         return nnx.merge(graphdef, edited(params, changes), rest, copy=True)
+    changes = {name.removeprefix("params."): f for name, f in changes.items()}
     used = set()
 
     def change(path, leaf):
