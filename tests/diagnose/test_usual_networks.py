@@ -215,6 +215,14 @@ def test_no_alarm_is_raised_on_low_rank_adapters_of_nnx():
     assert sg.diagnose(loss, Tuned(nnx.Rngs(0)), (X, Y)).causes == ()
 
 
+def test_layers_behind_a_dead_one_are_no_causes_of_their_own():
+    loss = lambda p, batch: squares(
+        p, after(p, jax.nn.relu(batch[0] @ p["w"] - p["bias"][None])), batch
+    )
+    report = sg.diagnose(loss, trunk(bias=jnp.full(32, 50.0)), (X, Y))
+    assert [(v.rule, v.layer) for v in report.causes] == [("dead_units", "w")], report
+
+
 @pytest.mark.slow
 def test_a_relu6_beyond_its_usual_flat_half_is_saturated():
     loss, params = batch_norm_and_relu6()

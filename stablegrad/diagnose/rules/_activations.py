@@ -22,6 +22,8 @@ def dead_units(facts: Facts) -> Iterator[Verdict]:
     if 0 < facts.batch.examples < FEWEST_EXAMPLES:
         return
     for layer in facts.layers:
+        if layer.input_rms == 0:  # What is dead comes before it.
+            continue
         # Examples that look alike say as little as one, for which half are off.
         usual = 0.5 if layer.alike > ALIKE else 0.0
         severity = graded((layer.dead - usual) / (1 - usual), DEAD)
@@ -33,8 +35,8 @@ def dead_units(facts: Facts) -> Iterator[Verdict]:
                 finding=f"{layer.dead:.0%} of the units of {layer.name} are dead: "
                 f"{layer.activation} has no slope there for any example.",
                 evidence={"dead": layer.dead, "mean": layer.mean, "rms": layer.rms},
-                threshold=f"{DEAD[severity]:.0%} of the {1 - usual:.0%} that are not "
-                "off by chance",
+                threshold=f"{usual + (1 - usual) * DEAD[severity]:.0%}"
+                + (", since examples that look alike leave half off" if usual else ""),
                 source="Lu et al. (2020), https://arxiv.org/abs/1903.06733",
                 remedy="Lower the rate that killed them, set the bias to 0, and use "
                 "an activation with a slope below 0.",
@@ -67,9 +69,8 @@ def saturated(facts: Facts) -> Iterator[Verdict]:
                     "mean": layer.mean,
                     "input_rms": layer.input_rms,
                 },
-                threshold=f"{SATURATED[severity]:.0%} with a slope below 6 % of the "
-                f"largest, as |tanh| > 0.97, of the {1 - usual:.0%} that are not flat "
-                "at inputs of mean 0 and RMS 1",
+                threshold=f"{usual + (1 - usual) * SATURATED[severity]:.0%} with a "
+                "slope below 6 % of the largest, as |tanh| > 0.97",
                 source="Glorot and Bengio (2010), AISTATS",
                 remedy="Bring what enters the activation to an RMS of 1: normalise "
                 f"it, or multiply {layer.leaf} and its bias by {factor:.3g}.",
