@@ -24,9 +24,10 @@ def clip_by_percentile(
         c_t = percentile(norms, q);    g <- g * min(1, c_t / ||g||)
 
     The norms are those of `percentile`: a window of bounded norms before the current
-    one. As published, they are all so far, with the current one: at q = 10, nine of ten
-    steps shrink, a lasting rise is followed after ten times the steps before it, and
-    one nan makes every later step nan.
+    one. As published, all norms so far are used, including the current one. Then at
+    q = 10, nine of ten steps are shrunk, the limit follows a lasting rise only after
+    ten times as many steps as came before the rise, and one nan makes every later step
+    nan.
 
     Args:
         q: Percentile, in [0, 100]. None: 99.5; 10 if published.

@@ -42,8 +42,9 @@ def critical_learning_rate(
 
     `critical` is `probe`, which takes real optimizer steps and is the most reliable: on
     36 networks it is within a factor 1.4 of the first spike in 94 %, where `forward` is
-    off by up to 13. Without a probe it is the smaller of the first two. `safe_start` is
-    half of the smallest of the three. A limit is not the best rate.
+    off by up to 13. Without a probe it is the smaller of `directional`
+    and `forward`. `safe_start` is half of the smallest of `directional`, `forward` and
+    `probe`. A limit is not the best rate.
 
     The cost is about 20 forward passes, one Hessian product and 15 times `steps`
     gradients, in one compiled program. No argument is modified.

@@ -30,19 +30,20 @@ def diagnose(
 ) -> Report:
     """Find the layers that explode, vanish, die or saturate, why, and what to do.
 
-    The loss is traced once for each function object, so what it reads besides its
-    arguments is constant, and once more on parts of the batch, which is left out of the
-    report where it takes whole batches only. Layers are the operations that combine
-    data with a parameter, in forward order, named after the parameter; so that Flax
-    NNX, Linen, Equinox and plain functions need no change, nor do models under
-    `jax.jit`, `jax.vmap`, `jax.checkpoint` or `jax.lax.scan`. With z the result of a
-    layer, f its activation and W the weights of the layer that takes f(z),
+    The loss is traced once for each function object, so anything it reads besides its
+    arguments is constant. It is traced once more on parts of the batch; the report
+    leaves these results out if the loss takes only whole batches. Layers are the
+    operations that combine data with a parameter, in forward order, named after the
+    parameter. Therefore models of Flax NNX, Linen, Equinox and plain functions need no
+    change, even under `jax.jit`, `jax.vmap`, `jax.checkpoint` or `jax.lax.scan`.
+    With z the result of a layer, f its activation and W the weights of the layer that
+    takes f(z),
 
         chi = rms(dL/dz)^2 / rms(dL/dz')^2,  in theory  fan_out rms(W)^2 E[f'(z)^2]
 
-    for z' = W f(z) + b, the expectation by quadrature for a normal z. One forward and
-    one backward pass give it, one more of both the gradients of parts of the batch, and
-    each of the `steps` one more. No argument is modified.
+    for z' = W f(z) + b, the expectation by quadrature for a normal z. Chi costs one
+    forward and one backward pass. The gradients of parts of the batch cost another
+    pass of each kind, and so does each of the `steps`. No argument is modified.
 
     Args:
         loss_fn: `loss_fn(params, batch)`, a deterministic scalar: freeze dropout keys,

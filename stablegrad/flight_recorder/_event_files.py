@@ -41,11 +41,12 @@ FIELDS = {
 def save_events(state: Any, path: str | os.PathLike) -> None:
     """Write the events of a guard to a file of JSON lines, and keep those in it.
 
-    A guard remembers its last 64 events, a file all that it was told of: call this more
-    often than 64 events happen, such as with each checkpoint. A later account of the
-    same step and kind replaces the earlier one, and keeps the ids of its batches, so a
-    run may be resumed and save again. Where events were lost in between, a line
-    {"events_forgotten": n} says how many. Of several processes, one saves.
+    A guard remembers its last 64 events, and the file keeps every event saved to it.
+    Call this before 64 new events have occurred, such as with each checkpoint. A
+    later event of the same step and kind replaces the earlier one but keeps its batch
+    ids, so a resumed run may save to the same file. Where events were
+    lost in between, a line {"events_forgotten": n} says how many. Of
+    several processes, let only one save.
 
     Args:
         state: A state that holds a guard's anywhere, as for `metrics`. Pass all guards

@@ -42,7 +42,8 @@ def stabilize(
 ) -> GuardedTransformation:
     """Guard an optimizer with default responses.
 
-    It is this guard, in which rules that need `value=` or `value_fn=` rest without:
+    It builds the guard below. Rules that need `value=` or `value_fn=` are inactive if
+    the argument is not passed.
 
         guard(inner,
               clip(rarity(share, window=window, per=per)),
@@ -59,9 +60,10 @@ def stabilize(
     A gradient whose norm is rare is shrunk to what is usual. A step is refused only if
     gradient or loss is not finite, or if the norm is `refuse_factor` times beyond the
     usual. Whatever comes again and again becomes usual: a batch of another kind, a new
-    task, a loss term. A loss far above its usual spread that does not fall for three
-    steps in a row cuts the learning rate once, and it is back after 20 +
-    `regrow_steps` calm steps; a high loss refuses no step.
+    task, a loss term. If the loss is far above its usual spread and does not fall
+    for three steps in a row, the learning rate is cut once. It is fully restored after
+    20 + `regrow_steps` calm steps. A high finite loss never causes a step to be
+    refused.
 
     Without `value=` non-finite losses are not seen, and the learning rate is never
     backed off; a warning says so once, unless `value=None` is passed. Without

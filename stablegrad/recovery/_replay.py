@@ -42,8 +42,8 @@ def replay(
 
     Host only. A guard leaves parameters and inner state as they were when it skips a
     step, so after a skipped step its state and the batch are all that is needed, as
-    long as the step depends on nothing else that has moved on. Random keys and batch
-    statistics have, unless `keep_if_skipped` held them back.
+    long as the step depends on nothing else that has changed since. Random keys and
+    batch statistics have changed, unless `keep_if_skipped` restored them.
 
     Args:
         step: The compiled step of the run, as `step(state, batch)`: another program may

@@ -44,19 +44,19 @@ def back_off(
         k_t = max(factor * k_{t-1}, min_scale)        if e_t and (c_t or x_t > 2 x')
         k_t = min(1, k_{t-1} * factor ** (-1 / regrow_steps))  if c_t, else k_{t-1}
 
-    One rise is one cut, however long it lasts. What keeps rising is followed, a cut for
-    each doubling, down to `min_scale`. With `confirm_steps` of 2 or more, a loss that
-    has risen and falls again, as after a change of the task, is left alone. A run of
-    rejected steps cuts once as well: a learning rate can only be to blame for steps
-    that were taken. The update of step t is multiplied by the cut k at once, and by the
-    regrown k from the next step on.
+    One rise causes one cut, however long it lasts. If the excess keeps growing, there
+    is another cut for each doubling, down to `min_scale`. With `confirm_steps` of 2 or
+    more, a loss that has risen and falls again, as after a change of the task, causes
+    no cut. A run of rejected steps also causes only one cut, because only steps that
+    were taken can be the fault of the learning rate. The update of step t is multiplied
+    by the cut k at once, and by the regrown k from the next step on.
 
     Regrowth undoes one cut in `regrow_steps` calm steps: after a cut to 1/2, k is 0.71
     after hold_steps + 50 of them and 1 after hold_steps + 100, so the schedule's own
-    rate is reached again; it is never exceeded. A nan or inf is no explosion, nor the
-    end of a run of them: it says nothing of the learning rate. Pass `nonfinite()` to
-    cut at one all the same. Where k_t < `limit_below`, the step is clipped besides, to
-    what `limit` calls normal.
+    rate is reached again; it is never exceeded. A nan or inf neither counts as an
+    explosion nor ends a run of explosions, because it says nothing about the learning
+    rate. Pass `nonfinite()` to cut the rate at a nan or inf as well. Where k_t <
+    `limit_below`, the step is also clipped to what `limit` calls normal.
 
     Args:
         *thresholds: What counts as an explosion; at least one.

@@ -26,10 +26,11 @@ def decay_with_schedule(
 
         u_t <- u_t + weight_decay (rate_t / peak) theta_t
 
-    In front of the learning rate. The norm of a gradient behind a normalisation
-    balances at sqrt(2 decay_t / rate_t) times that of its kernel, so with a constant
-    decay it grows as the rate falls to 0, and the kernel's norm shrinks. With this one
-    the ratio stays what it is at the peak.
+    Place it before the learning rate in the chain. If a normalisation follows a kernel,
+    the norm of the kernel's gradient settles at sqrt(2 decay_t / rate_t) times the norm
+    of the kernel. With a constant decay, this ratio grows as the rate falls to 0, and
+    the kernel's norm shrinks. With the scheduled decay, the ratio keeps its value at
+    the peak.
 
     Args:
         weight_decay: The decay at the peak, >= 0.

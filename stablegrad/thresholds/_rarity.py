@@ -50,7 +50,7 @@ def rarity(
     of: Signal = "grad_norm",
     per: Granularity = "global",
 ) -> Threshold:
-    """Call usual what comes on more than a share of the recent steps, of any size.
+    """Call any value usual that more than a share of the recent steps reach.
 
     With r_t the distance of a norm x_t from its level in octaves, y_t = log2 x_t:
 
@@ -69,13 +69,12 @@ def rarity(
     to 2^10 times the first, those up to the tenth up to 2^4 times the limit, and those
     up to the hundredth up to twice the limit.
 
-    Other signals can be negative. They are followed with y_t = x_t, their level m and
-    mean absolute distance s with residuals of at most 8 s, but for the first change of
-    a signal that was constant, and in a run of unusual values by its first alone, and
+    Other signals can be negative, so y_t = x_t. Their level m and their mean absolute
+    distance s from it are running means, in which a residual counts as at most 8 s,
+    except at the first change of a signal that was constant. Of a run of unusual
+    values, only the first one changes s. From the 50th value on,
 
         r_t = log2 max(x_t - m, 0) / s;    limit_{t+1} = m + margin * s * 2^reach
-
-    from their 50th value on.
 
     Args:
         share: Expected share of healthy steps above the limit, in (0, 1), whatever

@@ -46,15 +46,16 @@ def zscore(
     accepted unchecked; other signals are not flagged yet. A clipped residual means
     that one outlier, however huge, widens s by 5 %, so it cannot hide the next; yet s
     does grow at every outlier (d (1 + 6.6 (1 - d)) > 1), so no level is refused for
-    ever. From the `patience`-th value in a row on that is flagged, or lies below m - z
-    s*, m and s follow M and D of the last `warmup_steps` values instead: s = D, and m
-    goes half of the way to M each step, all of it once |M - m| <= 2 z D. A lasting
+    ever. Once `patience` values in a row are flagged, or lie below m - z s*, m and s
+    follow M and D of the last `warmup_steps` values instead: s = D, and m moves half
+    of the way to M at each step, or all of the way once |M - m| <= 2 z D. A lasting
     shift by any factor is normal after `patience` and at most 12 steps.
 
-    Norms are close to lognormal. Other signals can be negative, so they are followed
-    with y_t = x_t as well, and the limit is the larger of the two, or the linear one
-    alone after a value that was not positive: small losses have a heavy tail, whose
-    healthy steps are outliers on the linear scale only.
+    Norms are close to lognormal. Other signals can be negative, so statistics of
+    x_t itself are kept as well as those of log x_t. The limit is the larger of the two
+    limits, because small losses have a heavy tail whose healthy steps are outliers on
+    the linear scale only. After any value that was not positive, only the linear limit
+    is used.
 
     Args:
         z: Tolerated standard deviations above the level, > 0. One-sided: 2.5 flags 0.5

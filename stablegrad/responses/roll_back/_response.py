@@ -69,9 +69,9 @@ def roll_back(
     Each snapshot takes as much memory as parameters and inner state: with Adam in
     float32, `keep` times 12 bytes a parameter. "pinned_host" keeps them in the host's
     memory, and costs a transfer when one is taken or restored; commit the parameters to
-    their device first, by `jax.device_put`, or the second step compiles anew. Other
-    steps pay for one loop of no turn, which makes an accelerator's host wait, as a
-    condition does.
+    their device first, by `jax.device_put`, or the second step compiles anew. The
+    other steps contain a loop that does not iterate. Like a condition, it makes the
+    host of an accelerator wait.
 
     Args:
         *thresholds: What counts as bad besides rejected steps. None given means a loss
