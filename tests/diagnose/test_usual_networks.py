@@ -215,6 +215,7 @@ def test_no_alarm_is_raised_on_low_rank_adapters_of_nnx():
     assert sg.diagnose(loss, Tuned(nnx.Rngs(0)), (X, Y)).causes == ()
 
 
+@pytest.mark.slow
 def test_layers_behind_a_dead_one_are_no_causes_of_their_own():
     loss = lambda p, batch: squares(
         p, after(p, jax.nn.relu(batch[0] @ p["w"] - p["bias"][None])), batch
@@ -231,6 +232,7 @@ def test_a_relu6_beyond_its_usual_flat_half_is_saturated():
     assert ("saturated", "w2") in [(v.rule, v.layer) for v in found]
 
 
+@pytest.mark.slow
 def test_a_layer_of_zeros_that_cuts_the_network_is_named():
     params = trunk()
     params["w3"] = jnp.zeros((32, 32))
