@@ -185,6 +185,21 @@ def test_layer_health_warns_as_if_it_had_not_moved(tmp_path):
         assert sg.metrics(moved)["layer_health_checks"] == 0
 
 
+@pytest.mark.slow
+def test_what_flax_restores_keeps_the_order_of_the_gradients_before():
+    params = {f"layer{i:02d}": jnp.ones(2) for i in range(12)}
+    tx = watched(sg.layer_health(every=2, cosine=True), record_norms=3)
+    state = tx.init(params)
+    grads = {name: i * leaf for i, (name, leaf) in enumerate(params.items())}
+    for _ in range(4):
+        _, state = tx.update(grads, state, params, value=1.0)
+    restored = serialization.msgpack_restore(serialization.to_bytes(state))
+    moved = sg.migrate(tx, params, restored)
+    chex.assert_trees_all_equal(moved.layers, state.layers)
+    chex.assert_trees_all_equal(moved.history, state.history)
+    assert any(jnp.any(leaf > 0) for leaf in state.layers.previous_gradient)
+
+
 def test_a_guard_inside_a_chain_is_found(old):
     params, state = old
     tx = optax.chain(second(), optax.identity())
