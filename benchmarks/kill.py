@@ -2,7 +2,7 @@
 
     command:   pip install -e ".[examples]" && python benchmarks/kill.py
     hardware:  any; written for two CPU cores
-    time:      40 minutes beside other work; --quick two
+    time:      11 to 40 minutes, beside other work; --quick two
     expected:  see `kill.md`
 
 A training process saves with `HealthyCheckpoints` every third step, asynchronously,

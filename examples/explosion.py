@@ -4,7 +4,7 @@
     hardware:  two CPU cores; the same script runs unchanged on a GPU or TPU
     time:      ten seconds, compilation included
     expected:  a figure and the events, of which the first skip is the batch of nan
-               pixels, and the ids of the batches to leave out
+               pixels, the ids of the batches to leave out, and the account of the halt
 
 A deep ReLU network (64 or 784 inputs, six layers of 64, 10 outputs) learns handwritten
 digits by SGD with momentum, whose rate grows by a factor of 1.5 every 25 steps until
@@ -80,7 +80,12 @@ def main(argv=None) -> int:
     sg.save_events(state, lines)
     print(sg.events(state))
     ids = sg.batches_to_leave_out(sg.load_events(lines))
-    print(f"batches to leave out: {ids}\nfigure in {figure}, events in {lines}")
+    print(f"{len(ids)} batches to leave out, from {ids[:5]} on")
+    print(f"figure in {figure}, events in {lines}")
+    try:
+        sg.raise_if_halted(state)
+    except sg.TrainingHalted as halted:
+        print(halted)
     return 0
 
 

@@ -65,7 +65,7 @@ def draw(
     histories: dict[str, list[dict]], scores: dict[str, str], plan: Plan, path: Path
 ) -> None:
     """Loss and learning-rate scale over the steps, each run named where it ends."""
-    figure, ((losses,), (scales,)) = style.sheet(
+    figure, ((losses,), (scales,)) = style.new_figure(
         10,
         6,
         rows=2,

@@ -277,7 +277,7 @@ def tables(outcomes: dict[str, Outcome]) -> list[Table]:
 def draw(outcomes: dict[str, Outcome], path) -> None:
     """Accuracy of all runs; norms of the differences and their limit."""
     title = "Ten clients, three of them broken"
-    figure, ((top,), (bottom,)) = style.sheet(10, 8, 2, title=title, sharex=True)
+    figure, ((top,), (bottom,)) = style.new_figure(10, 8, 2, title=title, sharex=True)
     for name, color in zip(RUNS, (style.GREY, style.BLUE, style.RED), strict=False):
         if name in outcomes:
             accuracies = 100 * np.array(outcomes[name].accuracies)

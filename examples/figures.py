@@ -10,7 +10,7 @@ import style
 def draw_schedules(outcomes: dict[str, Any], kinds: dict[str, str], path: Path) -> None:
     """Rate, gradient norm and loss over the steps: a column a kind of schedule."""
     columns = list(dict.fromkeys(kinds.values()))
-    figure, axes = style.sheet(
+    figure, axes = style.new_figure(
         14,
         8,
         3,
@@ -42,7 +42,7 @@ def draw_schedules(outcomes: dict[str, Any], kinds: dict[str, str], path: Path) 
 
 def draw_layers(outcomes: dict[str, dict[str, Any]], path: Path) -> None:
     """The gradient norm over the layers, at the start and after training."""
-    figure, axes = style.sheet(
+    figure, axes = style.new_figure(
         4.5 * len(outcomes) + 1,
         8,
         2,

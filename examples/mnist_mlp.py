@@ -122,7 +122,7 @@ def sizes_table(run: Run, found: list[Size]) -> Table:
 def draw(runs: list[Run], path: Path) -> None:
     """Loss and accuracy an epoch, gradient norm a step."""
     title = f"{' and '.join(run.name for run in runs)}: the same network and batches"
-    figure, axes = style.sheet(10, 8, 3, title=title)
+    figure, axes = style.new_figure(10, 8, 3, title=title)
     axes = axes[:, 0]
     for run, color in zip(runs, (style.BLUE, style.RED), strict=False):
         epochs = np.arange(1, len(run.epochs) + 1)

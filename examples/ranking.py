@@ -64,7 +64,7 @@ def ranked(results: list[Result]) -> Table:
 
 def draw(results: list[Result], path: Path) -> None:
     """Losses, accuracy and learning rate after each epoch."""
-    figure, axes = style.sheet(
+    figure, axes = style.new_figure(
         10,
         8,
         3,

@@ -141,7 +141,7 @@ class Run:
 def draw(run: Run, trivial: float, path: Path) -> None:
     """Loss, gradient norm and learning-rate scale over the steps."""
     title = "A language model under `stabilize`"
-    figure, axes = style.sheet(
+    figure, axes = style.new_figure(
         9, 8, 3, title=title, sharex=True, height_ratios=(3, 2, 2)
     )
     axes = axes[:, 0]

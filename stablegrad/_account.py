@@ -10,6 +10,7 @@ from .responses._reasons import Reason
 from .responses.roll_back._machine import Refusal
 
 EVENTS_SHOWN = 5
+NEAR = 100  # Steps without an event that separate one trouble from another.
 
 NEXT = {
     Reason.NONFINITE_GRADIENT: "look at the batches of these steps for values that are "
@@ -44,12 +45,14 @@ def account(guard_state: GuardState) -> str:
     listed = events(guard_state)
     episode = _last_episode(listed)
     reason, refusal = seen["skip_reason"], seen.get("roll_back_refusal", 0)
-    refused = REFUSED.get(refusal)
+    advice = REFUSED.get(refusal) or NEXT.get(reason, "look at the steps below")
+    if "roll_backs" not in seen and reason != Reason.NONFINITE_PARAMETERS:
+        advice = _blow_up(listed) + advice
     lines = [
         f"training halted at step {seen['guarded_steps'] - 1}: {_what(seen, episode)}.",
         f"where: {_where(seen, episode, names)}.",
         f"tried: {_tried(seen)}.",
-        f"next: {refused or NEXT.get(reason, 'look at the steps below')}.",
+        f"next: {advice}.",
         *(f"  {event}" for event in listed[-EVENTS_SHOWN:]),
     ]
     return "\n".join(lines)
@@ -63,6 +66,23 @@ def _last_episode(listed: list[Event]) -> list[Event]:
             break
         episode.insert(0, event)
     return episode
+
+
+def _blow_up(listed: list[Event]) -> str:
+    """Return what to do where a signal was above its limit before the run halted."""
+    first, start = None, listed[-1].step if listed else 0
+    for event in reversed(listed):
+        if event.until + NEAR < start:
+            break
+        if event.limit < event.value < np.inf:
+            first = event
+        start = event.step
+    if first is None:
+        return ""
+    return (
+        f"lower the learning rate, or add `roll_back()`: {first.signal} was above its "
+        f"limit from step {first.step} on. If that is not the cause, "
+    )
 
 
 def _what(seen: dict, episode: list[Event]) -> str:

@@ -56,7 +56,7 @@ def draw(tables: list[Table], path: Path) -> None:
     tables = [data for data in tables if data.rows]
     styles, columns = _styles(tables), min(3, len(tables))
     lines = -(-len(tables) // columns)
-    figure, grid = style.sheet(
+    figure, grid = style.new_figure(
         max(3.6 * columns, 6),
         3.1 * lines + 1.6,
         lines,

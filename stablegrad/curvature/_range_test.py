@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import _checks
+from .._figure import GREY, SKY, new_figure
 from . import _loss
-from ._figure import new_figure
 
 _FIRST, _LAST = 10, 5  # Steps at both ends where the slope is not used.
 
@@ -59,9 +59,9 @@ class RangeTest:
         Raises:
             ImportError: If Matplotlib is not installed.
         """
-        figure = new_figure(6, 4)
-        axes = figure.subplots()
-        axes.plot(self.rates, self.losses, ".", color="0.75", label="loss")
+        title = "Loss while the learning rate rises"
+        figure, ((axes,),) = new_figure(6.5, 4.5, title=title)
+        axes.plot(self.rates, self.losses, ".", color=SKY, label="loss")
         axes.plot(self.rates, self.smoothed, label="smoothed")
         for rate, style, label in (
             (self.suggestion, "-", "steepest"),
@@ -69,7 +69,8 @@ class RangeTest:
             (self.divergence, ":", "blew up"),
         ):
             if math.isfinite(rate):
-                axes.axvline(rate, color="0.4", linestyle=style, label=label)
+                label = f"{label}: {rate:.2g}"
+                axes.axvline(rate, color=GREY, linestyle=style, label=label)
         axes.set(xscale="log", xlabel="learning rate", ylabel="loss before the step")
         lowest, first = min(self.losses), self.losses[0]
         room = 0.5 * max(first - lowest, 1e-3 * abs(first))

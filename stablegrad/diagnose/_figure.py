@@ -4,15 +4,15 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..curvature._figure import new_figure
+from .._figure import BLUE, GREEN, new_figure
 from ._layers import Layer
 from ._table import shortened
 
 if TYPE_CHECKING:
     from ._report import Report
 
-COLOURS = {"note": "#6b7280", "warning": "#b45309", "critical": "#b91c1c"}
-SIGNAL, GRADIENT = "#1d4ed8", "#0f766e"
+COLOURS = {"note": "#6b7280", "warning": "#b45309", "critical": "#b91c1c"}  # Of text.
+SIGNAL, GRADIENT = BLUE, GREEN
 
 
 def shown_places(layers: Sequence[Layer]) -> dict[str, int]:
@@ -28,8 +28,9 @@ def profile(report: "Report") -> Any:
     """Draw it."""
     layers = [layer for layer in report.layers if math.isfinite(layer.rms)]
     places = list(range(len(layers)))
-    figure = new_figure(max(7.0, 0.28 * len(layers) + 2.0), 5.2)
-    upper, lower = figure.subplots(2, 1, sharex=True)
+    width = max(7.0, 0.28 * len(layers) + 2.0)
+    title = f"Values and gradients by depth, at a loss of {report.loss:.4g}"
+    figure, ((upper,), (lower,)) = new_figure(width, 5.6, 2, title=title, sharex=True)
     rows = (
         (upper, [layer.rms for layer in layers], SIGNAL, "RMS of values"),
         (lower, [layer.gradient_rms for layer in layers], GRADIENT, "RMS of gradients"),
@@ -41,7 +42,6 @@ def profile(report: "Report") -> Any:
             axes.set_yscale("log")
         axes.set_ylabel(label)
         axes.grid(True, axis="y", color="#e5e7eb", lw=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
     names = shown_places(report.layers)
     marked = [v for v in report.verdicts if v.layer in names and not v.follows]
     for i, verdict in enumerate(marked):
@@ -58,8 +58,4 @@ def profile(report: "Report") -> Any:
     for label in lower.get_xticklabels():
         label.set_horizontalalignment("right")
         label.set_rotation_mode("anchor")
-    figure.suptitle(
-        f"Loss {report.loss:.4g}: forward (above) and backward (below), by depth",
-        fontsize=10,
-    )
     return figure

@@ -1,15 +1,16 @@
 """The figure of a flight recorder: which layer, when, and what was done."""
 
 import importlib
+import itertools
 from typing import Any
 
 import numpy as np
 
 from .._events import signal_of
-from ..curvature._figure import new_figure
+from .._figure import BLUE, CYCLE, GREEN, ORANGE, PURPLE, RED, new_figure
 
-COLOURS = {"skip": "C3", "halt": "k", "back_off": "C1", "shorten": "C4"}
-OTHER = "C5"  # The colour of other kinds of events.
+COLOURS = {"skip": RED, "halt": "k", "back_off": ORANGE, "shorten": PURPLE}
+OTHER = GREEN  # The colour of other kinds of events.
 DECADES = 3.0  # Colours reach from 10^-3 to 10^3 times the median.
 MOST_NAMES = 40  # Leaves that are named along the axis.
 
@@ -17,10 +18,16 @@ MOST_NAMES = 40  # Leaves that are named along the axis.
 def draw(history) -> Any:
     """Draw a `History` as a `matplotlib.figure.Figure`."""
     leaves = len(history.leaves)
-    figure = new_figure(11, 5.5 + 0.17 * min(leaves, MOST_NAMES))
-    tall = 1.2 + 0.12 * min(leaves, MOST_NAMES)
-    axes = figure.subplots(4, 1, sharex=True, height_ratios=[tall, 1, 1.2, 0.6])
-    heat, loss, norm, rate = axes
+    ratios = [1.2 + 0.12 * min(leaves, MOST_NAMES), 1, 1.2, 0.6]
+    figure, axes = new_figure(
+        11,
+        6 + 0.17 * min(leaves, MOST_NAMES),
+        4,
+        title="Gradient norm of each leaf by step, and what the guard did",
+        sharex=True,
+        height_ratios=ratios,
+    )
+    heat, loss, norm, rate = axes = axes[:, 0]
     image = heat.imshow(
         _relative(history.leaf_norms).T,
         aspect="auto",
@@ -34,19 +41,21 @@ def draw(history) -> Any:
     named = range(0, leaves, -(-leaves // MOST_NAMES) or 1)
     names = [history.leaves[i].replace("$", r"\$") for i in named]
     heat.set_yticks(named, names, fontsize="x-small")
-    title = "gradient norm of each leaf; black: not finite; above: events"
-    heat.set_title(title, fontsize="medium", pad=10)
+    title = "black: not finite; marks above: events"
+    heat.set_title(title, fontsize="medium", pad=10, loc="right")
     steps = history.steps
-    loss.plot(steps, _finite(history.loss_value), color="C0")
+    loss.plot(steps, _finite(history.loss_value), color=BLUE)
     loss.set(ylabel="loss", yscale=_scale(history.loss_value))
-    norm.plot(steps, _finite(history.grad_norm), color="C0", label="gradient norm")
-    for i, (name, limit) in enumerate(history.limits.items()):
+    norm.plot(steps, _finite(history.grad_norm), color=BLUE, label="gradient norm")
+    for name, limit, color in zip(
+        history.limits, history.limits.values(), itertools.cycle(CYCLE[1:])
+    ):
         ax = {"grad_norm": norm, "value": loss}.get(signal_of(name))
         if ax is not None and np.isfinite(limit).any():
-            style = {"linestyle": "--", "linewidth": 1, "color": f"C{2 + i}"}
+            style = {"linestyle": "--", "linewidth": 1, "color": color}
             ax.plot(steps, _finite(limit), label=name, **style)
     norm.set(ylabel="norm", yscale=_scale(history.grad_norm))
-    rate.plot(steps, history.lr_scale, color="C0")
+    rate.plot(steps, history.lr_scale, color=BLUE)
     rate.set(ylabel="lr_scale", xlabel="step", ylim=(-0.05, 1.05))
     _mark(history, axes)
     for ax in (loss, norm, heat):

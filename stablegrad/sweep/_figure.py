@@ -5,17 +5,19 @@ from typing import Any
 import numpy as np
 
 from .. import _checks
-from ..curvature._figure import new_figure
+from .._figure import CYCLE, new_figure
+
+DASHES = ("-", "--", ":", "-.")  # Of the candidates beyond each round of colours.
 
 
 def draw(result, most: int) -> Any:
     """Draw the best `most` candidates as a `matplotlib.figure.Figure`."""
     _checks.require_count("most", most)
-    figure = new_figure(12, 5)
-    curves, rates = figure.subplots(1, 2)
+    figure, ((curves, rates),) = new_figure(12, 5, 1, 2)
     rows = result.rows[:most]
     for i, row in enumerate(rows):
-        style = {"color": f"C{i % 10}", "linestyle": "-" if i < 10 else "--"}
+        again, place = divmod(i, len(CYCLE))
+        style = {"color": CYCLE[place], "linestyle": DASHES[again % len(DASHES)]}
         rate, loss = row.scores.best_rate, row.scores.loss
         best = int(loss.argmin())
         label = row.name if np.isnan(rate) else f"{row.name}, {rate:.2g}"
@@ -30,11 +32,13 @@ def draw(result, most: int) -> Any:
             rates.axhline(loss[0], **style)
     judged = "validation loss" if result.validated else "training loss"
     curves.set(xlabel="step", ylabel=judged)
+    curves.set_title("Each candidate at its best learning rate", loc="left")
     rates.set(
         xlabel="learning rate",
         xscale="log",
-        ylabel="final loss; that before training where it is larger",
+        ylabel=f"final {judged}, at most that before training",
     )
+    rates.set_title("What each learning rate gives; star: the best one", loc="left")
     if rows and min(row.scores.best for row in rows) > 0:
         curves.set_yscale("log")
         rates.set_yscale("log")

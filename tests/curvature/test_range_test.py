@@ -130,7 +130,9 @@ def test_a_loss_that_overflows_ends_it():
 def test_the_figure_shows_both_curves_and_the_rates(plain):
     (axes,) = plain.figure().axes
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert labels == ["loss", "smoothed", "steepest", "minimum / 10", "blew up"]
+    found = (plain.suggestion, plain.minimum_tenth, plain.divergence)
+    rates = zip(("steepest", "minimum / 10", "blew up"), found, strict=True)
+    assert labels == ["loss", "smoothed", *(f"{x}: {rate:.2g}" for x, rate in rates)]
     assert axes.get_xscale() == "log"
 
 

@@ -15,4 +15,4 @@ def test_it_explodes_and_shows_where(tmp_path, capsys):
     assert found[0].batch_ids == (50,) and found[0].reason == "nonfinite_gradient"
     later = [event for event in found if event.reason == "gradient_norm"]
     assert later and all(event.value > event.limit for event in later)
-    assert "batches to leave out: [50, " in capsys.readouterr().out
+    assert "batches to leave out, from [50, " in capsys.readouterr().out

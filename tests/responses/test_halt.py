@@ -75,6 +75,29 @@ def test_the_exception_names_the_members_of_an_ensemble():
     np.testing.assert_allclose(updates["w"][0], -0.1)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("calm, blamed", [(5, True), (99, True), (100, False)])
+def test_the_account_blames_a_blow_up_shortly_before_the_halt(calm, blamed):
+    # A spike at step 1, calm steps, then nothing that is finite.
+    tx = sg.guard(optax.sgd(0.1), sg.skip(sg.fixed(2.0)), sg.halt(after=3))
+    norms = [1.0, 9.0, *[1.0] * calm, *[np.nan] * 3]
+    _, state, _ = scan(tx, of_norm(norms), PARAMS)
+    with pytest.raises(sg.TrainingHalted) as error:
+        sg.raise_if_halted(state)
+    advice = "next: lower the learning rate, or add `roll_back()`: grad_norm was above"
+    assert (advice in str(error.value)) == blamed
+    assert "limit from step 1 on" in str(error.value) or not blamed
+    assert "look at the batches of these steps" in str(error.value)
+
+
+@pytest.mark.slow
+def test_the_account_blames_no_blow_up_where_only_bad_numbers_were_seen():
+    tx = sg.guard(optax.sgd(0.1), sg.skip(sg.fixed(2.0)), sg.halt(after=3))
+    _, state, _ = scan(tx, of_norm([1.0, np.inf, np.inf, np.inf]), PARAMS)
+    with pytest.raises(sg.TrainingHalted, match=r"next: look|next: lower the .* scale"):
+        sg.raise_if_halted(state)
+
+
 def test_rejects_arguments_out_of_range():
     with pytest.raises(ValueError, match="`after` must be .*, got 0"):
         sg.halt(after=0)
