@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 from ._trees import decode_names, leaf_names, names_as_bytes, names_in
@@ -28,13 +29,16 @@ def require(name: str, value, expected: str, holds: Callable[..., bool]) -> None
 
 
 def require_count(name: str, value, least: int = 1) -> None:
-    """Raise ValueError unless `value` is a Python integer >= `least` within int32."""
+    """Raise ValueError unless `value` is an integer >= `least` within int32.
+
+    It may be NumPy's, but not an array.
+    """
     if isinstance(value, jax.Array):
         raise ValueError(
             f"`{name}` sets the size of a state, so it must be a Python integer, got "
             f"{value!r}. Under `optax.inject_hyperparams` list it in `static_args`."
         )
-    whole = isinstance(value, int) and not isinstance(value, bool)
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
     _require_within(name, value, least, whole)
 
 
@@ -175,7 +179,7 @@ def same_leaves(at_init: jax.Array, now: tuple[str, ...]) -> None:
 
     `at_init` holds the names at `init`. Under a trace only its length is known.
     """
-    expected = now
+    expected = now = tuple(name.replace("\n", " ") for name in now)
     if isinstance(at_init, Tracer):
         if at_init.shape[-1] == len(names_as_bytes(now)):
             return

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from .. import _checks, _trees
@@ -109,7 +110,8 @@ def clip_logits(
         flat = [jnp.ravel(each) for each in largest.values()]
         known = [jnp.where(jnp.isfinite(each), each, 0.0) for each in flat]
         top = jnp.max(jnp.concatenate(known), initial=0.0)
-        scale = jnp.min(jnp.concatenate([*map(jnp.ravel, gammas.values())]))
+        each = jnp.concatenate([*map(jnp.ravel, gammas.values())])
+        scale = jnp.min(each, initial=1.0)
         finite = jnp.all(jnp.isfinite(jnp.concatenate(flat)))
         numbers = (top, jnp.minimum(top, max_logit), max_logit, scale)
         before = packing.unpack(state.clip_numbers[NAME])
@@ -132,7 +134,7 @@ def _clipped(updates, params, gammas: dict[str, jax.Array], powers) -> Any:
             continue
         attention, power = place
         matched.add(attention)
-        wide = jnp.promote_types(jnp.float32, param.dtype)
+        wide = np.promote_types(np.float32, param.dtype)
         gamma = _beside(gammas[attention], param, name).astype(wide) ** power
         after = gamma * (param.astype(wide) + update.astype(wide)) - param.astype(wide)
         leaves.append(jnp.where(gamma < 1, after.astype(update.dtype), update))

@@ -29,7 +29,7 @@ def decays(tx, params, momentum: float | None, b2: float | None) -> Decays:
     adam = _second_moment(jax.eval_shape(tx.init, params), params)
     averaged = hasattr(adam, "mu")
     if momentum is not None and b2 is not None:
-        return Decays(momentum, b2, averaged)
+        return Decays(float(momentum), float(b2), averaged)
     b2_readings, momentum_readings, first_moves, last_moves = _readings(tx, params)
     if b2 is None:
         b2 = _agreed(b2_readings)
@@ -42,7 +42,7 @@ def decays(tx, params, momentum: float | None, b2: float | None) -> Decays:
         consistent = not first_moves or bool(last_moves) == bool(momentum)
         if momentum is None or not consistent:
             raise _not_shown("momentum")
-    return Decays(momentum, b2, averaged)
+    return Decays(float(momentum), float(b2), averaged)
 
 
 def preconditioner(tx, state, grads, params, decays: Decays, eps) -> jax.Array:

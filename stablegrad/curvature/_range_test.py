@@ -73,7 +73,7 @@ class RangeTest:
                 axes.axvline(rate, color=GREY, linestyle=style, label=label)
         axes.set(xscale="log", xlabel="learning rate", ylabel="loss before the step")
         lowest, first = min(self.losses), self.losses[0]
-        room = 0.5 * max(first - lowest, 1e-3 * abs(first))
+        room = 0.5 * max(first - lowest, 1e-3 * abs(first)) or 1.0
         axes.set_ylim(lowest - room, first + 2 * room)
         axes.legend()
         return figure

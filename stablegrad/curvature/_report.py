@@ -99,7 +99,9 @@ def report(
         directional, forward = rate(each.directional), rate(each.forward)
         cross_batch = rate(np.array(cross_lengths)) if cross_lengths else math.nan
         probe = _geometric_mean(each.probe)
-        polyak = _geometric_mean((each.loss - best_loss) / (-each.slope * size))
+        # A loss below `best_loss` shows that this is not the best one.
+        gap = np.where(each.loss >= best_loss, each.loss - best_loss, np.nan)
+        polyak = _geometric_mean(gap / (-each.slope * size))
     no_gradient, descends = not each.gradient_norm.any(), slope < 0
     checks = {
         "no gradient": no_gradient,

@@ -140,7 +140,7 @@ def sharpness(
     loss, trained, frozen = _loss.problem(loss_fn, params)
     data = (frozen, batch)
     optimizer = None
-    averages = Decays(momentum or 0.0, 0.0, averaged=False)
+    averages = Decays(float(momentum or 0.0), 0.0, averaged=False)
     if tx is not None:
         optimizer = _loss.optimizer(tx, "sharpness")
         averages = decays(optimizer, trained, momentum, b2)

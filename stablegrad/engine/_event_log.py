@@ -150,4 +150,7 @@ def batch_of(extra: dict[str, Any]) -> jax.Array:
             f"`batch_id` must be one integer, got shape {batch.shape} and dtype "
             f"{batch.dtype}. Pass the batch's place in the data, such as its step."
         )
-    return batch.astype(jnp.int32)
+    # An id on the device cannot be refused: one that int32 cannot hold is not kept.
+    kept = batch.astype(jnp.int32)
+    held = (kept >= 0) & (kept.astype(batch.dtype) == batch)
+    return jnp.where(held, kept, NO_BATCH)

@@ -10,7 +10,10 @@ from typing import Any
 
 from .._checks import require
 from .._events import Event, Events, events, place
+from ..engine._record import EventKind
 from ._files import write_whole
+
+KINDS = tuple(kind.name.lower() for kind in EventKind)
 
 NUMBERS = ("grad_norm", "loss", "lr_scale", "value", "limit")
 FORGOTTEN = "events_forgotten"  # The field of a line that is no event.
@@ -148,7 +151,7 @@ def batches_to_leave_out(
         listed: What `events` or `load_events` returned. The steps must have been given
             `batch_id=`, which is what this returns.
         kinds: The kinds of events to look at: "skip", "halt", "back_off", "shorten",
-            "keep_out".
+            "keep_out", "roll_back", "warn".
 
     Returns:
         The ids, sorted, each once. A guard remembers the last 256. It warns if an event
@@ -156,6 +159,7 @@ def batches_to_leave_out(
 
     Raises:
         TypeError: If something in the list is not an event.
+        ValueError: If there is no such kind of event.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -168,6 +172,9 @@ def batches_to_leave_out(
         >>> sg.batches_to_leave_out(sg.events(state))
         [12, 31]
     """
+    unknown = [kind for kind in kinds if kind not in KINDS]
+    if isinstance(kinds, str) or unknown:
+        raise ValueError(f"`kinds` must be some of {KINDS}, got {kinds!r}.")
     ids, missing = set(), 0
     for event in listed:
         if not isinstance(event, Event):

@@ -49,6 +49,17 @@ def step_number(step: Any) -> int:
     return number
 
 
+def as_json(told: Any) -> Any:
+    """Return a copy of what is told, which a caller may go on changing.
+
+    Raise TypeError if JSON cannot hold it.
+    """
+    try:
+        return json.loads(json.dumps(told))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"`told` must be something for JSON: {error}.") from error
+
+
 def as_arrays(trees: Any, opt_state: Any) -> dict[str, Any]:
     """Return what is saved, with numbers as arrays, as a compiled step returns them.
 

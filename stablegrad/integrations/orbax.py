@@ -1,6 +1,5 @@
 """Checkpoints by Orbax that keep a healthy state within reach."""
 
-import copy
 import os
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -87,6 +86,7 @@ class HealthyCheckpoints:
             },
         )
         self._calm: dict[int, bool] = {}
+        self._closed = False
 
     @property
     def steps(self) -> list[int]:
@@ -100,30 +100,29 @@ class HealthyCheckpoints:
             step: The number of the checkpoint, an integer >= 0, on the device or not,
                 and larger than those of all that are there. A run that goes back to an
                 older one calls `delete_newer` first.
-            trees: Parameters, batch statistics, and whatever else must be finite:
-                arrays, and numbers, which are restored as arrays.
-            opt_state: The optimizer's state, guarded or not. It may hold an inf on
-                purpose, so of it only the guards are asked.
+            trees: Arrays that must be finite, such as parameters and batch statistics,
+                and numbers, which are restored as arrays.
+            opt_state: The optimizer's state, which may hold an inf on purpose: it is
+                healthy if its guards are.
             told: Anything for JSON: an epoch, a place in the data.
 
         Raises:
-            CheckpointError: If this or the last one cannot be written, or if `step` is
-                not larger than the newest; earlier ones stay whole.
-            TypeError: If a leaf is neither an array nor a number.
+            CheckpointError: If this or the last one cannot be written, if `step` is
+                not larger than the newest, or after `close`; earlier ones stay whole.
+            TypeError: If a leaf is neither an array nor a number, or `told` not JSON's.
             ValueError: If `step` is not an integer >= 0.
         """
         step = folders.step_number(step)
+        if self._closed:
+            raise self._failed(f"checkpoint {step} was not written", "it is closed")
         saved = folders.as_arrays(trees, opt_state)
         guards = _reading.search(_trees.without_variables(opt_state))
         if not folders.is_healthy(trees, guards):
             return False
         calm = all(folders.is_calm(own, self._calm_steps) for own in guards)
-        # A copy: the caller may go on changing it while the disk is written.
-        notes = {"format": folders.FORMAT, "calm": calm, "told": copy.deepcopy(told)}
-        items = ocp.args.Composite(
-            state=ocp.args.StandardSave(saved),
-            notes=ocp.args.JsonSave(notes),
-        )
+        notes = {"format": folders.FORMAT, "calm": calm, "told": folders.as_json(told)}
+        state, told = ocp.args.StandardSave(saved), ocp.args.JsonSave(notes)
+        items = ocp.args.Composite(state=state, notes=told)
         self.wait()
         what = f"checkpoint {step} was not written"
         newest = self._manager.latest_step()
@@ -227,6 +226,7 @@ class HealthyCheckpoints:
         try:
             self.wait()
         finally:
+            self._closed = True
             self._manager.close()
 
     def __enter__(self) -> Self:

@@ -71,6 +71,9 @@ def explosion_aware(
             "`schedule` must be a number or a function of the step, such as "
             f"`optax.cosine_decay_schedule(1e-3, 10_000)`, got {schedule!r}."
         )
+    if number:
+        finite = lambda x: np.ndim(x) == 0 and 0 <= x < float("inf")
+        require("schedule", schedule, "one finite number >= 0 or a function", finite)
     rule = explosion_response(asker, thresholds, settings, limit, limit_below)
     require("advance", advance, f"one of {ADVANCES}", lambda x: x in ADVANCES)
 

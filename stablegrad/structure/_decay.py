@@ -45,7 +45,7 @@ def decay_with_schedule(
         passes through.
 
     Raises:
-        ValueError: If a concrete number is out of range.
+        ValueError: If a concrete number is out of range, or `schedule` is a number.
 
     Example:
         >>> import optax
@@ -60,7 +60,9 @@ def decay_with_schedule(
     Reference:
         Defazio (2025), https://arxiv.org/abs/2506.02285.
     """
-    require("weight_decay", weight_decay, ">= 0", lambda x: x >= 0)
+    finite = lambda x: 0 <= x < float("inf")
+    require("weight_decay", weight_decay, "finite and >= 0", finite)
+    require("schedule", schedule, "a function of the step", callable)
     require("peak", peak, "> 0", lambda x: 0 < x < float("inf"))
 
     def init_fn(params) -> ScheduledDecayState:

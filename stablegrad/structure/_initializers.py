@@ -4,6 +4,7 @@ All are functions `(key, shape, dtype) -> array`, as those of `jax.nn.initialize
 from which they are made.
 """
 
+import math
 from typing import Literal, NamedTuple, get_args
 
 import jax
@@ -39,12 +40,13 @@ def activation_init(
     Args:
         activation: An elementwise function of an array, such as `jax.nn.gelu`.
         distribution: "normal", "truncated_normal", "uniform", or "orthogonal", whose
-            kernels of as many inputs as outputs keep every norm and not only the mean.
+            kernels keep every norm, and not only the mean, from an axis to one that is
+            not shorter.
         backward: Whether gradients keep their scale, by fan_out and their own gain.
 
     Returns:
         An initialiser `(key, shape, dtype) -> array`. "orthogonal" takes the last axis
-        as the outputs; where these are more than the inputs, rows are orthonormal.
+        as the outputs and all others as the inputs.
 
     Raises:
         TypeError: If `activation` cannot be called.
@@ -66,9 +68,23 @@ def activation_init(
     require("distribution", distribution, f"one of {DISTRIBUTIONS}", known)
     scale = gain(activation, backward=backward)
     if distribution == "orthogonal":
-        return jax.nn.initializers.orthogonal(scale)
+        return _orthogonal(scale, backward)
     fan = "fan_out" if backward else "fan_in"
     return jax.nn.initializers.variance_scaling(scale**2, fan, distribution)
+
+
+def _orthogonal(scale: float, backward: bool) -> Initializer:
+    """Return an initialiser of orthogonal kernels, std(W) = scale / sqrt(fan)."""
+    orthonormal = jax.nn.initializers.orthogonal()
+
+    def init(key, shape, *args, **kwargs) -> jax.Array:
+        outputs, inputs = shape[-1], math.prod(shape[:-1])
+        fan = outputs if backward else inputs
+        # Orthonormal rows or columns have elements of variance 1 / the longer side.
+        factor = scale * math.sqrt(max(outputs, inputs) / max(fan, 1))
+        return factor * orthonormal(key, shape, *args, **kwargs)
+
+    return init
 
 
 def depth_scaled_init(init: Initializer, branches: int) -> Initializer:

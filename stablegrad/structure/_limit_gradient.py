@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .. import _checks
 
@@ -62,7 +63,10 @@ def limit_gradient(
         "example": tuple(range(1, x.ndim)),
         "token": (x.ndim - 1,),
     }[per]
-    return _identity(x, jnp.asarray(max_norm, jnp.float32), axes)
+    most = jnp.asarray(max_norm, np.promote_types(x.dtype, np.float32))
+    if most.ndim:
+        raise ValueError(f"`max_norm` must be one number, got shape {most.shape}.")
+    return _identity(x, most, axes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -75,7 +79,7 @@ def _forward(x, max_norm, axes):
 
 
 def _backward(axes, max_norm, gradient):
-    wide = jnp.promote_types(gradient.dtype, jnp.float32)
+    wide = np.promote_types(gradient.dtype, np.float32)
     parts = gradient.astype(wide)
     largest = jnp.max(jnp.abs(parts), axis=axes, keepdims=True, initial=0.0)
     measurable = jnp.isfinite(largest) & (largest > 0)

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .._checks import require
 
@@ -25,13 +26,14 @@ def soft_cap(logits: jax.Array, cap: float | jax.Array) -> jax.Array:
 
     Args:
         logits: Of any shape and floating-point dtype.
-        cap: The bound, > 0. Gemma 2 has 50 for attention and 30 for its outputs.
+        cap: The bound, finite and > 0. Gemma 2 has 50 for attention and 30 for its
+            outputs.
 
     Returns:
         Logits of the same shape and dtype. A nan stays nan, an inf becomes the cap.
 
     Raises:
-        ValueError: If a concrete `cap` is not > 0.
+        ValueError: If a concrete `cap` is not finite and > 0.
 
     Example:
         >>> import jax.numpy as jnp
@@ -42,9 +44,10 @@ def soft_cap(logits: jax.Array, cap: float | jax.Array) -> jax.Array:
     Reference:
         Gemma 2 (2024), https://arxiv.org/abs/2408.00118.
     """
-    require("cap", cap, "> 0", lambda x: x > 0)
-    cap = jnp.asarray(cap, logits.dtype)
-    return cap * jnp.tanh(logits / cap)
+    require("cap", cap, "finite and > 0", lambda x: 0 < x < math.inf)
+    wide = np.promote_types(logits.dtype, np.float32)  # float16 may not hold the cap.
+    cap = jnp.asarray(cap, wide)
+    return (cap * jnp.tanh(logits.astype(wide) / cap)).astype(logits.dtype)
 
 
 def z_loss(logits: jax.Array, coefficient: float | jax.Array = 1e-4) -> jax.Array:
@@ -72,7 +75,7 @@ def z_loss(logits: jax.Array, coefficient: float | jax.Array = 1e-4) -> jax.Arra
         PaLM, Chowdhery et al. (2022), https://arxiv.org/abs/2204.02311.
     """
     require("coefficient", coefficient, ">= 0", lambda x: x >= 0)
-    wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    wide = logits.astype(np.promote_types(logits.dtype, np.float32))
     square = jnp.square(jax.nn.logsumexp(wide, axis=-1))
     return jnp.asarray(coefficient, wide.dtype) * square
 
@@ -110,7 +113,7 @@ def normalize_qk(
     require("eps", eps, "> 0", lambda x: x > 0)
 
     def normalized(x):
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        wide = x.astype(np.promote_types(x.dtype, np.float32))
         square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
         return (wide * jax.lax.rsqrt(square + eps)).astype(x.dtype)
 
@@ -137,13 +140,15 @@ def attend(
         query: Shape (..., queries, heads, depth d).
         key: Shape (..., keys, heads, depth d).
         value: Shape (..., keys, heads, depth).
-        mask: Bool, broadcastable to (..., heads, queries, keys); False is not seen.
+        mask: Broadcastable to (..., heads, queries, keys). What is False or 0 is not
+            seen, as in Flax's masks; a bias to be added to the logits is no mask.
         cap: Bound of `soft_cap` on the logits, > 0. None: no cap.
         qk_norm: Whether queries and keys go through `normalize_qk`.
 
     Returns:
         `Attended`: the output in the dtype of `value`, and the largest logits, through
-        which no gradient flows. Softmax is float32.
+        which no gradient flows; -inf where nothing is seen. Logits and softmax are
+        float32 or wider.
 
     Raises:
         ValueError: If a concrete `cap` is not > 0.
@@ -161,12 +166,14 @@ def attend(
     """
     if qk_norm:
         query, key = normalize_qk(query, key)
-    products = jnp.einsum("...qhd,...khd->...hqk", query, key)
-    wide = jnp.promote_types(products.dtype, jnp.float32)
-    logits = products.astype(wide) / jnp.asarray(math.sqrt(query.shape[-1]), wide)
+    # Added up in float32: q.k of float16 can overflow where q.k / sqrt(d) does not.
+    wide = np.promote_types(np.promote_types(query.dtype, key.dtype), np.float32)
+    pairs = "...qhd,...khd->...hqk"
+    products = jnp.einsum(pairs, query, key, preferred_element_type=wide)
+    logits = products / jnp.asarray(math.sqrt(query.shape[-1]), wide)
     seen = logits if mask is None else jnp.where(mask, logits, -jnp.inf)
     others = tuple(i for i in range(seen.ndim) if i != seen.ndim - 3)
-    largest = jax.lax.stop_gradient(jnp.max(seen, axis=others)).astype(jnp.float32)
+    largest = jnp.max(seen, axis=others, initial=-jnp.inf).astype(jnp.float32)
     if cap is not None:
         logits = soft_cap(logits, cap)
     if mask is not None:
@@ -174,4 +181,4 @@ def attend(
         logits = jnp.where(mask, logits, jnp.finfo(wide).min)
     weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
     output = jnp.einsum("...hqk,...khd->...qhd", weights, value)
-    return Attended(output, largest)
+    return Attended(output, jax.lax.stop_gradient(largest))

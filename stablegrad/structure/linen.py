@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen
 
 from .. import _trees
@@ -107,7 +108,9 @@ class Attention(linen.Module):
     """The `attention_fn` of Linen's attention, with bounded and watched logits.
 
     Each attention needs one of its own. Settings as for `attend`. Where "intermediates"
-    are mutable, it sows its largest logits, which `largest_logits` reads.
+    are mutable, it sows its largest logits, which `largest_logits` reads. Within
+    `@linen.compact`, write `Attention(parent=None)`: it then belongs to the layer that
+    it is passed to, and has that layer's name.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -145,12 +148,24 @@ def largest_logits(intermediates: Any) -> dict[str, jax.Array]:
 
     Returns:
         From the dotted name of each attention to an array of shape (heads,): what
-        `clip_logits` takes as `largest_logits=`.
+        `clip_logits` takes as `largest_logits=`. Of several calls of one attention it
+        is the largest.
+
+    Raises:
+        ValueError: If two attentions have one name.
     """
-    found = {}
+    found, owners = {}, {}
     for path, largest in jax.tree_util.tree_flatten_with_path(intermediates)[0]:
         names = [getattr(key, "key", None) for key in path]
-        if "largest_logits" in names:
-            attention = path[: names.index("largest_logits") - 1]
-            found[_trees.path_name(attention) if attention else ""] = largest
+        if "largest_logits" not in names:
+            continue
+        owner = path[: names.index("largest_logits")]
+        name = _trees.path_name(owner[:-1]) if owner[:-1] else ""
+        if owners.setdefault(name, owner) != owner:
+            raise ValueError(
+                f"two attentions are called {name!r}. Within `@linen.compact` pass "
+                "`attention_fn=Attention(parent=None)`: each is then named after its "
+                "layer."
+            )
+        found[name] = jnp.maximum(found[name], largest) if name in found else largest
     return found

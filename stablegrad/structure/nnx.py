@@ -129,7 +129,7 @@ class Attention(nnx.Module):
     """The `attention_fn` of an `nnx.MultiHeadAttention` with bounded, watched logits.
 
     `largest_logits(model)` reads what it saw, for `clip_logits`. Each attention needs
-    one of its own.
+    one of its own; of one that is called several times it is what the last call saw.
 
     Example:
         >>> import jax.numpy as jnp

@@ -1,9 +1,9 @@
 """The comparison: train every candidate, and rank the results."""
 
-import numbers
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from .. import _checks
@@ -100,14 +100,15 @@ def compare(
     Reference:
         LR sensitivity: Wortsman et al. (2023), https://arxiv.org/abs/2309.14322.
     """
-    one = isinstance(learning_rates, int | float | numbers.Real)
-    rates = (float(learning_rates),) if one else tuple(map(float, learning_rates))
+    rates: Any = learning_rates if np.ndim(learning_rates) else (learning_rates,)
+    rates = tuple(map(float, rates))
     positive = lambda x: len(x) > 0 and all(0 < rate < np.inf for rate in x)
     _checks.require("learning_rates", rates, "finite rates > 0", positive)
-    if isinstance(seeds, int | numbers.Integral):
-        _checks.require_count("seeds", int(seeds))
-        seeds = range(int(seeds))
-    seeds = tuple(map(int, seeds))
+    given: Any = seeds
+    if not np.ndim(given):
+        _checks.require_steps("seeds", given)
+        given = range(int(given))
+    seeds = tuple(map(int, given))
     distinct = lambda x: len(x) > 0 and len(set(x)) == len(x) and min(x) >= 0
     _checks.require("seeds", seeds, "different integers >= 0", distinct)
     counts = {"steps": steps, "evaluations": evaluations}
@@ -140,8 +141,10 @@ def compare(
             report(name, done)
             try:
                 runs = Runs(experiment, candidate)
-                for done in runs.train():
-                    report(name, done)
+                # Runs that blow up are expected, and nan stands for what is not there.
+                with jax.debug_nans(False):
+                    for done in runs.train():
+                        report(name, done)
                 rows.append(make_row(runs, trivial_loss))
             except KeyboardInterrupt:
                 interrupted = True
@@ -151,7 +154,7 @@ def compare(
                 message = " ".join(str(error).split())
                 failed[name] = f"{type(error).__name__}: {message}"[:200]
     return Comparison(
-        rows=tuple(sorted(rows, key=lambda row: row.scores.best)),
+        rows=tuple(sorted(rows, key=lambda row: np.fmin(row.scores.best, np.inf))),
         failed=failed,
         steps=steps,
         seeds=seeds,

@@ -31,6 +31,13 @@ def spikes(losses) -> int:
     return int(np.sum(shifted[ends] - limit > rounding))
 
 
+def without_refused(losses: np.ndarray, skipped: float) -> np.ndarray:
+    """Return the losses but for the last ones, if a guard has skipped these steps."""
+    finite = np.flatnonzero(np.isfinite(losses))
+    end = finite[-1] + 1 if len(finite) else 0
+    return losses[:end] if len(losses) - end <= skipped else losses
+
+
 def divergence(losses) -> int:
     """Return the step from which a run has diverged, or -1.
 

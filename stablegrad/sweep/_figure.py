@@ -13,7 +13,7 @@ DASHES = ("-", "--", ":", "-.")  # Of the candidates beyond each round of colour
 def draw(result, most: int) -> Any:
     """Draw the best `most` candidates as a `matplotlib.figure.Figure`."""
     _checks.require_count("most", most)
-    figure, ((curves, rates),) = new_figure(12, 5, 1, 2)
+    figure, ((curves, rates),) = new_figure(12, 6.5, 1, 2)
     rows = result.rows[:most]
     for i, row in enumerate(rows):
         again, place = divmod(i, len(CYCLE))
@@ -43,5 +43,13 @@ def draw(result, most: int) -> Any:
         curves.set_yscale("log")
         rates.set_yscale("log")
     if rows:
-        curves.legend(fontsize="small", title="candidate, best learning rate")
+        left_out = len(result.rows) - len(rows)
+        rest = f"; not drawn, as they end higher: {left_out}" if left_out else ""
+        title = f"candidate, best learning rate{rest}"
+        figure.legend(
+            fontsize="small", title=title, loc="outside lower center", ncols=2
+        )
+    if not any(len(row.rates) > 1 for row in rows):
+        rates.set_axis_off()
+        rates.set_title("")
     return figure

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from ._curves import divergence, spikes
+from ._curves import divergence, spikes, without_refused
 from ._figure import draw
 from ._runs import Runs
-from ._scores import Mean, Scores, capped, mean, score
+from ._scores import Mean, Scores, before_training, capped, mean, score
 from ._table import table
 
 
@@ -135,17 +135,16 @@ def make_row(runs: Runs, trivial_loss: float | None) -> Row:
         take(measured[name], runs.best) for name in ("loss", "accuracy", "dead")
     )
     skipped = take(measured["skipped"], runs.ended - 1)
-    first = measured["loss"][..., 0]
-    initial = np.where(np.isfinite(first), first, runs.train_loss[..., 0])
+    initial = before_training(measured["loss"], runs.train_loss)
     by_seed = np.stack([initial, final, accuracy, dead]).transpose(2, 0, 1)
     trivial = np.inf if trivial_loss is None else trivial_loss
     scores = score(runs.rates, trivial, by_seed)
     if len(runs.rates) == 1:
         unknown = dict.fromkeys(("sensitivity", "normalised"), Mean(np.nan, np.nan))
         scores = scores._replace(**unknown, band=np.nan, cliff=np.nan)
-    best = int(scores.loss.argmin())
+    best = int(np.fmin(scores.loss, np.inf).argmin())
     losses = [  # Runs may end early.
-        runs.train_loss[i][: steps[ended - 1]]
+        without_refused(runs.train_loss[i][: steps[ended - 1]], float(skipped[i]))
         for i, ended in np.ndenumerate(runs.ended)
     ]
     of_runs = lambda statistic: np.reshape([*map(statistic, losses)], final.shape)

@@ -86,12 +86,16 @@ class Runs:
             self.ended.flat[indices[alive]] = index + 1
             loss = by_run(self.measured["loss"])[indices, index]  # nan after the end.
             better, lowest = loss < lowest, np.fmin(loss, lowest)
-            counts = alive if experiment.patience is None else better
+            # All steps of an interval may be those that a guard has skipped.
+            skipped = by_run(self.measured["skipped"])[indices]
+            rises = skipped[:, index] > skipped[:, max(index - 1, 0)]
+            refused = ~np.isfinite(loss) & rises
+            counts = alive & ~refused if experiment.patience is None else better
             self.best.flat[indices[counts]] = index
             if experiment.patience is not None:
                 alive &= index - self.best.flat[indices] < experiment.patience
             if index:  # Before the first step, there may be no loss.
-                alive &= np.isfinite(loss)
+                alive &= np.isfinite(loss) | refused
             number = min(experiment.interval, experiment.steps - step)
             if number == 0 or not alive.any():
                 break

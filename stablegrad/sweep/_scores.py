@@ -46,6 +46,26 @@ def capped(loss, initial) -> np.ndarray:
     return np.where(np.isfinite(loss), np.minimum(loss, initial), initial)
 
 
+def before_training(evaluated, train) -> np.ndarray:
+    """Return l_0 of each run, shape (rates, seeds); nan if nothing was ever finite.
+
+    It is the first evaluated loss, or else the first finite loss of training: a guard
+    may have skipped the first batch. A run without one has that of another rate or
+    seed.
+
+    Args:
+        evaluated: Shape (rates, seeds, evaluations).
+        train: Shape (rates, seeds, steps).
+    """
+    finite = np.isfinite(train)
+    first = np.take_along_axis(train, finite.argmax(-1)[..., None], -1)[..., 0]
+    initial = np.where(np.isfinite(evaluated[..., 0]), evaluated[..., 0], first)
+    for axis in (0, None):
+        largest = np.ma.masked_invalid(initial).max(axis, keepdims=True)
+        initial = np.where(np.isfinite(initial), initial, np.ma.filled(largest, np.nan))
+    return initial
+
+
 def mean(values) -> Mean:
     """Return the mean and the standard error."""
     values = np.asarray(values, np.float64)
@@ -62,7 +82,7 @@ def score(rates, trivial_loss: float, curves) -> Scores:
     gain = initial.max(axis=1) - lowest
     gain = np.where(gain > 0, gain, np.nan)
     loss = kept.mean(axis=0)
-    best = int(loss.argmin())
+    best = int(np.fmin(loss, np.inf).argmin())
     outside = np.flatnonzero(~(loss <= loss.min() + WITHIN))
     low = max(outside[outside < best], default=-1) + 1
     high = min(outside[outside > best], default=len(loss)) - 1
@@ -73,8 +93,8 @@ def score(rates, trivial_loss: float, curves) -> Scores:
         accuracy=accuracy.mean(axis=0),
         sensitivity=mean(sensitivity),
         normalised=mean(sensitivity / gain),
-        best=float(loss.min()),
-        best_rate=float(rates[best]),
+        best=float(loss[best]),
+        best_rate=float(rates[best]) if np.isfinite(loss[best]) else np.nan,
         band=float(np.log10(rates[high] / rates[low])),
         cliff=float(min((rates[i] for i in beyond if i > best), default=np.nan)),
         trivial=np.any(~(final < (1 - TRIVIAL) * trivial_loss), axis=0),

@@ -1,6 +1,8 @@
 """Critical learning rates against closed forms."""
 
+import gc
 import math
+import weakref
 
 import flax.linen as nn
 import jax
@@ -399,3 +401,32 @@ def test_bad_arguments_are_named(settings, message):
 def test_what_is_no_loss_is_named(settings, message):
     with pytest.raises(TypeError, match=message):
         critical(**{"steps": 0, **settings})
+
+
+@pytest.mark.slow
+def test_a_function_of_the_rate_is_built_once_and_not_kept_alive():
+    built = []
+
+    def make(rate):
+        built.append(rate)
+        return optax.adam(rate)
+
+    loss = lambda params, batch: jnp.sum(batch * params**2)
+    for _ in range(3):
+        sg.critical_learning_rate(loss, jnp.ones(2), jnp.ones(2), make)
+    assert built == [1.0]
+    reference = weakref.ref(make)
+    del make
+    gc.collect()
+    assert reference() is None
+
+
+@pytest.mark.slow
+def test_a_loss_below_the_best_one_has_no_polyak_step():
+    loss = lambda params, batch: jnp.sum(batch * params**2) - 100.0
+    found = sg.critical_learning_rate(loss, jnp.ones(2), jnp.ones(2), optax.sgd)
+    assert math.isnan(found.polyak) and "Polyak" not in str(found)
+    told = sg.critical_learning_rate(
+        loss, jnp.ones(2), jnp.ones(2), optax.sgd, best_loss=-100.0
+    )
+    assert told.polyak == pytest.approx(0.25, rel=1e-5)

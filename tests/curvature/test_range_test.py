@@ -158,3 +158,10 @@ def test_without_matplotlib_the_figure_says_what_to_install(plain, monkeypatch):
 def test_bad_arguments_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         swept(**settings)
+
+
+@pytest.mark.slow
+def test_a_loss_that_stays_0_is_drawn():
+    at_minimum = swept(params=jnp.zeros(2), steps=20)
+    low, high = at_minimum.figure().axes[0].get_ylim()
+    assert low < 0 < high

@@ -247,3 +247,13 @@ def test_a_straight_loss_limits_no_rate():
 def test_bad_arguments_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         sg.sharpness(quadratic, jnp.ones(3), jnp.ones(3), **settings)
+
+
+@pytest.mark.slow
+def test_numbers_may_be_arrays():
+    loss = lambda params, batch: jnp.sum(batch * params**2)
+    arguments = (loss, jnp.ones(2), jnp.array([1.0, 3.0]))
+    found, expected = (
+        sg.sharpness(*arguments, momentum=b) for b in (jnp.float32(0.5), 0.5)
+    )
+    assert found.stable_rate == expected.stable_rate

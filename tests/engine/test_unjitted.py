@@ -143,3 +143,14 @@ def test_an_unjitted_update_does_what_a_jitted_one_does():
     jitted, other = jax.jit(tx.update)(grads, tx.init(PARAMS), PARAMS, value=1.0)
     np.testing.assert_array_equal(plain["w"], jitted["w"])
     assert sg.metrics(state) == sg.metrics(other)
+
+
+@pytest.mark.slow
+def test_a_leaf_whose_name_has_a_line_break_is_the_same_in_every_step():
+    params = {"a\nb": jnp.ones(2)}
+    tx = sg.guard(optax.sgd(0.1), sg.skip())
+    state = tx.init(params)
+    for _ in range(2):
+        params, state = sg.apply(tx, params, state, params)
+    assert sg.metrics(state)["guarded_steps"] == 2
+    params, state = jax.jit(lambda p, s: sg.apply(tx, p, s, p))(params, state)

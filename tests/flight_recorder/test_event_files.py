@@ -288,3 +288,22 @@ def test_the_cause_is_the_leaf_s_own_limit_and_a_function_is_called_by_its_name(
     assert told(event)[1:4] == ("grad_norm", 20, 9)
     _, state = tx.update(params, tx.init(params), params)
     assert told(sg.events(state)[0])[1:4] == ("skip_fixed_spread", 7, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "batch_id", [jnp.uint32(2**31 + 5), jnp.int32(-3), np.uint32(2**31 + 5)]
+)
+def test_an_id_that_an_event_cannot_hold_is_not_kept_as_another_one(batch_id, tmp_path):
+    bad, tx = jnp.full(2, jnp.nan), sg.guard(optax.sgd(0.1), sg.skip())
+    update = jax.jit(lambda state, i: tx.update(bad, state, bad * 0, batch_id=i))
+    _, state = update(tx.init(jnp.zeros(2)), batch_id)
+    assert sg.events(state)[0].batch_ids == ()
+    sg.save_events(state, tmp_path / "events.jsonl")
+    assert sg.load_events(tmp_path / "events.jsonl")[0].batch_ids == ()
+
+
+def test_kinds_that_no_event_has_are_an_error():
+    for kinds in (("skips",), "skip"):
+        with pytest.raises(ValueError, match="`kinds` must be some of"):
+            sg.batches_to_leave_out([], kinds=kinds)  # type: ignore[arg-type]

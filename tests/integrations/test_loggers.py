@@ -353,3 +353,13 @@ def test_clu_gets_every_scalar(tmp_path):
     values = [np.frombuffer(e.tensor_proto.tensor_content, np.float32) for e in found]
     assert [event.step for event in found] == [0, 1, 2]
     np.testing.assert_allclose(np.ravel(values), norms, rtol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [5, np.int64(5), jnp.int32(5)])
+def test_steps_may_be_arrays_and_no_number_is_written_over_the_step(step, tmp_path):
+    lines, table = tmp_path / "run.jsonl", tmp_path / "run.csv"
+    with loggers.Late(loggers.JSONLines(lines), loggers.CSV(table)) as log:
+        log(step, state_after(1.0), {"step": 99})
+    assert json.loads(lines.read_text())["step"] == 5
+    assert table.read_text().splitlines()[1].split(",")[0] == "5"

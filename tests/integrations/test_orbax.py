@@ -311,3 +311,14 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(way, tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "was not written" in done.stdout and done.stdout.endswith("whole\n")
+
+
+def test_nothing_is_saved_after_close_or_told_that_json_does_not_have(tmp_path):
+    carry = train(start(), [1.0])
+    with HealthyCheckpoints(tmp_path / "run") as checkpoints:
+        with pytest.raises(TypeError, match="`told` must be something for JSON"):
+            checkpoints.save(0, *carry, told={"epoch": np.int64(3)})
+        assert checkpoints.save(0, *carry, told={"epoch": 3})
+    with pytest.raises(CheckpointError, match="checkpoint 1 was not written: it is cl"):
+        checkpoints.save(1, *carry)
+    assert [path.name for path in (tmp_path / "run").glob("*tmp*")] == []

@@ -458,3 +458,9 @@ def test_nnx_trains_with_an_injected_schedule():
     np.testing.assert_allclose(moved, -(0.1 + 0.05 + 0.05), rtol=RTOL)
     told = sg.metrics(optimizer)
     assert told["schedule_cuts"] == 1 and told["schedule_position"] == 3
+
+
+@pytest.mark.parametrize("rate", [np.nan, np.inf, -1.0, np.ones(2)])
+def test_a_rate_that_is_no_rate_is_an_error(rate):
+    with pytest.raises(ValueError, match="`schedule` must be one finite number >= 0"):
+        sg.explosion_aware_schedule(rate, sg.fixed(3.0))

@@ -144,3 +144,16 @@ def test_lsuv_names_what_is_no_leaf():
     outputs = lambda params: {"kernel": params["z"]["kernel"]}
     with pytest.raises(ValueError, match=r"names \['kernel'\], which are no leaves"):
         structure.lsuv(outputs, lsuv_params(1.0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("shape", [(64, 256), (256, 64), (3, 3, 8, 128)])
+def test_orthogonal_kernels_have_the_deviation_of_the_gain_in_any_shape(
+    shape, backward
+):
+    settings = {"distribution": "orthogonal", "backward": backward}
+    init = structure.activation_init(jax.nn.relu, **settings)
+    kernel = init(jax.random.key(0), shape, jnp.float32)
+    fan = shape[-1] if backward else np.prod(shape[:-1])
+    assert float(jnp.std(kernel)) == pytest.approx(np.sqrt(2 / fan), rel=0.02)

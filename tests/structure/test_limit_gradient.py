@@ -163,3 +163,10 @@ def test_the_linen_layer_limits_what_lies_before_it_only():
 def test_a_bad_argument_is_told_with_what_was_expected(x, options, error, message):
     with pytest.raises(error, match=message):
         sg.limit_gradient(x, **options)
+
+
+@pytest.mark.slow
+def test_a_bound_of_several_numbers_is_an_error_when_traced_too():
+    limited = jax.jit(lambda x, most: sg.limit_gradient(x, most, per="token"))
+    with pytest.raises(ValueError, match=r"`max_norm` must be one number, .* \(4,\)"):
+        limited(jnp.ones((2, 4)), jnp.ones(4))

@@ -238,10 +238,106 @@ def test_dropout_of_weights_and_wrong_numbers_are_told():
         model(jnp.ones((2, 6, 16)))
     for call in (
         lambda: soft_cap(jnp.ones(2), 0.0),
+        lambda: soft_cap(jnp.ones(2), float("inf")),
         lambda: z_loss(jnp.ones(2), -1.0),
         lambda: normalize_qk(jnp.ones(2), jnp.ones(2), eps=0.0),
         lambda: clip_logits(0.0),
         lambda: clip_logits(powers={"query": -1.0}),
     ):
-        with pytest.raises(ValueError, match="must be >"):
+        with pytest.raises(ValueError, match=r"must be (finite and )?>"):
             call()
+
+
+@pytest.mark.slow
+def test_float16_logits_are_added_up_without_overflow_and_capped_by_any_cap():
+    # q.k = 115,200 is beyond float16, q.k / sqrt(d) = 10,182 is not.
+    query = jnp.full((1, 1, 1, 128), 30.0, jnp.float16)
+    for cap in (None, 1e5):
+        output, largest = attend(query, query, query, cap=cap)
+        assert output.dtype == jnp.float16 and (output == 30.0).all()
+        np.testing.assert_allclose(largest, 900 * 128**0.5, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_logits_work_under_strict_promotion_of_dtypes():
+    x = jnp.ones((2, 3, HEADS, DEPTH), jnp.bfloat16)
+    with jax.numpy_dtype_promotion("strict"):
+        output, _ = attend(x, x, x, qk_norm=True, cap=10.0)
+        assert z_loss(x).dtype == jnp.float32
+        grads = jax.grad(lambda x: sg.limit_gradient(x, 1.0).sum())(x)
+    assert output.dtype == grads.dtype == jnp.bfloat16
+
+
+@pytest.mark.slow
+def test_attention_to_nothing_has_no_largest_logit():
+    query, none = jnp.ones((2, 3, HEADS, DEPTH)), jnp.ones((2, 0, HEADS, DEPTH))
+    output, largest = attend(query, none, none)
+    np.testing.assert_array_equal(output, jnp.zeros_like(query))
+    np.testing.assert_array_equal(largest, jnp.full(HEADS, -jnp.inf))
+
+
+class TwoAttentions(flax.linen.Module):
+    """Self-attention and cross-attention, built in one compact method."""
+
+    settings: dict
+
+    @flax.linen.compact
+    def __call__(self, x):
+        """Attend twice, with queries of different size."""
+        for name, size in (("own", 3.0), ("cross", 1.0)):
+            attention = linen_layers.Attention(**self.settings)
+            layer = flax.linen.MultiHeadDotProductAttention(
+                HEADS, name=name, attention_fn=attention
+            )
+            layer(size * x, x)
+
+
+@pytest.mark.slow
+def test_linen_attentions_of_one_name_are_an_error_and_those_without_a_parent_differ():
+    x = jax.random.normal(jax.random.key(0), (2, 5, 16))
+    named = TwoAttentions({"parent": None})
+    variables = named.init(jax.random.key(1), x)
+    _, seen = named.apply(variables, x, mutable=["intermediates"])
+    found = linen_layers.largest_logits(seen["intermediates"])
+    assert found.keys() == {"own", "cross"}
+    clip_logits(1e-3).update(
+        variables["params"],
+        clip_logits(1e-3).init(variables["params"]),
+        variables["params"],
+        largest_logits=found,
+    )
+    alike = TwoAttentions({})
+    _, seen = alike.apply(variables, x, mutable=["intermediates"])
+    with pytest.raises(ValueError, match=r"called ''.*Attention\(parent=None\)"):
+        linen_layers.largest_logits(seen["intermediates"])
+
+
+class Tied(flax.linen.Module):
+    """One attention, applied to inputs of two sizes."""
+
+    sizes: tuple[float, ...]
+
+    def setup(self):
+        """Build it."""
+        attention = linen_layers.Attention()
+        self.layer = flax.linen.MultiHeadDotProductAttention(
+            HEADS, attention_fn=attention
+        )
+
+    def __call__(self, x):
+        """Attend as often as there are sizes."""
+        for size in self.sizes:
+            self.layer(size * x)
+
+
+@pytest.mark.slow
+def test_of_several_calls_of_a_linen_attention_the_largest_logit_counts():
+    x = jax.random.normal(jax.random.key(0), (2, 5, 16))
+    variables = Tied((1.0,)).init(jax.random.key(1), x)
+
+    def largest(*sizes):
+        _, seen = Tied(sizes).apply(variables, x, mutable=["intermediates"])
+        return linen_layers.largest_logits(seen["intermediates"])["layer"]
+
+    np.testing.assert_array_equal(largest(9.0, 1.0), largest(9.0))
+    assert (largest(9.0) > largest(1.0)).all()

@@ -155,3 +155,11 @@ def test_a_gain_is_a_number_within_jit_too():
 def test_wrong_arguments_are_told(call, error, match):
     with pytest.raises(error, match=match):
         call()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("q", [0.5, 5.0, 100.0, 1e6])
+def test_a_kink_is_found_at_any_size_of_the_pre_activations(q):
+    # Of hard tanh E[phi'^2] is the chance of |h| < 1, h normal of variance q.
+    expected = math.erf(1 / math.sqrt(2 * q)) ** -0.5
+    assert gain(jax.nn.hard_tanh, q=q, backward=True) == pytest.approx(expected, 0.01)

@@ -99,7 +99,10 @@ def test_the_table_has_a_line_for_each_and_says_what_its_columns_mean(result):
 def test_it_is_drawn_and_saved_with_all_curves(result, tmp_path):
     figure = result.figure()
     curves, rates = figure.axes
-    assert len(curves.get_legend().get_texts()) == 2
+    (legend,) = figure.legends
+    assert len(legend.get_texts()) == 2 and "not drawn" not in str(legend.get_title())
+    (shorter,) = result.figure(most=1).legends
+    assert "not drawn, as they end higher: 1" in shorter.get_title().get_text()
     assert rates.get_xscale() == "log" and curves.get_ylabel() == "validation loss"
     figure.savefig(tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
@@ -497,3 +500,59 @@ def test_a_flax_module_is_told_how_to_be_split():
 
     with pytest.raises(TypeError, match="got a Flax NNX module"):
         compare("sgd", params=nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
+
+
+@pytest.mark.slow
+def test_a_batch_of_nan_that_a_guard_skips_costs_no_run_its_score():
+    # Seeds see different batches; a third of them is nan, at the start or the end.
+    def data(key):
+        bad = jax.random.bernoulli(jax.random.fold_in(key, 1), 0.4)
+        return jnp.where(bad, jnp.nan, jax.random.normal(key, (8, 2)) + 1)
+
+    found = sg.sweep.compare(
+        lambda params, batch: jnp.mean((batch @ params - 1.0) ** 2),
+        jnp.zeros(2),
+        data,
+        ["sgd + stabilize", "sgd"],
+        [1e-2, 1e-1],
+        seeds=8,
+        steps=20,
+        show_progress=False,
+    )
+    guarded, bare = found.row("sgd + stabilize"), found.row("sgd")
+    train = guarded.train[1]
+    assert np.isnan(train[:, 0]).any() and np.isnan(train[:, -1]).any()
+    assert guarded.scores.best_rate == 0.1 and guarded.loss.mean < 0.6
+    assert (guarded.diverged == -1).all() and (guarded.scores.broken == 0).all()
+    assert (bare.diverged >= 0).all() and found.rows[0].name == "sgd + stabilize"
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_nan_at_every_rate_has_no_best_rate():
+    found = sg.sweep.compare(
+        lambda params, batch: jnp.nan * jnp.sum(params),
+        jnp.ones(2),
+        lambda key: jnp.zeros(1),
+        ["sgd"],
+        [1e-2, 1e-1],
+        steps=5,
+        show_progress=False,
+    )
+    assert np.isnan(found.rows[0].scores.best_rate) and "sgd" in str(found)
+    found.figure()
+
+
+@pytest.mark.slow
+def test_arrays_of_one_number_and_debug_nans_do_not_disturb_it():
+    with jax.debug_nans(True):
+        found = sg.sweep.compare(
+            lambda params, batch: jnp.mean((batch @ params - 1.0) ** 2),
+            jnp.zeros(2),
+            lambda key: jax.random.normal(key, (8, 2)) + 1,
+            ["sgd"],
+            jnp.float32(0.1),
+            seeds=jnp.int32(2),
+            steps=np.int64(10),
+            show_progress=False,
+        )
+    assert not found.failed and found.seeds == (0, 1)

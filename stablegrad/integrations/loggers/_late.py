@@ -1,5 +1,6 @@
 """Numbers of a step, written once the next one is under way."""
 
+import operator
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Self
 
@@ -83,6 +84,7 @@ class Late:
             ValueError: If there is nothing to read in the state, if it is stacked over
                 an ensemble, or if something in `numbers` is not a real scalar.
         """
+        step = operator.index(step)
         if step % self._interval:
             return
         own = {name: _own(name, number) for name, number in (numbers or {}).items()}
