@@ -9,6 +9,7 @@ from . import (
     language,
     machinery,
     metric_learning,
+    rare,
     reinforcement,
 )
 
@@ -21,6 +22,7 @@ FAMILIES = (
     metric_learning,
     equations,
     machinery,
+    rare,
 )
 QUICK = (
     "digits-noisy-labels",
