@@ -6,7 +6,7 @@ read wrongly.
 
     000 version 2
     001 state skip int32                             leaves of a response's state
-    002 statistics float32.72 float32 int32          leaves of a family, of one group
+    002 statistics float32.110 float32 int32         leaves of a family, of one group
     003 rows rarity grad_norm global 1               its thresholds, and their groups
 """
 

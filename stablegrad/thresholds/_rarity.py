@@ -15,8 +15,10 @@ from ._signals import Signal, check_signal, is_norm
 
 # Distances above the level whose frequency is counted, in octaves. Halves instead of
 # thirds miss an outlier of six deviations where the deviation is 5 %. The least one
-# keeps the limit of a constant signal above its rounding.
-EDGES = np.arange(1, 73, dtype=np.float32)[None] / 3
+# keeps the limit of a constant signal above its rounding. The coarse ones are for norms
+# at the level of rounding errors, among which larger ones come regularly.
+EDGES = np.concatenate([np.arange(1, 73) / 3, np.arange(26, 101, 2)])[None]
+EDGES = EDGES.astype(np.float32)
 LEVEL_WEIGHT = 0.03  # Weight of a step in the level and the spread.
 MOST_OCTAVES = 3.0  # A norm moves its level as if it were no further away.
 MOST_SPREADS = 8.0  # The same for other signals, in spreads.
@@ -59,13 +61,13 @@ def rarity(
         reach = least edge_k with tail_k <= max(share, 1.5 w)
         limit_{t+1} = margin * 2^(level + reach)
 
-    The edges lie a third of an octave apart, up to 24 octaves above the level. No value
-    is bounded before it is counted, and none starts the statistics again: an outlier
-    weighs 1 / `window` and hides nothing, and what comes again is usual after about
-    share * window times. So that the limit does not stay open after a burst, a value
-    above it is counted only if the one before it was not. After `patience` unusual
-    values in a row, up to twice their mean is usual as well; after max(12, `patience`),
-    the level moves to their mean. The first norm is accepted unchecked, the second up
+    The edges lie a third of an octave apart up to 24 octaves above the level, and two
+    octaves up to 100. No value is bounded before it is counted, and none starts the
+    statistics again: an outlier weighs 1 / `window` and hides nothing, and what comes
+    again is usual after about share * window times. So that the limit does not stay
+    open after a burst, a value above it is counted only if the one before it was not.
+    After `patience` unusual values in a row, up to twice their mean is usual as well;
+    after max(12, `patience`), the level moves to their mean. The first norm is accepted unchecked, the second up
     to 2^10 times the first, those up to the tenth up to 2^4 times the limit, and those
     up to the hundredth up to twice the limit.
 
@@ -85,7 +87,7 @@ def rarity(
         patience: Unusual values in a row after which more of their size are usual,
             >= 1.
         of: What is measured, as for `fixed`.
-        per: For what, as for `fixed`. The state holds 72 float32 a group.
+        per: For what, as for `fixed`. The state holds 110 float32 a group.
 
     Returns:
         A threshold for a response. A nan or inf is never usual, and never enters the
