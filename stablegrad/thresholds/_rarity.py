@@ -67,9 +67,9 @@ def rarity(
     again is usual after about share * window times. So that the limit does not stay
     open after a burst, a value above it is counted only if the one before it was not.
     After `patience` unusual values in a row, up to twice their mean is usual as well;
-    after max(12, `patience`), the level moves to their mean. The first norm is accepted unchecked, the second up
-    to 2^10 times the first, those up to the tenth up to 2^4 times the limit, and those
-    up to the hundredth up to twice the limit.
+    after max(12, `patience`), the level moves to their mean. The first norm is accepted
+    unchecked, the second up to 2^10 times the first, those up to the tenth up to 2^4
+    times the limit, and those up to the hundredth up to twice the limit.
 
     Other signals can be negative, so y_t = x_t. Their level m and their mean absolute
     distance s from it are running means, in which a residual counts as at most 8 s,
