@@ -207,6 +207,7 @@ def test_finite_gradients_never_break_parameters_or_inner_state(name, size, appl
     assert (after["b"] != params["b"]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by_apply", (False, True))
 def test_the_program_of_an_accelerator_counts_as_that_of_a_cpu_does(
     by_apply, monkeypatch

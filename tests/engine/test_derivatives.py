@@ -5,7 +5,6 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from helpers.marking import core
 
 import stablegrad as sg
 
@@ -33,7 +32,8 @@ def loss_after_training(params, rate, guarded):
     return loss_fn(params)
 
 
-@pytest.mark.parametrize("name", core(GUARDS, "stabilize"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", GUARDS)
 def test_through_healthy_steps_they_are_those_of_the_bare_optimizer(name):
     derive = jax.jit(jax.grad(loss_after_training, (0, 1)), static_argnums=2)
     bare = derive(START, 0.1, lambda tx: tx)

@@ -126,6 +126,7 @@ def test_healthy_steps_are_left_alone():
     assert np.min(seen["clip_scale"]) > 0.6
 
 
+@pytest.mark.slow
 def test_a_step_without_the_loss_is_warned_of_once():
     tx = sg.stabilize(optax.adam(0.1))
     state, told = tx.init(PARAMS), r"`value=`(.|\n)*optimizer.update(.|\n)*Linen"

@@ -134,14 +134,8 @@ def with_steps(tx, steps, state=None, first=0, factor=1.0):
     return jax.jit(lambda s: jax.lax.scan(step, s, number)[0])(state)
 
 
-@pytest.mark.parametrize(
-    "kept",
-    [
-        pytest.param(3, marks=pytest.mark.slow),
-        5,
-        pytest.param(9, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", [3, 5, 9])
 def test_the_rows_of_the_last_steps_are_carried_by_name(kept):
     before = watched(sg.clip(sg.rarity()), sg.skip(sg.zscore(6.0)), record_norms=5)
     after = watched(sg.skip(sg.zscore(6.0)), sg.clip(sg.fixed(9.0)), record_norms=kept)

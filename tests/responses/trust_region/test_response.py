@@ -286,6 +286,7 @@ def mixed(probe):
     return state, found, rates
 
 
+@pytest.mark.slow
 @BOTH
 def test_no_step_is_longer_than_the_optimizer_wanted_in_any_element(probe):
     _, found, rates = mixed(probe)
