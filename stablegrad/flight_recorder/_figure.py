@@ -57,6 +57,9 @@ def draw(history) -> Any:
     norm.set(ylabel="norm", yscale=_scale(history.grad_norm))
     rate.plot(steps, history.lr_scale, color=BLUE)
     rate.set(ylabel="lr_scale", xlabel="step", ylim=(-0.05, 1.05))
+    if not np.isfinite(history.loss_value).any():
+        loss.text(0.5, 0.5, "no step was given `value=`", transform=loss.transAxes)
+        loss.set_yticks([])
     _mark(history, axes)
     for ax in (loss, norm, heat):
         if ax.get_legend_handles_labels()[0]:

@@ -109,8 +109,10 @@ def compare(
         _checks.require_steps("seeds", given)
         given = range(int(given))
     seeds = tuple(map(int, given))
-    distinct = lambda x: len(x) > 0 and len(set(x)) == len(x) and min(x) >= 0
-    _checks.require("seeds", seeds, "different integers >= 0", distinct)
+    known = lambda x: min(x) >= 0 and max(x) < 2**32 and len(set(x)) == len(x)
+    _checks.require("seeds", seeds, "different integers in [0, 2**32)", known)
+    told = lambda x: x is None or not np.isnan(x)
+    _checks.require("trivial_loss", trivial_loss, "a number or None", told)
     counts = {"steps": steps, "evaluations": evaluations}
     optional = {"patience": patience, "at_once": at_once}
     counts |= {name: count for name, count in optional.items() if count is not None}

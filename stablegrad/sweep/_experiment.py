@@ -13,6 +13,7 @@ from .. import _checks
 from ..curvature._loss import outline
 
 SLICE = 1000  # Validation examples that are evaluated in one call.
+ARRAYS = (jax.Array, np.ndarray, np.generic)
 
 
 class Experiment(NamedTuple):
@@ -63,6 +64,14 @@ def make_experiment(
             "  graphdef, params, rest = nnx.split(model, nnx.Param, ...)\n"
             "  loss_fn = lambda p, batch: loss(nnx.merge(graphdef, p, rest, copy=True),"
             " batch)"
+        )
+    leaves = [] if _is_function(params) else jax.tree.leaves(params)
+    if others := [x for x in leaves if not isinstance(x, (float, complex, *ARRAYS))]:
+        raise TypeError(
+            "`params` must have floating-point arrays for leaves, got "
+            f"{_checks.described(others[0])}. Split an Equinox module:\n"
+            "  params, rest = eqx.partition(model, eqx.is_inexact_array)\n"
+            "  loss_fn = lambda p, batch: loss(eqx.combine(p, rest), batch)"
         )
     if _is_function(data):
         arrays, batch = None, lambda _, key: data(key)

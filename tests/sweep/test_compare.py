@@ -556,3 +556,22 @@ def test_arrays_of_one_number_and_debug_nans_do_not_disturb_it():
             show_progress=False,
         )
     assert not found.failed and found.seeds == (0, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        (dict(params={"w": jnp.zeros(2), "f": jnp.tanh}), TypeError, "eqx.partition"),
+        (dict(params=jnp.zeros(2), seeds=[2**40]), ValueError, "different integers in"),
+        (dict(params=jnp.zeros(2), trivial_loss=np.nan), ValueError, "`trivial_loss`"),
+    ],
+)
+def test_what_no_candidate_could_run_is_an_error_at_once(changed, error, message):
+    arguments = {"params": jnp.zeros(2), "show_progress": False, **changed}
+    params = arguments.pop("params")
+    data = lambda key: jnp.ones(2)
+    with pytest.raises(error, match=message):
+        sg.sweep.compare(
+            lambda p, x: jnp.sum(p * x), params, data, ["sgd"], 0.1, **arguments
+        )
