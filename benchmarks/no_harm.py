@@ -34,7 +34,16 @@ from rich.progress import Progress
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from _no_harm import records, report
-from _no_harm.methods import BARE, LOOKING, OURS, PEERS, ROLLING, Method, methods
+from _no_harm.methods import (
+    BARE,
+    LENIENT,
+    LOOKING,
+    OURS,
+    PEERS,
+    ROLLING,
+    Method,
+    methods,
+)
 from _no_harm.task import EVALUATIONS, Runs, Task
 from _no_harm.tasks import QUICK, every_task
 from options import Parser, whole
@@ -83,6 +92,9 @@ def main(argv=None) -> int:
         "--roll-back", action="store_true", help="stabilize with `roll_back` as well"
     )
     parser.add_argument(
+        "--share", action="store_true", help="stabilize with share=0.001 as well"
+    )
+    parser.add_argument(
         "--tasks", type=names_among([task.name for task in tasks]), metavar="A,B"
     )
     parser.add_argument(
@@ -107,6 +119,7 @@ def main(argv=None) -> int:
     wanted |= set(PEERS) if options.full else set()
     wanted |= {LOOKING} if options.value_fn else set()
     wanted |= {ROLLING} if options.roll_back else set()
+    wanted |= {LENIENT} if options.share else set()
     columns = [method for method in methods() if method.name in wanted]
     chosen = options.tasks or (QUICK if options.quick else None)
     seeds = range(options.first_seed, options.first_seed + options.seeds)

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import math
 import sys
-import weakref
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -114,7 +113,7 @@ def optimizer_and_rate(tx, asker: str, params, learning_rate: float | None):
                 "`learning_rate` must be left out where `tx` is a function of the rate,"
                 f" got {learning_rate:.6g}."
             )
-        tx, learning_rate = _built(tx), 1.0
+        tx, learning_rate = tx(1.0), 1.0
     tx = optimizer(tx, asker)
     # Under `jax.jit` nothing else of the state is computed.
     rates = [float(r) for r in jax.jit(lambda x: _rates(tx.init(x)))(params)]
@@ -139,19 +138,6 @@ def optimizer_and_rate(tx, asker: str, params, learning_rate: float | None):
             "use the rate in the state."
         )
     return tx, rates[0] if learning_rate is None else learning_rate
-
-
-_BUILT: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-
-
-def _built(function: Callable[[float], Any]) -> Any:
-    """Return the optimizer at a rate of 1: the same one again, which is compiled."""
-    try:
-        if function not in _BUILT:
-            _BUILT[function] = function(1.0)
-        return _BUILT[function]
-    except TypeError:  # It has no hash, or no weak reference.
-        return function(1.0)
 
 
 def _rates(state) -> list[jax.Array]:

@@ -142,7 +142,7 @@ def make_row(runs: Runs, trivial_loss: float | None) -> Row:
     if len(runs.rates) == 1:
         unknown = dict.fromkeys(("sensitivity", "normalised"), Mean(np.nan, np.nan))
         scores = scores._replace(**unknown, band=np.nan, cliff=np.nan)
-    best = int(np.fmin(scores.loss, np.inf).argmin())
+    best = int(scores.loss.argmin())
     losses = [  # Runs may end early.
         without_refused(runs.train_loss[i][: steps[ended - 1]], float(skipped[i]))
         for i, ended in np.ndenumerate(runs.ended)

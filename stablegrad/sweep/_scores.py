@@ -82,7 +82,7 @@ def score(rates, trivial_loss: float, curves) -> Scores:
     gain = initial.max(axis=1) - lowest
     gain = np.where(gain > 0, gain, np.nan)
     loss = kept.mean(axis=0)
-    best = int(np.fmin(loss, np.inf).argmin())
+    best = int(loss.argmin())
     outside = np.flatnonzero(~(loss <= loss.min() + WITHIN))
     low = max(outside[outside < best], default=-1) + 1
     high = min(outside[outside > best], default=len(loss)) - 1

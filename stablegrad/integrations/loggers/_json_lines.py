@@ -24,5 +24,5 @@ class JSONLines:
     def write(self, step: int, numbers: Mapping[str, float | int]) -> None:
         """Append one line."""
         finite = {k: x if math.isfinite(x) else None for k, x in numbers.items()}
-        row = {"step": step} | finite | {"step": step}  # First, and not one of theirs.
-        append_lines(self._path, json.dumps(row) + "\n")
+        finite.pop("step", None)
+        append_lines(self._path, json.dumps({"step": step, **finite}) + "\n")
