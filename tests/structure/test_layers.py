@@ -113,4 +113,4 @@ def test_masked_leaves_do_not_decay_and_wrong_numbers_are_told():
         with pytest.raises(ValueError, match="`weight_decay` must be finite and >= 0"):
             decay_with_schedule(wrong, rate, peak=1.0)
     with pytest.raises(ValueError, match="`schedule` must be a function of the step"):
-        decay_with_schedule(0.5, 0.05, peak=0.1)  # type: ignore[arg-type]
+        decay_with_schedule(0.5, 0.05, peak=0.1)
