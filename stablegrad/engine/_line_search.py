@@ -1,4 +1,4 @@
-"""Values that a line search keeps for the step that it chose.
+"""Line searches of Optax: inner optimizers that evaluate the loss along their step.
 
 `optax.value_and_grad_from_state` reads the loss and the gradient that a line search
 computed where its own step leads. A guard that shortens the step, or keeps elements of
@@ -25,6 +25,12 @@ def forget_value(state: Any, changed: jax.Array) -> Any:
         return node._replace(value=jnp.where(changed, unknown, value))
 
     return jax.tree.map(forget, state, is_leaf=_is_line_search)
+
+
+def has_line_search(state: Any) -> bool:
+    """Return whether an optimizer's state holds that of a line search."""
+    nodes = jax.tree.leaves(state, is_leaf=_is_line_search)
+    return any(_is_line_search(node) for node in nodes)
 
 
 def _is_line_search(node: Any) -> bool:

@@ -22,6 +22,7 @@ from ..responses.trust_region._probe import Attempt
 from . import _decide
 from ._decide import StepContext, loss_of
 from ._families import PerThreshold
+from ._line_search import has_line_search
 
 
 class Decision(NamedTuple):
@@ -49,7 +50,9 @@ def decide_on_update(
     """
     decision = Decision(judgements, verdict, unprobed(states), None)
     watched = _decide.watches_update(responses)
-    looks = probes(responses, step)
+    searched = has_line_search(inner_state)
+    looking = [i for i, r in enumerate(responses) if _may_probe(r, step, searched)]
+    looks = bool(looking)
     if not (watched or looks):
         return decision
     # Behind a barrier, so that XLA does not keep this update for the commit.
@@ -82,7 +85,7 @@ def decide_on_update(
     length = scaled_norm(measured, scales, update, step.like)
     if looks:
         ahead = look_ahead(
-            responses,
+            {i: responses[i] for i in looking},
             states,
             lambda: scale_leaves(takeable(), scales, step.like),
             jnp.where(reached, length, 0.0),
@@ -132,22 +135,20 @@ def unprobed(states: tuple) -> Foresight:
 
 
 def look_ahead(
-    responses: tuple[Response, ...],
+    responses: dict[int, Response],
     states: tuple,
     update: Callable[[], Any],
     length,
     step: StepContext,
 ) -> Foresight:
-    """Ask every response that probes, and join what they ask for.
+    """Ask the given responses, by their index in the guard, and join what they ask for.
 
     Scales multiply, and `state` holds every response's state. `update()` evaluates the
     step; only a response that probes in this step calls it, within a condition.
     """
     ahead, loss = unprobed(states), loss_of(step.extra, step.axes)
-    for i, response in enumerate(responses):
-        if response.look_ahead is None or not _may_probe(response, step):
-            continue
-        assert loss is not None
+    for i, response in responses.items():
+        assert loss is not None and response.look_ahead is not None
         attempt = Attempt(
             step.updates,
             functools.partial(_shortened, update, ahead.step_scale, step.like),
@@ -177,16 +178,13 @@ def _shortened(update: Callable[[], Any], scale, like):
     return scale_leaves(update(), uniform(scale), like)
 
 
-def probes(responses: tuple[Response, ...], step: StepContext) -> bool:
-    """Return whether any response probes along steps like this one."""
-    return any(
-        response.look_ahead is not None and _may_probe(response, step)
-        for response in responses
-    )
+def _may_probe(response: Response, step: StepContext, searched: bool) -> bool:
+    """Return whether a response probes along a step; raise if it lacks what it needs.
 
-
-def _may_probe(response: Response, step: StepContext) -> bool:
-    """Return whether a step brings all that a probe needs; raise where it must."""
+    An optional probe rests beside a line search, which has evaluated the loss already.
+    """
+    if response.look_ahead is None or (searched and not response.needs_value_fn):
+        return False
     absent = [name for name in ("value", "value_fn") if step.extra.get(name) is None]
     if absent and (response.needs_value_fn or "value_fn" not in absent):
         raise _checks.missing_value_fn(f"`{response.name}`", absent[-1])

@@ -69,7 +69,8 @@ def stabilize(
     backed off; a warning says so once, unless `value=None` is passed. Without
     `value_fn=` (see `trust_region`) no step is probed. With it, every fourth step costs
     one forward pass and one evaluation of the update more, and steps that are too long
-    are shortened before they are taken. With another `per` than "global", each group is
+    are shortened before they are taken; beside an `inner` with a line search, which
+    has checked its step, this is inactive. With another `per` than "global", each group is
     shrunk to what is usual of its own, and none is refused for its size.
 
     Args:

@@ -74,6 +74,33 @@ def test_lbfgs_shares_its_value_fn_with_a_trust_region():
 
 
 @pytest.mark.slow
+def test_the_trust_region_of_the_preset_rests_beside_a_line_search():
+    # From rest, the steps of L-BFGS grow a hundredfold; the search has checked them.
+    def rosenbrock(p):
+        return jnp.sum(100 * (p[1:] - p[:-1] ** 2) ** 2 + (1 - p[:-1]) ** 2)
+
+    kept = optax.value_and_grad_from_state(rosenbrock)
+
+    def run(tx):
+        def step(carry, _):
+            params, state = carry
+            value, grads = kept(params, state=state)
+            asked = {"value": value, "grad": grads, "value_fn": rosenbrock}
+            updates, state = tx.update(grads, state, params, **asked)
+            return (optax.apply_updates(params, updates), state), value
+
+        scanned = lambda start: jax.lax.scan(step, (start, tx.init(start)), length=70)
+        return jax.jit(scanned)(jnp.full(10, -0.5))
+
+    _, bare = run(optax.lbfgs())
+    (_, state), losses = run(sg.stabilize(optax.lbfgs()))
+    assert bare[-1] < 1e-4 and losses[-1] < 1e-4
+    np.testing.assert_allclose(losses[:20], bare[:20], rtol=1e-3)
+    assert sg.metrics(state)["trust_probes"] == 0
+    assert sg.events(state) == []
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("guards", ["stabilize", "back_off"])
 def test_the_gradient_that_lbfgs_kept_is_that_of_the_parameters(guards):
     # A guard that shortens a step leads elsewhere than the search has looked.
