@@ -70,8 +70,8 @@ def stabilize(
     `value_fn=` (see `trust_region`) no step is probed. With it, every fourth step costs
     one forward pass and one evaluation of the update more, and steps that are too long
     are shortened before they are taken; beside an `inner` with a line search, which
-    has checked its step, this is inactive. With another `per` than "global", each group is
-    shrunk to what is usual of its own, and none is refused for its size.
+    has checked its step, this is inactive. With another `per` than "global", each
+    group is shrunk to what is usual of its own, and none is refused for its size.
 
     Args:
         inner: The optimizer, any optax transformation.
