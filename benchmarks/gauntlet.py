@@ -45,7 +45,7 @@ Chain members stand before the optimizer. Published skip rules run inside our gu
 which never lets a nan through, whatever the rule: only `Levanter, blending` masks by
 multiplying, as its authors do. SPAM stands in the chain, with a second moment of its
 own and without the resets of Adam's; so does StableAdamW, whose optimizer is Adam only
-in the rows that say so. Published faces take norms in float32. AutoClip's window is
+in the rows that say so. Published variants take norms in float32. AutoClip's window is
 longer than any run. A chain member cannot see what Adam makes of its output."""
 
 

@@ -1,8 +1,8 @@
-"""How far each published face is from its method, restated in float64.
+"""How far each published variant is from its method, restated in float64.
 
     python benchmarks/parity.py
 
-Every `published=True` face runs in float32 beside the independent restatement of
+Every `published=True` variant runs in float32 beside the independent restatement of
 `tests/helpers/oracles.py`, over 1,000 steps of gradients with outliers and a level that
 rises and falls, warm-up included. The table gives the largest relative error of a
 gradient (of an update, where the method is an optimizer), in units of the step's
@@ -54,7 +54,7 @@ def agc():
 
 
 def cases():
-    """Yields the method, our face of it, and what it must give."""
+    """Yields the method, our variant of it, and what it must give."""
     zclip = lambda **k: (sg.clip_by_zscore(published=True, **k), oracles.zclip, k)
     yield (
         "AutoClip, 10 %",

@@ -73,9 +73,10 @@ def events(state: Any, params: Any = None) -> Events:
     """List the last interventions, oldest first, with the leaf to look at by name.
 
     Host only: it reads the numbers. A guard remembers the last 64 times that it
-    skipped, backed off, warned or halted; steps in a row of one kind and reason are one
-    event. Clipping is in `metrics`: it would push out what is rare. `save_events`
-    keeps all of them.
+    skipped, backed off, shortened, kept elements out, rolled back, warned or halted;
+    steps in a row of one kind and reason are one event. Clipped steps are not listed,
+    since they would push out the rarer events: see `metrics`. `save_events` keeps all
+    events.
 
     Args:
         state: A state that holds a guard's anywhere, as for `metrics`.

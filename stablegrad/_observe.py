@@ -16,7 +16,7 @@ from .learning_rate._readings import numbers_of_rates
 
 
 class TrainingHalted(RuntimeError):
-    """Raised by `raise_if_halted`: a run is stuck on steps that are not finite."""
+    """Raised by `raise_if_halted`: a run is stuck on bad steps."""
 
 
 def metrics(state: Any) -> dict[str, jax.Array]:
@@ -47,6 +47,8 @@ def metrics(state: Any) -> dict[str, jax.Array]:
         - `trust_radius`, `trust_ratio`, `trust_target`, `trust_scale`, `trust_probes`,
           `trust_cuts`: of a `trust_region`; the radius is inf while it does not bind.
           `trust_mismatch`: it rests, as gradients are not those of `value`.
+        - `rolled_back`, `roll_backs`, `roll_back_refusal`, `snapshots`, `snapshot_age`:
+          of a `roll_back`, which documents them.
         - `layer_health_checks`, `layer_health_excess`, and for each layer
           `layer_health_<signal>/<layer>`: of a `layer_health`.
         - `<response>_<threshold>_<signal>_limit`: each limit in force, inf: none yet;
@@ -97,8 +99,8 @@ def metrics(state: Any) -> dict[str, jax.Array]:
 def is_healthy(state: Any, *trees: Any, params: Any = None) -> jax.Array:
     """Return whether a run can go on: no guard halted, and all given trees finite.
 
-    The optimizer state needs no look: a guard keeps finite what was finite, and an
-    optimizer may hold an inf on purpose.
+    The optimizer state is not looked at: a guard keeps finite what was finite, except
+    in some steps of large trees on a CPU, and an optimizer may hold an inf on purpose.
 
     Args:
         state: A state that holds a guard's anywhere, as for `metrics`.

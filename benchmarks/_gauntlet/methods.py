@@ -83,7 +83,7 @@ def methods() -> list[Method]:
     ]
     # No run is longer than this window, so it is the whole history, as published.
     autoclip = sg.clip_by_percentile(window=LONG, published=True)
-    faces = {
+    variants = {
         "ZClip": before(sg.clip_by_zscore(published=True)),
         "AdaGC": before(sg.clip_by_ema(published=True)),
         "AGC": before(sg.clip_by_param_norm(published=True)),
@@ -94,7 +94,7 @@ def methods() -> list[Method]:
         "AXLearn deviation": skips("axlearn_deviation"),
     }
     published = [Method("AutoClip", "published", before(autoclip), sorts=True)]
-    published += [Method(name, "published", make) for name, make in faces.items()]
+    published += [Method(name, "published", make) for name, make in variants.items()]
     trainers = {
         "OLMo": skips("olmo"),
         "Levanter": skips("levanter"),

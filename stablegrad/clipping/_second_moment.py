@@ -37,7 +37,7 @@ def clip_by_second_moment(
 
     As published, b = sqrt(threshold v): the limit drifts from 10 to 45 standard
     deviations within one period, is off for 20 steps after each reset, and clamps an
-    element whose v is zero to zero. Moments are reset on a clock.
+    element whose v is zero to zero. Moments are reset at fixed intervals.
 
     Args:
         threshold: Tolerated square in units of the second moment, > 1. 5000 is 71

@@ -59,8 +59,8 @@ def critical_learning_rate(
         tx: A function from the learning rate to an optimizer, such as `optax.adamw`;
             or an optimizer whose rate is in the state of `optax.inject_hyperparams`, or
             given as `learning_rate`. The update must be proportional to the rate. It
-            gets `value=`. No schedule, as a warm-up starts at rate 0; no trust region
-            or line search.
+            gets `value=`. Pass no schedule, since a warm-up starts at rate 0, no
+            trust region and no line search.
         learning_rate: The rate that an optimizer `tx` was built with, > 0.
         more_batches: Further batches of the same shape. The estimates become geometric
             means over all batches, and each update is also tried on the next batch.

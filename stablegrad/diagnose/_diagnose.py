@@ -51,7 +51,7 @@ def diagnose(
         params: A pytree, an Equinox module, or a Flax NNX module. Those of a halted run
             serve as well as those of a new one.
         batch: Pytree of arrays for `loss_fn`, with examples along the first axis.
-        tx: The optimizer, at its own rate; for what it makes of the gradient.
+        tx: The optimizer, at its own rate, whose updates are then judged too.
         opt_state: Its state in the run. None: `tx.init(params)`.
         steps: Optimizer steps to try from here, at the given and lower rates, >= 0. 20
             show a rate that is too high, and labels that do not belong to the inputs.

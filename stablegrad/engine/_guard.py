@@ -74,7 +74,7 @@ def guard(
     Args:
         inner: The optimizer, any optax transformation; extra arguments reach it.
         *responses: What to do about which steps: `clip`, `skip`, `back_off`,
-            `trust_region`, `roll_back`, `halt`.
+            `trust_region`, `roll_back`, `halt`, `layer_health`.
         axis_name: The mapped axis, or a tuple of axes, of `shard_map` or `pmap` over
             which gradients and parameters are sharded. Norms are those of all shards,
             losses are averaged, and every device decides alike. A leaf that does not

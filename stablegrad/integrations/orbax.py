@@ -149,8 +149,8 @@ class HealthyCheckpoints:
             step: Which one, of `steps`.
 
         Raises:
-            CheckpointError: If it is damaged, or of another model or optimizer: what
-                differs, and which others there are.
+            CheckpointError: If it is damaged, or of another model or optimizer. The
+                message lists what differs, and the other checkpoints.
             TypeError: If a leaf is neither an array nor a number.
         """
         like = folders.as_arrays(trees, opt_state)

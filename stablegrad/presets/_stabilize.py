@@ -67,11 +67,12 @@ def stabilize(
 
     Without `value=` non-finite losses are not seen, and the learning rate is never
     backed off; a warning says so once, unless `value=None` is passed. Without
-    `value_fn=` (see `trust_region`) no step is probed. With it, every fourth step costs
-    one forward pass and one evaluation of the update more, and steps that are too long
-    are shortened before they are taken; beside an `inner` with a line search, which
-    has checked its step, this is inactive. With another `per` than "global", each
-    group is shrunk to what is usual of its own, and none is refused for its size.
+    `value_fn=` (see `trust_region`) no step is probed. With it, steps that are too long
+    are shortened before they are taken: every step evaluates the update once more, and
+    every fourth step (every eighth while none is shortened) a third time, with a
+    forward pass. Beside an `inner` with a line search, which has checked its step, this
+    is inactive. With another `per` than "global", each group is shrunk to what is usual
+    of its own, and none is refused for its size.
 
     Args:
         inner: The optimizer, any optax transformation.
@@ -80,8 +81,8 @@ def stabilize(
             Rare gradients are shrunk to the norm that the others stay below.
         window: Steps that a norm or a loss is remembered for, >= 2.
         refuse_factor: Multiple of the usual norm from which a step is refused instead
-            of shrunk, >= 1. 32: what is left of so large a gradient, once shrunk, is
-            the direction of whatever broke it.
+            of shrunk, >= 1. 32: so large a gradient is broken in most cases, and its
+            direction is of no use even if it is shrunk.
         loss_margin: Multiple of the usual rise above the loss's level from which the
             learning rate is cut, >= 1.
         factor: One cut of the learning rate, in (0, 1). 0.5 finds the stable rate

@@ -37,8 +37,8 @@ def migrate(tx: optax.GradientTransformation, params: Any, old: Any) -> Any:
         params: The parameters now.
         old: The state to go on from: a guard's, an `nnx.Optimizer` or a `TrainState`
             that holds it, or the dicts and lists that Orbax or Flax restore of one
-            without a target. Of a version without a layout, the inner optimizer's state
-            alone is carried over, with a warning.
+            without a target. From a version that stored no layout, the inner
+            optimizer's state alone is carried over, with a warning.
 
     Returns:
         A state for `tx`. Arrays of the inner optimizer are those given, not copies.

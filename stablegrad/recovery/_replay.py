@@ -27,7 +27,7 @@ def replay(
     device: Any = None,
     by_example: bool = False,
 ) -> Replay:
-    """Take a step again, and say whether the same comes out, bit for bit.
+    """Repeat a step, and report whether its result is the same bit for bit.
 
     The loss, the gradient norm, the first bad leaf and, of a guard with
     `record_norms=`, the norm of every leaf are compared with what the guard recorded.

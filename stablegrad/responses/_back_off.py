@@ -61,9 +61,9 @@ def back_off(
     Args:
         *thresholds: What counts as an explosion; at least one.
         factor: One cut. Dimensionless, in (0, 1).
-        confirm_steps: Explosions in a row, no signal below the one before, that it
-            takes to cut, >= 1. With 2, a single bad batch, which is no fault of the
-            learning rate, costs nothing.
+        confirm_steps: Explosions in a row, with no signal below the one before, after
+            which the rate is cut, >= 1. With 2, a single bad batch, which is no fault
+            of the learning rate, costs nothing.
         hold_steps: Calm steps after which the next rise cuts again and regrowth starts,
             >= 0. 0: every explosion cuts.
         regrow_steps: Calm steps that undo one cut, >= 1.

@@ -27,7 +27,8 @@ def clip(threshold: Threshold) -> Response:
     does not shrink the others. Several clips apply the smallest of their factors.
 
     Args:
-        threshold: The threshold. Not of="value": a large loss does not give a size.
+        threshold: The threshold. Not of="value": a loss is no size to shrink a
+            gradient to.
 
     Returns:
         A response for `guard`. A nan or inf is not shrunk, so clipping cannot spread

@@ -17,7 +17,7 @@ class SkipState(NamedTuple):
 
 
 def skip(*thresholds: Threshold, max_consecutive: int | jax.Array = 20) -> Response:
-    """Reject steps that any threshold does not call normal.
+    """Reject a step if any of its signals is above its threshold.
 
         reject_t = nonfinite_t or (exceeded_t and c_{t-1} < max_consecutive)
         c_t = min(c_{t-1} + 1, max_consecutive) if exceeded_t, 0 at a normal step taken

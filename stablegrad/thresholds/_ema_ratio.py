@@ -56,7 +56,7 @@ def ema_ratio(
         patience: Values in a row on one side, outside the limits, after which the mean
             starts again, >= warmup_steps.
         of: What is measured, as for `fixed`.
-        per: For what, as for `fixed`.
+        per: The granularity, as for `fixed`.
 
     Returns:
         A threshold for a response. A nan or inf is never normal, and never enters the

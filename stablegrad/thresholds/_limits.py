@@ -31,10 +31,10 @@ def fixed(
         limit: Largest normal value, in the signal's unit. Finite; >= 0 for a norm.
         of: What is measured: "grad_norm", "value" (the loss), "update_norm", or a
             function `(updates, params, extra) -> scalar`.
-        per: For what: "global" for one number a step, "leaf" for one a leaf, "unit" or
-            `units(...)` for one an output neuron, or a function `(path, leaf)` that
-            gives leaves of a group the same label, and None to those left out. Norms
-            only, but for "global".
+        per: What is measured: "global" for one number a step, "leaf" for one a leaf,
+            "unit" or `units(...)` for one an output neuron, or a function
+            `(path, leaf)` that gives leaves of a group the same label, and None to
+            those left out. Norms only, but for "global".
 
     Returns:
         A threshold for a response. It has no state, so nothing can poison it. A nan
@@ -70,7 +70,7 @@ def nonfinite(*, of: Signal = "grad_norm", per: Granularity = "global") -> Thres
 
     Args:
         of: What is measured, as for `fixed`.
-        per: For what, as for `fixed`.
+        per: The granularity, as for `fixed`.
 
     Returns:
         A threshold for a response, without state.

@@ -25,10 +25,10 @@ def param_ratio(
     Args:
         ratio: Tolerated share of the parameters' norm. Dimensionless, > 0.
         eps: What ||w|| counts as at least, > 0. 1 is what an output neuron has under
-            the usual initialisations, whatever its fan-in, so that one which starts at
-            zero may leave it as fast as others move.
+            the usual initialisations, whatever its fan-in, so that neurons that
+            start at zero can grow as fast as others.
         of: "grad_norm" or "update_norm".
-        per: For what: by default for each output neuron; else as for `fixed`.
+        per: The granularity: by default each output neuron; else as for `fixed`.
 
     Returns:
         A threshold for a response, which needs `params` at every step. It has no

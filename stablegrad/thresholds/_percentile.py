@@ -61,7 +61,7 @@ def percentile(
         patience: Values in a row on one side after which the window begins anew,
             >= warmup_steps.
         of: What is measured, as for `fixed`.
-        per: For what, as for `fixed`.
+        per: The granularity, as for `fixed`.
 
     Returns:
         A threshold for a response. A nan or inf is never normal, and never enters the

@@ -52,7 +52,7 @@ def rarity(
     of: Signal = "grad_norm",
     per: Granularity = "global",
 ) -> Threshold:
-    """Call any value usual that more than a share of the recent steps reach.
+    """Call a value usual if more than a share of the recent steps reached it.
 
     With r_t the distance of a norm x_t from its level in octaves, y_t = log2 x_t:
 
@@ -87,7 +87,7 @@ def rarity(
         patience: Unusual values in a row after which more of their size are usual,
             >= 1.
         of: What is measured, as for `fixed`.
-        per: For what, as for `fixed`. The state holds 110 float32 a group.
+        per: The granularity, as for `fixed`. The state holds 110 float32 a group.
 
     Returns:
         A threshold for a response. A nan or inf is never usual, and never enters the

@@ -51,7 +51,7 @@ def window_zscore(
         spread_floor: Smallest deviation: in log units for norms (0.05 is 5 %),
             relative to |median| for other signals. > 0.
         of: What is measured, as for `fixed`.
-        per: For what, as for `fixed`.
+        per: The granularity, as for `fixed`.
 
     Returns:
         A threshold for a response. A nan or inf is never normal, and never enters the

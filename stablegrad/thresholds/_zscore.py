@@ -68,7 +68,7 @@ def zscore(
         patience: Values in a row on one side, outside z s*, after which the statistics
             start again, >= warmup_steps.
         of: What is measured, as for `fixed`.
-        per: For what, as for `fixed`.
+        per: The granularity, as for `fixed`.
 
     Returns:
         A threshold for a response. A nan or inf is never normal, and never enters the

@@ -1,4 +1,4 @@
-"""The default faces: what every clip of a chain promises, and what each repairs."""
+"""The default variants: what every clip of a chain promises, and what each repairs."""
 
 import chex
 import jax

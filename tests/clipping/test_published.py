@@ -1,4 +1,4 @@
-"""The published faces against float64 restatements that share no code with them."""
+"""The published variants against float64 restatements that share no code with them."""
 
 import chex
 import jax
