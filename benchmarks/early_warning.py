@@ -2,18 +2,18 @@
 
     command:   pip install -e ".[examples]" && python benchmarks/early_warning.py
     hardware:  any; written for two CPU cores
-    time:      about six minutes on two CPU cores, --quick half a minute
+    time:      about ten minutes on two CPU cores, --quick half a minute
     expected:  benchmarks/early_warning.md
 
 Small networks train until they spike, by themselves. A spike is a loss above the mean
 of the last 100 steps and 5 of their deviations, for two steps. It is foretold if
 `layer_health(every=1)` warned in the 32 steps before it. A warning with no spike in the
-next 32 steps, nor in the 100 before it, is a false alarm; warnings less than 20 steps
-apart are one. The first 200 steps of a run are not counted.
+next 32 steps, nor in the 100 before it, is a false alarm; those in the 20 steps after
+one belong to it. The first 200 steps of a run are not counted.
 
-The margin is chosen on some runs: the one that foretells most spikes with at most 1
-false alarm in 1,000 steps. It is judged on others: other seeds, and other kinds of
-runs.
+The margin is chosen on some runs: the one that foretells most spikes with at most 0.75
+false alarms in 1,000 steps. It is judged on others, other seeds and other kinds of
+runs, where at least 70 % and at most 1 are the aim.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from _early_warning.scores import NOTHING, Score, score
 from options import Parser, whole
 
 MARGINS = tuple(2 ** (k / 8) for k in range(13))
-MOST_FALSE = 1.0  # In 1,000 steps.
+MOST_FALSE = 0.75  # In 1,000 steps; 1 is the aim on other runs.
 TUNED_ON = (
     "regression, tanh",
     "regression, GELU",
@@ -43,7 +43,7 @@ TUNED_ON = (
     "regression, tanh, batch 256",
     "regression, tanh, momentum",
 )
-TUNING_SEEDS, JUDGING_SEEDS = [0, 1], [20, 21]
+TUNING_SEEDS, JUDGING_SEEDS = [0, 1, 2, 3], [20, 21, 40, 41]
 
 
 def scored(runs, margin: float) -> Score:
@@ -107,7 +107,7 @@ def report(options, margin, tuning, judging, seconds) -> str:
         f"`python benchmarks/early_warning.py`, {options.steps} steps a run, "
         f"{platform.system()}, jax {jax.__version__}, {date.today()}, "
         f"{seconds:.0f} s.\n\n{__doc__.split('expected:')[1].split(chr(10), 2)[2]}\n"
-        f"Margin chosen: {margin:.2f}. Two rates and two seeds of each kind.\n\n"
+        f"Margin chosen: {margin:.2f}. Two rates and four seeds of each kind.\n\n"
         + "\n".join([head, *rows])
         + "\n\nThe judged runs at other margins:\n\n"
         + curve

@@ -22,6 +22,21 @@ LARGEST = float(np.finfo(np.float32).max)
 OVERFLOW = 1e18  # The smallest norm that is refused as an overflow.
 
 
+@jax.custom_jvp
+def root(square: jax.Array) -> jax.Array:
+    """Return the square root, whose derivative at 0 is 0: that of a norm of zeros."""
+    return jnp.sqrt(square)
+
+
+@root.defjvp
+def _root_jvp(primals, tangents):
+    (square,), (tangent,) = primals, tangents
+    norm = root(square)
+    positive = norm > 0
+    slope = 0.5 / jnp.where(positive, norm, 1.0)
+    return norm, jnp.where(positive, slope * tangent, 0.0)
+
+
 class Measurement(NamedTuple):
     """Sums of squares of the floating-point leaves of a pytree."""
 
@@ -30,12 +45,12 @@ class Measurement(NamedTuple):
     @property
     def leaf_norms(self) -> jax.Array:
         """L2 norm of each leaf, float32 (leaves,)."""
-        return jnp.sqrt(self.leaf_squares)
+        return root(self.leaf_squares)
 
     @property
     def norm(self) -> jax.Array:
         """L2 norm over all leaves, float32 ()."""
-        return jnp.sqrt(jnp.sum(self.leaf_squares))
+        return root(jnp.sum(self.leaf_squares))
 
     @property
     def finite(self) -> jax.Array:

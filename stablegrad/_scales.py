@@ -8,7 +8,7 @@ import numpy as np
 from jax import lax
 
 from . import _trees
-from ._norms import Measurement, measure
+from ._norms import Measurement, measure, root
 
 
 class Scales(NamedTuple):
@@ -90,4 +90,4 @@ def scaled_norm(measured: Measurement, scales: Scales, tree, like=None) -> jax.A
         like = tree if like is None else like
         return measure(scale_leaves(tree, scales, like), like).norm
     squares = jnp.square(scales.by_leaf) * measured.leaf_squares
-    return jnp.sqrt(jnp.sum(squares))
+    return root(jnp.sum(squares))

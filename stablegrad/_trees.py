@@ -128,7 +128,9 @@ def floating_like(updates, like):
         if is_array(update) and is_array(judge) and np.shape(update) != np.shape(judge):
             raise ValueError(
                 f"the gradient of the leaf {path_name(path)} has shape "
-                f"{np.shape(update)}, and the parameter {np.shape(judge)}."
+                f"{np.shape(update)}, and the parameter {np.shape(judge)}. Gradients "
+                "by example, as for `optax.contrib.dpsgd`, go through "
+                "`differentially_private_aggregate` before the guard."
             )
         if is_inexact(judge) and not is_inexact(update):
             return jnp.asarray(update).astype(jnp.result_type(judge))

@@ -8,7 +8,7 @@ WINDOW, DEVIATIONS, LASTS = 100, 5.0, 2  # Of the definition of a spike.
 AHEAD = 32  # Steps before a spike in which an alarm counts as its warning.
 AFTERMATH = 100  # Steps after the start of a spike in which nothing is counted.
 SETTLED = 200  # Steps at the start of a run in which nothing is counted.
-EPISODE = 20  # Steps without an alarm after which the next one is a new one.
+EPISODE = 20  # Steps after a false alarm in which further alarms belong to it.
 
 
 class Score(NamedTuple):
@@ -74,6 +74,6 @@ def score(loss: np.ndarray, alarms: np.ndarray) -> Score:
     for step in raised[raised >= SETTLED]:
         told = any(0 < start - step <= AHEAD for start in starts)
         after = any(0 <= step - start <= AFTERMATH for start in starts)
-        false += not told and not after and step - last > EPISODE
-        last = step
+        if not told and not after and step - last > EPISODE:
+            false, last = false + 1, step
     return Score(len(starts), len(leads), int(false), len(loss) - SETTLED, (*leads,))

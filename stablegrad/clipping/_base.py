@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from .. import _checks, _trees
 from .._compiled import compiled
@@ -100,7 +101,8 @@ def transformation(
         shrunk = done.scale < 1 if done.shrunk is None else done.shrunk
         numbers = (raw, clipped, limit, done.scale)
         readings = next_readings(readings, numbers, finite, shrunk)
-        packed = columns.pack((readings, done.statistics))
+        # A derivative takes limits as constants.
+        packed = lax.stop_gradient(columns.pack((readings, done.statistics)))
         return done.updates, kind(*done.memory, {name: packed})
 
     check = lambda state: _checks.require_state(name, kind, state)

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from .. import _checks, _trees
 from .._checks import require, require_count
@@ -114,6 +115,7 @@ def _clamp_to_moment(
         measured = measure(updates)
         finite = measured.finite
         yardstick = moment if own_moment else _moments.second_moment(inner)
+        yardstick = lax.stop_gradient(yardstick)  # Limits are constants.
         correction = _moments.correction(decay, steps)
         means = old_means if own_moment else _moments.means(yardstick, updates)
         levels = jnp.where(correction * means > 0, correction * means, levels)

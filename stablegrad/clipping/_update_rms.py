@@ -6,7 +6,7 @@ import optax
 
 from .. import _checks, _trees
 from .._checks import require
-from .._norms import measure
+from .._norms import measure, root
 from .._scales import Scales, scale_leaves, scaled_norm
 from ..granularity._groups import independent
 from ..responses._clip import factors
@@ -105,7 +105,7 @@ def _clip_gradient(
 
         floors = _elements.per_leaf(least, updates)
         ratios = _trees.map_inexact(squares, updates, updates, moment, floors)
-        return UNIT * jnp.sqrt(_moments.means(ratios, updates))
+        return UNIT * root(_moments.means(ratios, updates))
 
     def step(updates, statistics, memory, params, extra) -> Clipped:
         means, steps, of_ratios = statistics  # The moment: means, steps.
@@ -161,7 +161,7 @@ def _published(optimizer, max_rms, decay, eps) -> optax.GradientTransformationEx
             return jnp.square(_elements.sizes(g)) / jnp.maximum(correction * v, least)
 
         ratios = _trees.map_inexact(squares, updates, updates, moment)
-        rms = jnp.sqrt(_moments.means(ratios, updates))
+        rms = root(_moments.means(ratios, updates))
         scales = Scales(1 / jnp.maximum(rms / max_rms, 1.0))
         out, inner = optimizer.update(updates, inner, params, **extra)
         measured = measure(out, updates)

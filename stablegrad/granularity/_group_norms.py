@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from .. import _trees
-from .._norms import Measurement, measure, measure_parts
+from .._norms import Measurement, measure, measure_parts, root
 from .._scales import Scales
 from ._groups import Grouping
 
@@ -23,10 +23,10 @@ def group_norms(grouping: Grouping, measured: Measurement, leaves) -> jax.Array:
     The norm is nan or inf where the group is not finite.
     """
     if grouping.axes is None:
-        return jnp.sqrt(_squares_by_leaf(grouping, measured.leaf_squares))
+        return root(_squares_by_leaf(grouping, measured.leaf_squares))
     pairs = [(leaves[i], grouping.axes[i]) for i in grouping.members]
     _, parts = measure_parts([leaf for leaf, _ in pairs], [axes for _, axes in pairs])
-    return jnp.sqrt(_flat(parts))
+    return root(_flat(parts))
 
 
 def measure_groups(grouping: Grouping, tree) -> tuple[Measurement, jax.Array]:
@@ -36,7 +36,7 @@ def measure_groups(grouping: Grouping, tree) -> tuple[Measurement, jax.Array]:
         measured = measure(tree)
         return measured, group_norms(grouping, measured, leaves)
     measured, parts = measure_parts(leaves, grouping.axes)
-    return measured, jnp.sqrt(_flat([parts[i] for i in grouping.members]))
+    return measured, root(_flat([parts[i] for i in grouping.members]))
 
 
 def scaled_groups_norm(
@@ -45,10 +45,10 @@ def scaled_groups_norm(
     """Return the norm of a tree after each group is multiplied by its factor."""
     if grouping.axes is None:
         factors = group_scales(grouping, factors).by_leaf
-        return jnp.sqrt(jnp.sum(jnp.square(factors) * measured.leaf_squares))
+        return root(jnp.sum(jnp.square(factors) * measured.leaf_squares))
     outside = [i for i, first in enumerate(grouping.first) if first is None]
     others = measured.leaf_squares[np.array(outside, np.int32)]
-    return jnp.sqrt(jnp.sum(jnp.square(factors * norms)) + jnp.sum(others))
+    return root(jnp.sum(jnp.square(factors * norms)) + jnp.sum(others))
 
 
 def group_scales(grouping: Grouping, factors: jax.Array) -> Scales:

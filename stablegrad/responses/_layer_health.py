@@ -14,19 +14,20 @@ def layer_health(
     *,
     every: int = 16,
     share: float | jax.Array = 0.01,
-    window: int | jax.Array = 256,
+    window: int | jax.Array = 1024,
     margin: float | jax.Array = 1.5,
     cosine: bool = False,
 ) -> Response:
-    """Record update ratios and gradient norms by layer, and warn of outliers.
+    """Record update ratios and gradient norms by layer, and warn before spikes.
 
         update_ratio   ||u|| / ||theta||       of the step as it is taken
         grad_norm      ||g||                   of the incoming gradient
         cosine         g_t . g_{t-1} / (||g_t|| ||g_{t-1}||)    if asked for
 
-    for each group, every `every` steps, against limits by `rarity`. A check in which
-    any signal is above its limit (for the cosine: 1 - cos) is a warning: an event of
-    the kind "warn" that names the leaf, and one of `warned_steps`. It changes nothing.
+    for each group, every `every` steps. Update ratios have limits by `rarity`. A check
+    in which two groups are above their limits, or one is above twice its own, is a
+    warning: an event of the kind "warn" that names the worst leaf, and one of
+    `warned_steps`. It changes nothing.
 
     Args:
         per: What is measured by itself: "leaf", "global", or a function
@@ -35,17 +36,17 @@ def layer_health(
             more; the other steps cost nothing but a condition.
         share: As for `rarity`, of the checks.
         window: As for `rarity`, in checks.
-        margin: Factor on the limits, >= 1: about how far beyond the rarest usual value
+        margin: Factor on the limits, >= 1: about how far beyond the rarest usual ratio
             a warning begins.
-        cosine: Whether to measure the cosine of successive gradients, which falls
+        cosine: Whether to record the cosine of successive gradients, which falls
             towards -1 where the steps overshoot. It keeps one more gradient in memory.
 
     Returns:
         A response for `guard`. `metrics` shows `layer_health_update_ratio/<leaf>`,
         `layer_health_grad_norm/<leaf>` and, if measured, `layer_health_cosine/<leaf>`
         of the last check; `layer_health_checks`; and `layer_health_excess`, the octaves
-        by which the worst signal is above its limit. A step that is rejected is not
-        checked, nor is a signal that is not finite, or the ratio of a leaf of zeros.
+        by which the ratios are beyond what is a warning. A step that is rejected is not
+        checked, nor is a ratio that is not finite or zero.
 
     Raises:
         TypeError: If `per` is no granularity.

@@ -32,12 +32,14 @@ class LayerNumbers(NamedTuple):
 
 
 class LayerHealthState(NamedTuple):
-    """Readings of the last check, and statistics; a row is a signal of a group."""
+    """Readings of the last check, and statistics of the update ratios."""
 
-    signals: jax.Array  # float32 (rows,)
-    excess: jax.Array  # float32, (): octaves of the worst signal above its limit.
+    signals: jax.Array  # float32 (rows,): a row is a signal of a group.
+    excess: jax.Array  # float32, (): octaves above what is a warning.
     checks: jax.Array  # int32, (): since `init`.
-    worst_leaf: jax.Array  # int32, (): the first leaf of the worst signal's group.
+    worst_leaf: (
+        jax.Array
+    )  # int32, (): the first leaf of the group with the worst ratio.
     statistics: RarityState
 
 
@@ -74,7 +76,7 @@ class LayerHealth(NamedTuple):
         rows = [f"{signal}/{name}" for signal in self.signals for name in names]
         leaves = _trees.inexact_leaves(params) if self.cosine else []
         return LayerNumbers(
-            _to_bits(_init_state(len(rows))),
+            _to_bits(_init_state(len(names), len(self.signals))),
             _trees.layout(tuple(rows)),
             [jnp.zeros_like(leaf) for leaf in leaves],
         )
@@ -86,14 +88,15 @@ class LayerHealth(NamedTuple):
 
         Return also whether the step was checked and warned of, and the leaf.
         """
-        if not self._rows(sight.like):
+        groups = group(self.per, sight.like).count
+        if not groups:
             return layers, jnp.zeros((), bool), jnp.full((), -1, jnp.int32)
         place = steps % self.every  # The last of `every` steps is checked.
         due = (place == self.every - 1) & sight.taken
         bits = lax.cond(
             due, lambda: self._checked(layers, sight), lambda: layers.check_bits
         )
-        now = _from_bits(bits, self._rows(sight.like))
+        now = _from_bits(bits, groups, len(self.signals))
         previous = layers.previous_gradient
         if previous:
             leaves = _trees.inexact_leaves(sight.gradient, sight.like)
@@ -103,36 +106,29 @@ class LayerHealth(NamedTuple):
         layers = layers._replace(check_bits=bits, previous_gradient=previous)
         return layers, due & (now.excess > 0), now.worst_leaf
 
-    def _rows(self, like) -> int:
-        return group(self.per, like).count * len(self.signals)
-
     def _checked(self, layers: LayerNumbers, sight: Sight) -> jax.Array:
         """Return the bits after a check."""
         grouping = group(self.per, sight.like)
-        state = _from_bits(layers.check_bits, self._rows(sight.like))
+        state = _from_bits(layers.check_bits, grouping.count, len(self.signals))
         _, limit, learn = self._rule(grouping.count)
         signals = self._measured(grouping, layers.previous_gradient, sight)
-        is_norm = np.repeat([x != "cosine" for x in self.signals], grouping.count)
-        known = jnp.isfinite(signals) & (~is_norm | (signals > 0))
+        ratios = signals[: grouping.count]
+        known = jnp.isfinite(ratios) & (ratios > 0)
         limits = limit(state.statistics, None)
-        excess = jnp.log2(jnp.where(known, signals, 0.0)) - jnp.log2(limits)
-        worst = jnp.argmax(excess)
-        learned = learn(state.statistics, jnp.where(known, signals, 1.0), None)
-        shown = signals
-        if self.cosine:
-            shown = jnp.where(is_norm, signals, 1 - signals)
+        octaves = jnp.log2(jnp.where(known, ratios, 0.0)) - jnp.log2(limits)
+        learned = learn(state.statistics, jnp.where(known, ratios, 1.0), None)
         first = [grouping.first.index(i) for i in range(grouping.count)]
         after = LayerHealthState(
-            signals=jnp.where(jnp.isfinite(shown), shown, 0.0),
-            excess=jnp.maximum(excess[worst], -MOST_OCTAVES),
+            signals=jnp.where(jnp.isfinite(signals), signals, 0.0),
+            excess=jnp.maximum(_excess(octaves), -MOST_OCTAVES),
             checks=_trees.increment(state.checks),
-            worst_leaf=jnp.asarray(first, jnp.int32)[worst % grouping.count],
+            worst_leaf=jnp.asarray(first, jnp.int32)[jnp.argmax(octaves)],
             statistics=where_groups(known, learned, state.statistics),
         )
         return _to_bits(after)
 
     def _measured(self, grouping: Grouping, previous, sight: Sight) -> jax.Array:
-        """Return all signals, (rows,); those of the cosine as 1 - cos, in [0, 2]."""
+        """Return all signals, (rows,)."""
 
         def norms(tree):
             leaves = _trees.inexact_leaves(tree, sight.like)
@@ -147,29 +143,38 @@ class LayerHealth(NamedTuple):
             labels = np.array([-1 if x is None else x for x in grouping.first])
             member = labels[None, :] == np.arange(grouping.count)[:, None]
             total = lambda x: jnp.sum(jnp.where(member, x[None, :], 0.0), axis=1)
-            rows.append(1 - total(dots) / (grads * jnp.sqrt(total(earlier))))
+            rows.append(total(dots) / (grads * jnp.sqrt(total(earlier))))
         return jnp.concatenate(rows)
 
     def _rule(self, groups: int) -> tuple[Callable, Callable, Callable]:
-        """Return init, limit and update of `rarity` for all rows."""
+        """Return init, limit and update of `rarity` for all update ratios."""
         family = rarity(self.share, window=self.window, margin=self.margin).family
         assert family is not None
-        share, window, margin, patience, _ = family.settings
-        is_norm = np.repeat([float(x != "cosine") for x in self.signals], groups)
-        settings = (share, window, margin, patience, is_norm)
         return family.build(
             tuple(
-                jnp.broadcast_to(jnp.asarray(x, jnp.float32), is_norm.shape)
-                for x in settings
+                jnp.broadcast_to(jnp.asarray(x, jnp.float32), (groups,))
+                for x in family.settings
             )
         )
+
+
+def _excess(octaves: jax.Array) -> jax.Array:
+    """Return how far two groups are above their limits, or one above twice its own.
+
+    Octaves; a loss spike to come lengthens the steps of several layers.
+    """
+    if octaves.size == 1:
+        return octaves[0]
+    second, worst = jnp.sort(octaves)[-2:]
+    return jnp.maximum(second, worst - 1)
 
 
 def readings(layers: LayerNumbers) -> dict[str, Any]:
     """Return what `metrics` shows of the last check, by name."""
     names = _trees.names_in(layers.signal_columns)
     (bits,) = on_host((layers.check_bits,))
-    state = _from_bits(bits, len(names))
+    kinds = len({name.partition("/")[0] for name in names})
+    state = _from_bits(bits, len(names) // max(kinds, 1), kinds)
     found = {
         f"layer_health_{name}": state.signals[..., i] for i, name in enumerate(names)
     }
@@ -177,13 +182,13 @@ def readings(layers: LayerNumbers) -> dict[str, Any]:
     return found | {f"layer_health_{name}": x for name, x in others.items()}
 
 
-def _init_state(rows: int) -> LayerHealthState:
+def _init_state(groups: int, kinds: int) -> LayerHealthState:
     return LayerHealthState(
-        signals=jnp.zeros((rows,), jnp.float32),
+        signals=jnp.zeros((groups * kinds,), jnp.float32),
         excess=jnp.zeros((), jnp.float32),
         checks=jnp.zeros((), jnp.int32),
         worst_leaf=jnp.full((), -1, jnp.int32),
-        statistics=rarity().init(rows),
+        statistics=rarity().init(groups),
     )
 
 
@@ -192,8 +197,8 @@ def _to_bits(state: LayerHealthState) -> jax.Array:
     return jnp.concatenate([lax.bitcast_convert_type(floats, jnp.int32), counts])
 
 
-def _from_bits(bits: Any, rows: int) -> LayerHealthState:
-    packing = Packing(jax.eval_shape(lambda: _init_state(rows)))
+def _from_bits(bits: Any, groups: int, kinds: int) -> LayerHealthState:
+    packing = Packing(jax.eval_shape(lambda: _init_state(groups, kinds)))
     width = packing.widths[0]
     floats: Any = bits[..., :width]
     if isinstance(bits, np.ndarray):

@@ -96,15 +96,30 @@ def test_it_changes_nothing():
 def test_a_layer_that_leaves_its_usual_range_is_named_and_no_other():
     grads = gradients()
     grads["block1"]["kernel"] = grads["block1"]["kernel"].at[50].multiply(100)
-    (_, state), told = run(grads, sg.layer_health(every=1, margin=4.0))
+    watch = sg.layer_health(every=1, margin=4.0)
+    (_, state), told = run(grads, watch, inner=optax.sgd(1e-3))
     (event,) = sg.events(state)
     assert (event.step, event.kind, event.leaf) == (50, "warn", "block1.kernel")
     assert str(event).startswith("step 50: warn, leaf block1.kernel")
     assert sg.metrics(state)["warned_steps"] == 1
     excess = told["layer_health_excess"]
     assert excess[50] > 0 and (np.delete(excess, 50) <= 0).all()
-    # The margin is 4, and limits are twice as wide until the hundredth check.
-    assert 2.5 < excess[50] < np.log2(100 / 4 / 2)
+    # The margin is 4, limits are twice as wide until the hundredth check, and a layer
+    # by itself must be above twice its limit.
+    assert 2 < excess[50] < np.log2(100 / 4 / 2 / 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layers", [1, 2])
+def test_two_layers_above_their_limits_are_a_warning_and_one_is_none(layers):
+    # Fifteen times the usual is above a limit of eight times, and below twice that.
+    grads = gradients()
+    for block in ("block1", "block0")[:layers]:
+        grads[block]["kernel"] = grads[block]["kernel"].at[50].multiply(15)
+    watch = sg.layer_health(every=1, margin=4.0)
+    (_, state), _ = run(grads, watch, inner=optax.sgd(1e-3))
+    warned = [event.step for event in sg.events(state)]
+    assert warned == ([50] if layers == 2 else [])
 
 
 @pytest.mark.slow
@@ -171,7 +186,7 @@ def test_the_ratio_is_that_of_the_step_as_it_is_taken():
 def test_an_ensemble_has_readings_and_events_by_member():
     grads = jax.tree.map(lambda x: jnp.stack([x] * 3, axis=1), gradients())
     grads["block1"]["kernel"] = grads["block1"]["kernel"].at[50, 1].multiply(100)
-    tx = sg.guard(optax.sgd(0.1), sg.layer_health(every=1, margin=4.0, cosine=True))
+    tx = sg.guard(optax.sgd(1e-3), sg.layer_health(every=1, margin=4.0, cosine=True))
 
     @jax.vmap
     def member(grads):

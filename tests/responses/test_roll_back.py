@@ -213,6 +213,15 @@ def test_moments_that_were_zero_in_the_snapshot_may_grow():
 
 
 @pytest.mark.slow
+def test_moments_that_come_back_after_a_quiet_time_may_grow():
+    tx = guarded(optax.sgd(0.05, momentum=0.3))
+    rows, _ = run(stepper(tx), tx, spoils=dict.fromkeys(range(10, 30), 0.0))
+    trace = [abs(row[1][0].trace["w"]).max() for row in rows]
+    assert 0 < trace[29] < 1e-7 * trace[31]  # A snapshot of step 26 holds no more.
+    assert not rolled_back(rows)
+
+
+@pytest.mark.slow
 def test_what_is_poisoned_in_silence_is_found_when_it_should_be_kept():
     # Its gradient is finite, so nothing else sees it.
     def silent(params, state, value, spoil):

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from ..._trees import count_if, increment
 
 NOTHING, REPLACE, SHIFT, RESTORE = 0, 1, 2, 3  # RESTORE + i: the snapshot in slot i.
-# Parameters, and moments, whose norm is so many times the last snapshot's are restored.
+# Parameters of so many times the norm of the last snapshot are restored, and moments of
+# so many times the largest norm in a snapshot.
 MOST_GROWTH = (100.0, 1e6)
 
 
@@ -46,7 +47,8 @@ class RollBackState(NamedTuple):
     """Where a roll-back stands; rank 0 but for `ages` and `norms`."""
 
     ages: jax.Array  # int32 (keep,): steps since each was taken, newest first; -1 none.
-    norms: jax.Array  # float32 (keep, 2): of parameters and moments; 0 at `init`.
+    # float32 (keep, 2): of parameters, and the largest of moments so far; 0 at `init`.
+    norms: jax.Array
     from_init: jax.Array  # bool: all that is held are the parameters given to `init`.
     bad_run: jax.Array  # int32: bad steps in a row.
     calm_run: jax.Array  # int32: steps since the last event, saturating.
@@ -162,12 +164,15 @@ def after_exchange(
         kept = jnp.where(shifts, values[:-1], values[1:])
         return jnp.where(done.took, jnp.concatenate([first, kept]), values)
 
+    # Moments that a quiet time has let decay are no measure of their growth.
+    largest = jnp.array([0.0, 1.0]) * before.norms[jnp.argmax(before.ages >= 0)]
+    norms = jnp.maximum(done.norms, largest)
     cooldown = jnp.asarray(settings.cooldown_steps).astype(jnp.int32)
     restored = done.restored
     counts = (restored & planned.lasting) | done.grown
     return before._replace(
         ages=with_newest(before.ages, 0),
-        norms=with_newest(before.norms, done.norms),
+        norms=with_newest(before.norms, norms),
         from_init=before.from_init & ~done.took,
         bad_run=jnp.where(restored, 0, before.bad_run),
         calm_run=jnp.where(done.grown, 0, before.calm_run),

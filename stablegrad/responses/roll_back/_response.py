@@ -44,14 +44,14 @@ def roll_back(
     A snapshot is a copy of parameters, inner state and the thresholds' statistics after
     a step. One is taken every `every` steps, from the first 20 calm ones on: none of
     the last `hold_steps` steps had an event (a bad step, or a cut of the learning
-    rate). If an event follows within `hold_steps`, it is given up. The parameters given
+    rate). It is discarded if an event follows within `hold_steps`. The parameters given
     to `init` are the first one. What is not finite is never kept nor restored: if it is
     time for a snapshot and parameters or moments are not finite, the newest one is
     restored, so parameters that hold an inf on purpose cannot be rolled back. The same
-    is done if their norms are far beyond those of the newest snapshot, theta_s and m_s:
-    a finite fault may saturate a network, so that the loss does not tell. Growth that
-    comes back after `limit` roll-backs is kept, as is growth from the parameters of
-    `init` or from zero.
+    is done if parameters are far beyond those of the newest snapshot, theta_s, or
+    moments beyond the largest of all snapshots, m_s: a finite fault may saturate a
+    network without showing in the loss. Growth that comes back after `limit` roll-backs
+    is kept, as is growth from the parameters of `init` or from zero.
 
     Through `stablegrad.apply`, and through `integrations.nnx.update` for Flax NNX,
     parameters and inner state are restored bit for bit. Through `update` the updates

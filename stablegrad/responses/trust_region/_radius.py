@@ -61,7 +61,7 @@ def init_radius() -> TrustRegionState:
 
 def readings(state: TrustRegionState) -> dict[str, jax.Array]:
     """Return the numbers of a trust region by name, for `metrics`."""
-    radius = jnp.where(binds(state), state.trust_radius, jnp.inf)
+    radius = jnp.where(binds(state), state.trust_radius, NEVER)  # Shown as inf.
     shown = {f"trust_{name}": getattr(state, f"trust_{name}") for name in SHOWN}
     return {"trust_radius": radius, **shown}
 
