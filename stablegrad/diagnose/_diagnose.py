@@ -111,6 +111,7 @@ def diagnose(
         parameters=_parameters(names, trained, of_leaves),
         batch=_batch.facts(loss, trained, frozen, batch),
         events=tuple(events),
+        unseen=_unseen(program, sites, names),
     )
     if not math.isfinite(facts.loss):
         bad = _origin.first_bad(program, jax.tree.leaves((trained, data)))
@@ -133,6 +134,13 @@ def _prepared(loss, names, avals, structure):
     instrument = _measure.Instrument(program, sites)
     run = jax.jit(functools.partial(_measure.measure, instrument))
     return program, sites, instrument, run
+
+
+def _unseen(program, sites, names) -> tuple[str, ...]:
+    """Return the parameters of layers that are inside an operation that stays whole."""
+    weights = [site.weight.leaves for site in sites if site.weight is not None]
+    hidden = _program.leaves_in_whole_operations(program) - frozenset().union(*weights)
+    return tuple(names[i] for i in sorted(hidden))
 
 
 def _short(names: Sequence[str]) -> tuple[str, ...]:

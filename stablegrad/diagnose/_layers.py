@@ -12,6 +12,7 @@ from ._measure import Instrument, key_of
 from ._site import Site
 
 NAN = math.nan
+NO_SLOPE = 1e-3  # Of the largest: a unit below it for all examples is dead.
 
 
 @dataclasses.dataclass
@@ -179,7 +180,7 @@ def _layer(site: Site, picked: _Picked, names: Sequence[str]) -> Layer:
     if activation is not None:
         layer.activation, layer.bounded = activation.name, activation.bounded
         layer.saturated_usually = _elementwise.saturated_usually(activation)
-        layer.dead = value("units", "dead", np.min)
+        layer.dead = value("units", "slopes", _dead)
         layer.saturated = value("units", "saturated", np.mean)
         second, _ = _elementwise.moments(activation, 0.0, 1.0)
         layer.right_gain = 1 / math.sqrt(max(second, 1e-12))
@@ -198,6 +199,11 @@ def _layer(site: Site, picked: _Picked, names: Sequence[str]) -> Layer:
         layer.entropy = value("router", "entropy", np.mean)
         layer.busiest = value("router", "busiest", np.mean)
     return layer
+
+
+def _dead(slopes: np.ndarray) -> float:
+    """Return the share of units that have no slope in any iteration."""
+    return float(np.mean(slopes.reshape(-1, slopes.shape[-1]).max(axis=0) < NO_SLOPE))
 
 
 def _time_gain(rms: np.ndarray) -> float:

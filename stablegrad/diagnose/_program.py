@@ -28,6 +28,7 @@ class Value:
     is_data: bool = False  # Whether it depends on the batch.
     leaves: frozenset[int] = frozenset()
     sliced: bool = False  # A slice of stacked parameters, as a scan over layers has.
+    counts: bool = False  # Made of the number of a scan's iteration alone.
     literal: Any = None
     maker: "Op | None" = None
     users: "list[Op]" = dataclasses.field(default_factory=list)
@@ -169,8 +170,13 @@ def _inline(program: Program, jaxpr, consts, ins: Sequence[Value]) -> list[Value
 def _append(program: Program, eqn, parent, name: str, ins: list[Value]) -> list[Value]:
     is_data = any(value.is_data for value in ins)
     leaves = frozenset() if is_data else frozenset().union(*(v.leaves for v in ins))
-    sliced = any(value.sliced for value in ins)
-    outs = [Value(var.aval, is_data, leaves, sliced) for var in eqn.outvars]
+    counts = any(value.counts for value in ins)
+    picks = name in ("dynamic_slice", "gather") and ins[0].is_parameter and counts
+    sliced = picks or any(value.sliced for value in ins)
+    outs = [
+        Value(var.aval, is_data, leaves, sliced, counts and not (is_data or leaves))
+        for var in eqn.outvars
+    ]
     op = Op(eqn, parent, name, ins, outs)
     for value in ins:
         value.users.append(op)
@@ -184,15 +190,44 @@ def _append(program: Program, eqn, parent, name: str, ins: list[Value]) -> list[
 
 
 def _body(eqn, ins: list[Value]) -> Program:
-    """Return the program of one iteration; what is carried counts as data."""
+    """Return the program of one iteration.
+
+    What is carried counts as data, unless it is made of constants alone, as a counter.
+    """
     fixed, carried = split(eqn)
-    inner = []
-    for i, (var, outer) in enumerate(zip(_inner(eqn).invars, ins, strict=True)):
-        is_data = outer.is_data or fixed <= i < fixed + carried
-        leaves = frozenset() if is_data else outer.leaves
-        sliced = outer.sliced or i >= fixed + carried
-        inner.append(Value(var.aval, is_data, leaves, sliced and bool(leaves)))
-    return _program(eqn.params["jaxpr"], inner)
+    counters = {i for i in range(fixed, fixed + carried) if ins[i].is_constant}
+    while True:
+        inner = []
+        for i, (var, outer) in enumerate(zip(_inner(eqn).invars, ins, strict=True)):
+            is_carried = fixed <= i < fixed + carried
+            is_data = outer.is_data or (is_carried and i not in counters)
+            leaves = frozenset() if is_data else outer.leaves
+            sliced = (outer.sliced or i >= fixed + carried) and bool(leaves)
+            counts = outer.counts or (i >= fixed and not is_data and not leaves)
+            inner.append(Value(var.aval, is_data, leaves, sliced, counts))
+        program = _program(eqn.params["jaxpr"], inner)
+        still = {i for i in counters if program.outs[i - fixed].is_constant}
+        if still == counters:
+            return program
+        counters = still
+
+
+def leaves_in_whole_operations(program: Program) -> frozenset[int]:
+    """Return the parameters that enter operations with a program of their own.
+
+    Those of scans are looked at; branches and others stay single operations.
+    """
+    found = frozenset()
+    for op in program.ops:
+        if op.body is not None:
+            found |= leaves_in_whole_operations(op.body)
+        elif any(map(_is_jaxpr, jax.tree.leaves(op.eqn.params, is_leaf=_is_jaxpr))):
+            found |= frozenset().union(*(v.leaves for v in op.ins if v.is_parameter))
+    return found
+
+
+def _is_jaxpr(x) -> bool:
+    return hasattr(x, "eqns") or hasattr(x, "jaxpr")
 
 
 def split(eqn) -> tuple[int, int]:

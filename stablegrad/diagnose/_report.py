@@ -62,6 +62,7 @@ class Report:
                 "batch": dataclasses.asdict(facts.batch),
                 "training": facts.training and dataclasses.asdict(facts.training),
                 "origin": facts.origin,
+                "unseen": facts.unseen,
                 "events": [str(event) for event in facts.events],
                 "rules": {rule.name: rule.question for rule in self.rules},
             }

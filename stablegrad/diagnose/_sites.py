@@ -40,7 +40,7 @@ def _in_program(program: Program, path, sliced, known) -> list[Site]:
     deeper: list[Site] = []
     for op in program.ops:
         if op.body is not None:
-            over_layers = any(value.sliced for value in op.body.ins)
+            over_layers = any(value.sliced for value in op.body.values())
             inner = (*sliced, over_layers)
             found = _in_program(op.body, (*path, op.outs[0].order), inner, known)
             _mark_recurrent(op, found)

@@ -87,9 +87,16 @@ def _sums(program: Program) -> Iterator[tuple[Value, Value, Value]]:
     for op in program.ops:
         if op.name not in ("add", "add_any") or len(op.ins) != 2:
             continue
-        a, b = op.ins
+        a, b = map(_unconverted, op.ins)
         if a.is_data and b.is_data and a.aval.shape == b.aval.shape:
             yield a, b, op.outs[0]
+
+
+def _unconverted(value: Value) -> Value:
+    """Return the array that was converted: a sum may promote its stream."""
+    while value.maker is not None and value.maker.name == "convert_element_type":
+        (value,) = value.maker.ins
+    return value
 
 
 def mark_normalised(program: Program, layers, sums) -> None:

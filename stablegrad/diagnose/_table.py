@@ -110,7 +110,13 @@ def summary(report: "Report") -> str:
     causes, rest = len(report.causes), len(report.verdicts) - len(report.causes)
     if not report.layers:
         return "no layer found: does the loss take the batch as an argument?"
-    if not report.verdicts:
+    unseen = len(report.facts.unseen)
+    blind = f", {unseen} parameter{'s' * (unseen != 1)} not seen" if unseen else ""
+    return _verdicts(causes, rest) + blind
+
+
+def _verdicts(causes: int, rest: int) -> str:
+    if not causes + rest:
         return "within usual limits"
     words = [f"{causes} finding{'s' * (causes != 1)}"] if causes else []
     words += [f"{rest} further"] if causes and rest else []
@@ -127,6 +133,12 @@ def other_numbers(report: "Report") -> str:
     """Return in a sentence what has no layer."""
     batch, training = report.facts.batch, report.facts.training
     parts = []
+    if report.facts.unseen:
+        names = ", ".join(report.facts.unseen)
+        parts.append(
+            f"not seen, since they are used inside a branch, a loop without a fixed "
+            f"length or a function with its own derivative: {names}"
+        )
     if batch.norms:
         parts.append(
             f"gradient noise scale {number(batch.noise_scale)} examples at a batch of "

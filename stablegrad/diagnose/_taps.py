@@ -84,17 +84,16 @@ def mean_cosine(array: jax.Array, by_example: bool) -> jax.Array:
 
 
 def of_activation(activation: Any, array: jax.Array, axis: int) -> dict[str, jax.Array]:
-    """Share of dead units and of saturated elements before an activation.
+    """Largest slope of each unit, and the share of saturated elements.
 
-    A unit is dead if the slope is below 0.1 % of the largest for every example. An
-    element is saturated as `is_saturated` says.
+    Slopes are in units of the activation's largest. An element is saturated as
+    `is_saturated` says.
     """
     _, slope = jax.jvp(activation.on, (array,), (jnp.ones_like(array),))
     slope = jnp.abs(slope.astype(jnp.float32)) / activation.slope
     others = tuple(i for i in range(slope.ndim) if i != axis % slope.ndim)
-    dead = jnp.max(slope, axis=others) < 1e-3
     return {
-        "dead": jnp.mean(dead.astype(jnp.float32)),
+        "slopes": jnp.max(slope, axis=others),
         "saturated": jnp.mean(is_saturated(slope, 1.0).astype(jnp.float32)),
     }
 

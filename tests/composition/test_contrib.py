@@ -176,3 +176,18 @@ def test_sam_needs_no_wrapper_to_be_guarded_by_the_loss():
     tx = sg.stabilize(optax.contrib.sam(SGD, TO_EDGE))
     params = start()
     jax.eval_shape(lambda p: sg.apply(tx, p, tx.init(p), p, value=1.0), params)
+
+
+@pytest.mark.slow
+def test_a_guard_goes_behind_the_aggregation_of_gradients_by_example():
+    aggregate = optax.contrib.differentially_private_aggregate(1.0, 0.1, 0)
+    params = start()
+    by_example = jax.tree.map(lambda p: np.ones((4, *p.shape), np.float32), params)
+    behind = optax.chain(aggregate, sg.stabilize(optax.adam(0.1)))
+    bare = optax.chain(aggregate, optax.adam(0.1))
+    found, _ = behind.update(by_example, behind.init(params), params, value=1.0)
+    wanted, _ = bare.update(by_example, bare.init(params), params)
+    chex.assert_trees_all_close(found, wanted, rtol=1e-5)
+    around = sg.stabilize(bare)
+    with pytest.raises(ValueError, match="by example, as for `optax.contrib.dpsgd`"):
+        around.update(by_example, around.init(params), params, value=1.0)

@@ -169,6 +169,8 @@ def test_debug_nans_and_debug_infs_find_nothing_in_a_healthy_run():
         assert np.isnan(sg.metrics(without)["loss_value"])
         _, state = step(QUADRATIC, state, True)
     with jax.debug_infs(True):
+        responses = sg.roll_back(), sg.layer_health()
+        sg.stabilize(optax.sgd(0.1), *responses, record_norms=2).init(QUADRATIC)
         limits = [x for k, x in sg.metrics(state).items() if k.endswith("_limit")]
     assert np.isinf(limits).any()
 

@@ -150,3 +150,92 @@ def test_a_page_is_written_as_the_encoding_that_it_declares(tmp_path):
     page = report.to_html(tmp_path / "page.html")
     assert (tmp_path / "page.html").read_text(encoding="utf-8") == page
     assert 'charset="utf-8"' in page.lower()
+
+
+def in_bfloat16(params, tokens, stream):
+    """Two residual branches in float32 on a stream of its own dtype."""
+
+    def normed(h):
+        return (h - h.mean(-1, keepdims=True)) / (h.std(-1, keepdims=True) + 1e-3)
+
+    h = params["embed"][tokens].astype(stream)
+    h = h + normed(h).astype(jnp.float32) @ params["first"]
+    h = h + normed(h) @ params["second"]
+    return jnp.mean((normed(h) @ params["head"] - 1.0) ** 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stream", [jnp.float32, jnp.bfloat16])
+def test_a_residual_sum_that_promotes_its_stream_is_one(stream):
+    shapes = {"embed": (50, 32), "first": (32, 32), "second": (32, 32), "head": (32, 4)}
+    keys = jax.random.split(jax.random.key(2), 4)
+    params = {
+        name: jax.random.normal(key, shape) / 6
+        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+    }
+    params["first"] *= 1000
+    tokens = jax.random.randint(jax.random.key(3), (32, 6), 0, 50)
+    loss_fn = lambda params, tokens: in_bfloat16(params, tokens, stream)
+    report = sg.diagnose(loss_fn, params, tokens)
+    sums = [layer.name for layer in report.layers if layer.kind == "sum"]
+    assert sums == ["first (sum)", "second (sum)"]
+    assert {"weights_large", "residual"} <= {v.rule for v in report.verdicts}
+
+
+@pytest.mark.slow
+def test_a_unit_is_dead_if_no_example_of_any_iteration_reaches_it():
+    def net(params, x):
+        for name in ("l0", "l1", "l2"):
+            x = jax.nn.relu(x @ params[name])
+        return x @ params["l3"]
+
+    def by(loop):
+        error = lambda params, b: loop(lambda x: net(params, x), b[0]) - b[1]
+        return lambda params, batch: jnp.mean(error(params, batch) ** 2)
+
+    dying = {**PARAMS, "l1": PARAMS["l1"].at[:, :8].set(-1.0)}
+    dead = []
+    for loop in (lambda f, x: jax.vmap(f)(x), jax.lax.map):
+        report = sg.diagnose(by(loop), dying, (X, Y))
+        dead.append([layer.dead for layer in report.layers[:3]])
+    assert dead[0][1] >= 8 / 32
+    np.testing.assert_allclose(*dead)
+
+
+def by_fori(params, x):
+    step = lambda i, h: jax.nn.relu(h @ params["stack"][i])
+    return jax.lax.fori_loop(0, 3, step, x @ params["first"])
+
+
+def by_index(params, x):
+    step = lambda h, i: (jax.nn.relu(h @ params["stack"][i]), None)
+    return jax.lax.scan(step, x @ params["first"], jnp.arange(3))[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trunk", [by_fori, by_index])
+def test_layers_that_a_loop_picks_from_a_stack_are_seen_one_by_one(trunk):
+    stack = jax.random.normal(jax.random.key(4), (3, 32, 32)) / 4
+    params = {"first": PARAMS["l0"], "stack": stack.at[1].mul(1e3)}
+    params["last"] = PARAMS["l3"]
+    loss_fn = lambda params, x: jnp.mean((trunk(params, x) @ params["last"]) ** 2)
+    report = sg.diagnose(loss_fn, params, X)
+    names = [layer.name for layer in report.layers]
+    assert names == ["first", "stack[0]", "stack[1]", "stack[2]", "last"]
+    assert report.causes[0].rule == "weights_large"
+    assert report.causes[0].layer == "stack[1]"
+
+
+@pytest.mark.slow
+def test_parameters_inside_a_branch_are_named_as_not_seen():
+    def loss_fn(params, x):
+        h = jax.nn.relu(x @ params["l0"])
+        deeper = lambda h: jax.nn.relu(h @ params["l1"])
+        h = jax.lax.cond(jnp.sum(x) > 0, deeper, lambda h: h, h)
+        return jnp.mean((jax.nn.relu(h @ params["l2"]) @ params["l3"]) ** 2)
+
+    report = sg.diagnose(loss_fn, PARAMS, X)
+    assert report.facts.unseen == ("l1",)
+    assert "3 layers, within usual limits, 1 parameter not seen" in str(report)
+    assert report.to_dict()["unseen"] == ["l1"]
+    assert sg.diagnose(squared_error, PARAMS, (X, Y)).facts.unseen == ()

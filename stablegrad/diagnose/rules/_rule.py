@@ -44,6 +44,7 @@ class Facts:
     training: TrainingFacts | None = None
     origin: str = ""  # The first operation that is not finite, and its line of code.
     events: Sequence[Any] = ()
+    unseen: tuple[str, ...] = ()  # Parameters inside operations that stay whole.
 
     def layer(self, name: str) -> Layer:
         """Return a layer by name."""
