@@ -124,6 +124,7 @@ def test_what_a_step_changed_is_kept_if_any_guard_skipped_and_else_is_new():
         sg.keep_if_skipped(optax.sgd(0.1).init(params), old, new)
 
 
+@pytest.mark.slow
 def test_each_member_of_an_ensemble_keeps_its_own():
     tx, params = sg.guard(optax.sgd(0.1), sg.skip()), jnp.zeros((3, 1))
     grads = jnp.array([[1.0], [jnp.nan], [1.0]])

@@ -71,6 +71,7 @@ def test_the_state_stays_finite_and_the_update_the_same():
         np.testing.assert_equal(one, other)
 
 
+@pytest.mark.slow
 def test_a_short_run_has_a_short_history():
     state, _, _ = train(KEPT, steps=3)
     assert sg.history(state).steps.tolist() == [0, 1, 2]

@@ -175,6 +175,7 @@ def test_what_is_no_real_scalar_is_an_error_when_it_is_logged(wrong):
     assert [step for step, _ in memory.rows] == [0]
 
 
+@pytest.mark.slow
 def test_an_ensemble_is_an_error_when_it_is_logged():
     state = jax.vmap(TX.init)({"w": jnp.zeros((3, 2))})
     with pytest.raises(ValueError, match="stacked over an ensemble"):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.marking import core
 from helpers.training import of_norm, scan
 
 import stablegrad as sg
@@ -212,7 +213,7 @@ def test_arguments_of_the_z_scores_that_were_are_accepted_with_a_warning(name):
         sg.stabilize(optax.sgd(0.1), **{name: 3.0})
 
 
-@pytest.mark.parametrize("factor", [2.0, 50.0])
+@pytest.mark.parametrize("factor", core([2.0, 50.0], 50.0))
 def test_one_lasting_rise_of_the_loss_costs_one_cut_and_the_rate_comes_back(factor):
     norms, values = healthy(700)
     values[300:] *= factor

@@ -237,6 +237,7 @@ def test_a_bare_state_is_sent_to_adopt():
         sg.migrate(second(), PARAMS, INNER.init(PARAMS))
 
 
+@pytest.mark.slow
 def test_states_with_more_guards_than_the_optimizer_are_an_error(old):
     params, state = old
     with pytest.raises(ValueError, match="2 guards for an optimizer with 1"):

@@ -490,6 +490,7 @@ def test_by_default_a_loss_that_stays_high_for_ten_steps_is_trouble():
     np.testing.assert_array_equal(default_roll_backs(lasting), [309])
 
 
+@pytest.mark.slow
 def test_by_default_losses_that_have_come_before_are_no_trouble():
     rng = np.random.default_rng(0)
     # A reward that comes ever more often, as in a policy gradient: else zero.

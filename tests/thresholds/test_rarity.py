@@ -71,7 +71,10 @@ def eventful(seed):
     return norms
 
 
-@pytest.mark.parametrize("share, window, margin", [(0.01, 256, 1), (0.05, 64, 32)])
+@pytest.mark.parametrize(
+    "share, window, margin",
+    core([(0.01, 256, 1), (0.05, 64, 32)], (0.01, 256, 1)),
+)
 def test_norm_limits_match_the_float64_oracle(share, window, margin):
     for seed in range(3):
         norms = eventful(seed)

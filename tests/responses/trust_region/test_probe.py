@@ -83,7 +83,7 @@ def test_one_over_r_is_the_critical_multiple_of_the_step(kind, tx, critical):
 
 
 @BOTH
-@pytest.mark.parametrize("decay", [0.5, 0.9])
+@pytest.mark.parametrize("decay", core([0.5, 0.9], 0.9))
 def test_heavy_ball_gains_nothing_a_step_in_the_mode_at_its_limit(kind, decay):
     # eta lambda = 2 + 2 b: parameters only change their sign, and m with them.
     rate = (2 + 2 * decay) / CURVATURE[1]
