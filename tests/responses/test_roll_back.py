@@ -167,7 +167,7 @@ def rolled_back(rows):
 
 
 @pytest.mark.parametrize(
-    "poison", [times(110.0)[0], times(1e9)[1]], ids=["parameters", "moments"]
+    "poison", [times(300.0)[0], times(1e9)[1]], ids=["parameters", "moments"]
 )
 def test_what_has_outgrown_the_snapshot_is_restored_when_the_next_is_due(poison):
     rows, state = run(APPLY, TX, poison={23: poison})
@@ -219,6 +219,37 @@ def test_moments_that_come_back_after_a_quiet_time_may_grow():
     trace = [abs(row[1][0].trace["w"]).max() for row in rows]
     assert 0 < trace[29] < 1e-7 * trace[31]  # A snapshot of step 26 holds no more.
     assert not rolled_back(rows)
+
+
+@pytest.mark.slow
+def test_a_warm_up_from_zero_is_no_growth():
+    # The parameters grow with the square of time: 600-fold from step 21 to step 521.
+    tx = sg.guard(optax.adam(lambda t: 1e-6 * t), sg.roll_back(every=500))
+    start = jnp.zeros(3)
+
+    def step(carry, _):
+        params, state = carry
+        params, state = sg.apply(tx, params - 10.0, state, params, value=None)
+        return (params, state), jnp.linalg.norm(params)
+
+    scan = lambda: jax.lax.scan(step, (start, tx.init(start)), length=600)
+    (_, state), norms = jax.jit(scan)()
+    assert norms[520] > 500 * norms[20]
+    assert sg.metrics(state)["roll_backs"] == 0
+    assert sg.metrics(state)["snapshot_age"] < 100
+
+
+@pytest.mark.slow
+def test_an_inf_of_the_state_is_no_moment_of_one_bare_array():
+    plateau = optax.contrib.reduce_on_plateau()
+    tx = sg.stabilize(optax.chain(optax.adam(0.1), plateau), sg.roll_back())
+    params = jnp.ones(3)
+    state = tx.init(params)
+    assert any(bool(jnp.isinf(x).any()) for x in jax.tree.leaves(sg.unwrap(state)))
+    bad = params.at[0].set(jnp.nan)
+    params, state = sg.apply(tx, bad, state, bad, value=1.0)
+    np.testing.assert_array_equal(params, jnp.ones(3))
+    assert sg.metrics(state)["roll_backs"] == 1
 
 
 @pytest.mark.slow

@@ -51,6 +51,7 @@ class RollBackState(NamedTuple):
     norms: jax.Array
     from_init: jax.Array  # bool: all that is held are the parameters given to `init`.
     bad_run: jax.Array  # int32: bad steps in a row.
+    steps: jax.Array  # int32: since `init`, saturating.
     calm_run: jax.Array  # int32: steps since the last event, saturating.
     cooldown_left: jax.Array  # int32, >= 0.
     restores: jax.Array  # int32: since one was taken, but for nan and inf.
@@ -73,7 +74,7 @@ def init_state(settings: RollBackSettings) -> RollBackState:
     ages = jnp.full((settings.keep,), -1, jnp.int32).at[0].set(0)
     yes, no = jnp.ones((), bool), jnp.zeros((), bool)
     norms = jnp.zeros((settings.keep, 2), jnp.float32)
-    return RollBackState(ages, norms, yes, none, none, none, none, none, no, none)
+    return RollBackState(ages, norms, yes, none, none, none, none, none, none, no, none)
 
 
 class Plan(NamedTuple):
@@ -136,7 +137,10 @@ def plan(
     # Growth from there that comes again and again is usual.
     before = state.norms[newest]
     judged = (before > 0) & jnp.any(held) & (state.restores < settings.limit)
-    largest = jnp.asarray(MOST_GROWTH, jnp.float32) * before
+    # A warm-up takes parameters away from zero with the square of time.
+    steps = increment(state.steps)
+    later = steps.astype(jnp.float32) / jnp.maximum(steps - ages[newest], 1)
+    largest = jnp.asarray(MOST_GROWTH, jnp.float32) * jnp.square(later) * before
     largest = jnp.where(judged, largest, jnp.inf)
     planned = Plan(
         action.astype(jnp.int32),
@@ -147,6 +151,7 @@ def plan(
     return planned, state._replace(
         ages=ages,
         bad_run=bad_run,
+        steps=steps,
         calm_run=calm_run,
         cooldown_left=jnp.maximum(state.cooldown_left - 1, 0),
         refusal=jnp.where(wanted, refusal, 0).astype(jnp.int32),

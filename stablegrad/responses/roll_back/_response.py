@@ -29,7 +29,7 @@ def roll_back(
         bad_t: rejected, above a threshold, or with elements that were kept out
         b_t = b_{t-1} + 1 if bad_t, else 0
         restore if b_t >= after, or if the parameters themselves are not finite,
-        or if a snapshot is due and |theta| > 100 |theta_s| or |m| > 10^6 |m_s|
+        or if a snapshot is due and |theta| > 100 k |theta_s| or |m| > 10^6 k |m_s|
 
     What a guard does about trouble, in this order:
 
@@ -50,8 +50,9 @@ def roll_back(
     restored, so parameters that hold an inf on purpose cannot be rolled back. The same
     is done if parameters are far beyond those of the newest snapshot, theta_s, or
     moments beyond the largest of all snapshots, m_s: a finite fault may saturate a
-    network without showing in the loss. Growth that comes back after `limit` roll-backs
-    is kept, as is growth from the parameters of `init` or from zero.
+    network without showing in the loss. k = (t / t_s)^2, with the steps t since `init`,
+    allows for a warm-up from parameters of zero. Growth that comes back after `limit`
+    roll-backs is kept, as is growth from the parameters of `init` or from zero.
 
     Through `stablegrad.apply`, and through `integrations.nnx.update` for Flax NNX,
     parameters and inner state are restored bit for bit. Through `update` the updates

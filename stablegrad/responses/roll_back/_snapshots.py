@@ -120,6 +120,10 @@ def unnamed(snapshot: Snapshot) -> Snapshot:
 
 
 def _is_like(params: Any) -> Callable[[Any], bool]:
+    """Return what tells trees like the parameters; one bare array by its shape."""
+    if jax.tree_util.treedef_is_leaf(jax.tree.structure(params)):
+        shape = jnp.shape(params)
+        return lambda node: bool(shape) and getattr(node, "shape", ()) == shape
     masked = lambda node: isinstance(node, optax.MaskedNode)
     structure_of = lambda node: jax.tree.structure(node, is_leaf=masked)
     structure = structure_of(params)
