@@ -50,7 +50,8 @@ def scalars(state: Any, *, every: bool = False) -> dict[str, float | int]:
         every: Whether to return all that `metrics` has. Otherwise these ten of a guard:
             `loss_value`, `grad_norm`, `clipped_grad_norm`, `clip_scale`, `lr_scale`,
             `clipped_steps`, `skipped_steps`, `backed_off_steps`, `kept_out_steps` and
-            `consecutive_skips`; and all of clips and schedules in a chain.
+            `consecutive_skips`; `trust_mismatch` if it is set; and all of clips and
+            schedules in a chain.
 
     Returns:
         Floats and ints, named as by `metrics`. Left out are limits that are inf, a loss
@@ -89,7 +90,8 @@ def select_scalars(numbers: Mapping[str, Any], every: bool) -> dict[str, float |
         value = int(value) if isinstance(value, bool) else value
         prefix = match.group() if (match := GUARD.match(name)) else ""
         own = name.removeprefix(prefix)
-        if f"{prefix}guarded_steps" in numbers and not every and own not in TEN:
+        chosen = own in TEN or own == "trust_mismatch"
+        if f"{prefix}guarded_steps" in numbers and not every and not chosen:
             continue
         if _says_nothing(prefix, own, value, numbers):
             continue
@@ -100,6 +102,8 @@ def select_scalars(numbers: Mapping[str, Any], every: bool) -> dict[str, float |
 def _says_nothing(prefix: str, name: str, value, numbers: Mapping[str, Any]) -> bool:
     if LIMIT_NAME.search(name) or name == "trust_radius":
         return math.isinf(value)
+    if name == "trust_mismatch":
+        return not value
     if name == "loss_value" and math.isnan(value):
         reason = np.asarray(numbers[f"{prefix}skip_reason"]).item()
         return reason != Reason.NONFINITE_VALUE  # It may be nan itself.

@@ -29,6 +29,8 @@ BLIND = 0.1  # The factor if r is not finite.
 SAME, ALIKE = 0.05, 3  # Tolerance on r, and equal looks in a row, for a mismatch.
 ROUNDING = 16  # Smallest change of a loss that is seen, in units in the last place.
 
+OFFSET = 0.01  # Smallest difference from the loss, of a rise that is an alarm.
+
 KINDS = ("forward", "hvp")
 
 
@@ -54,7 +56,7 @@ class Look(NamedTuple):
     known: jax.Array  # bool: whether both are finite, and more than rounding.
     blind: jax.Array  # bool: whether the promise drowns in the loss's rounding.
     accepted: jax.Array  # bool: whether that part may be taken.
-    mismatch: jax.Array  # bool: whether r stays the same however near one looks.
+    mismatch: jax.Array  # bool: r stays the same however near, or the loss is another.
     looks: jax.Array  # int32: forward passes, 1 unless shortened.
 
 
@@ -86,13 +88,17 @@ def _taken(attempt: Attempt, scale):
     return map(change, params, steps)
 
 
-def look(attempt: Attempt, kind: str, scale, rise, accept, aim) -> Look:
+def look(
+    attempt: Attempt, kind: str, scale, rise, accept, aim, is_early=False
+) -> Look:
     """Look along `scale` times the step, and nearer until it may be taken.
 
     A part may be taken if the loss stays finite and rises by `rise` at most and, where
     the step descends, if r is `accept` at most. A part that may not is shortened to
     where r would be `aim`. A gradient that is c times the loss's own gives r = 1 - 1/c
-    at any length: a mismatch.
+    at any length: a mismatch. If an early step may not be taken whole, the next look is
+    at the parameters themselves: if half of the change is there too, the function does
+    not repeat the loss: an offset. Later, losses may have fallen to their rounding.
     """
     step = attempt.step()
     attempt = attempt._replace(step=lambda: step)
@@ -109,23 +115,30 @@ def look(attempt: Attempt, kind: str, scale, rise, accept, aim) -> Look:
         return jnp.isfinite(change) & (change <= rise) & calm
 
     def nearer(state):
-        part, excess, _, looks, alike = state
+        part, excess, _, looks, alike, _ = state
         r = ratio(excess, part * slope)
         factor = jnp.where(jnp.isfinite(r), aim / jnp.maximum(r, 1e-9), BLIND)
-        part = jnp.where(looks > 0, part * jnp.clip(factor, *NEARER), part)
-        excess = excess_at(part)
+        stays = is_early & (looks == 1)  # At the parameters: part and excess are kept.
+        part = jnp.where((looks > 0) & ~stays, part * jnp.clip(factor, *NEARER), part)
+        found = excess_at(jnp.where(stays, 0.0, part))
+        change = jnp.abs(excess + part * slope)
+        larger = jnp.abs(found) > jnp.maximum(change / 2, OFFSET * rise)
+        offset = stays & ((larger & jnp.isfinite(change)) | ~jnp.isfinite(found))
+        excess = jnp.where(stays, excess, found)
         same = jnp.abs(ratio(excess, part * slope) - r) <= SAME
-        alike = jnp.where(same & (r <= 1) & (looks > 0), alike + 1, 0)
-        return part, excess, may_take(part, excess), looks + 1, alike
+        alike = jnp.where(same & (r <= 1) & (looks > 0) & ~stays, alike + 1, 0)
+        accepted = may_take(part, excess) & ~stays
+        return part, excess, accepted, looks + 1, alike, offset
 
     one, zero = jnp.ones((), jnp.float32), jnp.zeros((), jnp.float32)
     no, none = jnp.zeros((), bool), jnp.zeros((), jnp.int32)
-    goes_on = lambda state: ~state[2] & (state[3] < TRIES)
-    first = varying_like_next(nearer, (one, zero, no, none, none))
-    part, excess, accepted, looks, alike = jax.lax.while_loop(goes_on, nearer, first)
+    goes_on = lambda state: ~state[2] & ~state[5] & (state[3] < TRIES)
+    first = varying_like_next(nearer, (one, zero, no, none, none, no))
+    last = jax.lax.while_loop(goes_on, nearer, first)
+    part, excess, accepted, looks, alike, offset = last
     blind = part * jnp.abs(slope) <= seen
     known = jnp.isfinite(excess) & jnp.isfinite(promised) & ~blind
-    mismatch = ~accepted & (alike >= ALIKE) & known & (slope < 0)
+    mismatch = offset | (~accepted & (alike >= ALIKE) & known & (slope < 0))
     return Look(part, excess, part * slope, known, blind, accepted, mismatch, looks)
 
 

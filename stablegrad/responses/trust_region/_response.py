@@ -11,6 +11,7 @@ from .._base import Foresight, Response
 from ._probe import KINDS, Attempt, look
 from ._radius import (
     ACCEPT,
+    DENSE,
     TrustRegionState,
     after_probe,
     after_step,
@@ -68,8 +69,9 @@ def trust_region(
                   value_fn=lambda params: loss_fn(params, batch))
 
     Gradients must be those of `value`, neither scaled nor summed. The first probes
-    detect gradients more than 1.5 times too large: `trust_mismatch` is then set, and
-    the trust region rests.
+    detect gradients more than 1.5 times too large, and, where they find a step harmful,
+    a `value_fn` that does not repeat the loss: most of the rise is at the parameters
+    themselves, too. `trust_mismatch` is then set, and the trust region rests for good.
 
     Args:
         every: Steps between probes, >= 1: each costs one forward pass.
@@ -142,7 +144,8 @@ def _trust_region(every, probe, required) -> Response:
             first = state.probes_known == 0
             rise = longest_rise(state, attempt.loss)
             limit = jnp.where(first, ACCEPT, jnp.inf)
-            found = look(attempt, probe, held, rise, limit, ACCEPT / 2)
+            early = state.steps_tried < DENSE
+            found = look(attempt, probe, held, rise, limit, ACCEPT / 2, early)
             after, alarm = after_probe(state, found, held * length, length, every)
             part = jnp.where(found.accepted, found.part, 0.0)
             part = jnp.where(found.mismatch, 1.0, part)

@@ -88,6 +88,8 @@ class Oracle:
             descends = slope < 0 and np.isfinite(excess)
             r = excess / abs(slope) if descends else np.inf
             accepted = change <= rise and (slope >= 0 or r <= limit or blind)
+            if looks == 1 and not accepted and self.steps < 5:
+                looks += 1  # At the parameters themselves, where the loss is the same.
             if accepted or looks == 8:
                 break
             nearer = 0.25 / max(r, 1e-9) if np.isfinite(r) else 0.1

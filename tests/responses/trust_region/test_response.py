@@ -78,7 +78,9 @@ def sgd_compiled(probe):
                 state,
                 params,
                 value=value,
-                value_fn=lambda p: weighted(p) + bend["rise"],
+                value_fn=lambda p: (
+                    weighted(p) + jnp.where(jnp.all(p == params), 0.0, bend["rise"])
+                ),
             )
             found = sg.metrics(state) | {"params": params, "loss": quadratic(params)}
             found |= {"updates": updates, "grads": grads}
@@ -268,6 +270,7 @@ def mixed(probe):
     """Runs at random rates, in which one step in three is faulty in some way."""
     rng = np.random.default_rng(0)
     which = rng.integers(0, 36, (RUNS, STEPS))
+    which[:, :5] = 36  # Another loss than `value_fn` gives is a mismatch there.
 
     def bent(usual, cases):
         rows = np.full((RUNS, STEPS), usual, np.float32)
@@ -404,6 +407,35 @@ def test_while_the_loss_is_nan_everywhere_else_parameters_are_held():
     assert (found["trust_scale"] == 0).all()
     assert found["shortened_steps"][0, -1] == STEPS
     assert found["trust_probes"][0, -1] == 8 * STEPS
+
+
+ANOTHER = {  # Other losses than the one passed as `value=`.
+    "twice": lambda p: 2 * quadratic(p),
+    "a term more": lambda p: quadratic(p) + 0.1 * jnp.sum(p**2) + 3.0,
+    "nan": lambda p: quadratic(p) * jnp.nan,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ANOTHER)
+def test_a_function_that_does_not_repeat_the_loss_is_told_and_limits_nothing(name):
+    tx = sg.guard(optax.sgd(1e-3), sg.trust_region())
+    bare = optax.sgd(1e-3)
+
+    def step(carry, _):
+        params, state, alone = carry
+        loss, grads = jax.value_and_grad(quadratic)(params)
+        extra = {"value": loss, "value_fn": ANOTHER[name]}
+        params, state = sg.apply(tx, grads, state, params, **extra)
+        moved, _ = bare.update(jax.grad(quadratic)(alone), bare.init(alone))
+        return (params, state, optax.apply_updates(alone, moved)), None
+
+    scan = lambda: jax.lax.scan(step, (START, tx.init(START), START), length=50)
+    params, state, alone = jax.jit(scan)()[0]
+    np.testing.assert_allclose(params, alone, rtol=1e-5)
+    assert sg.scalars(state)["trust_mismatch"] == 1
+    assert sg.metrics(state)["trust_probes"] == 2
+    assert sg.events(state) == []
 
 
 def test_once_the_loss_is_fine_again_training_goes_on():
@@ -771,7 +803,8 @@ def test_metrics_and_events_tell_what_was_found():
     np.testing.assert_allclose(seen["trust_scale"], part, rtol=1e-5)
     np.testing.assert_allclose(seen["trust_ratio"], 0.25, rtol=1e-4)
     np.testing.assert_allclose(seen["trust_radius"], part * 101**0.5, rtol=1e-5)
-    assert (seen["trust_probes"], seen["trust_cuts"]) == (2, 1)
+    # The whole step, the parameters themselves, and the part that is taken.
+    assert (seen["trust_probes"], seen["trust_cuts"]) == (3, 1)
     assert found["shortened_steps"][0, 0] == 1
     events, none = (
         sg.events(jax.tree.map(lambda x, i=i: x[i], state)) for i in range(2)
