@@ -156,9 +156,9 @@ class GuardedStep:
         layers, warning = state.layers, NO_WARNING
         if self._layers and layers:
             sight = sight_of(inner, step, state.guarded_inner, gradient, decision)
-            layers, *warning = self._layers.after_step(
-                layers, before.guarded_steps, sight
-            )
+            # In step with an inner `MultiSteps`, which a skipped step does not advance.
+            taken = before.guarded_steps - before.skipped_steps
+            layers, *warning = self._layers.after_step(layers, taken, sight)
         scale = update_scales(decision)
         done = commit(
             inner,

@@ -16,6 +16,7 @@ from ._files import write_whole
 KINDS = tuple(kind.name.lower() for kind in EventKind)
 
 NUMBERS = ("grad_norm", "loss", "lr_scale", "value", "limit")
+OF_BATCHES = ("nonfinite_gradient", "nonfinite_value", "gradient_overflow")  # Reasons.
 FORGOTTEN = "events_forgotten"  # The field of a line that is no event.
 
 
@@ -151,7 +152,8 @@ def batches_to_leave_out(
         listed: What `events` or `load_events` returned. The steps must have been given
             `batch_id=`, which is what this returns.
         kinds: The kinds of events to look at: "skip", "halt", "back_off", "shorten",
-            "keep_out", "roll_back", "warn".
+            "keep_out", "roll_back", "warn". A roll-back whose own gradient or loss was
+            refused counts as a skip, too.
 
     Returns:
         The ids, sorted, each once. A guard remembers the last 256. It warns if an event
@@ -182,7 +184,8 @@ def batches_to_leave_out(
                 "`batches_to_leave_out` takes the events of `events` or `load_events`, "
                 f"got {event!r:.60}."
             )
-        if event.kind in kinds:
+        refused = event.kind == "roll_back" and event.reason in OF_BATCHES
+        if event.kind in kinds or (refused and "skip" in kinds):
             ids |= set(event.batch_ids)
             missing += max(0, event.until - event.step + 1 - len(event.batch_ids))
     missing += getattr(listed, "forgotten", 0)

@@ -19,8 +19,9 @@ def filled(like: Any, given: Any, asker: str) -> Any:
 
     Raise ValueError if a name is missing or too many, or a shape or dtype differs.
     """
-    wanted = by_path(like)
-    found = by_path(without_variables(given))
+    wanted, found = by_path(without_variables(like)), by_path(without_variables(given))
+    if found.keys() != wanted.keys():  # What is restored has dicts for variables.
+        wanted, found = _without_value(wanted), _without_value(found)
     if found.keys() != wanted.keys():
         raise ValueError(
             f"`{asker}` got a state of another optimizer, or of other parameters: "
@@ -43,11 +44,16 @@ def by_path(tree: Any) -> dict[tuple[str, ...], Any]:
     """Return the leaves by their paths in words, in the order of the tree."""
     found = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        words = tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
-        # The array of a variable of Flax NNX.
-        words = words[:-1] if words and words[-1] == "value" else words
-        found[words] = leaf
+        found[tuple(jax.tree_util.keystr((key,), simple=True) for key in path)] = leaf
     return found
+
+
+def _without_value(found: dict[tuple[str, ...], Any]) -> dict[tuple[str, ...], Any]:
+    """Leave out the last word of the array of a variable of Flax NNX."""
+    return {
+        words[:-1] if words[-1:] == ("value",) else words: leaf
+        for words, leaf in found.items()
+    }
 
 
 def _kind(leaf) -> str:

@@ -32,8 +32,8 @@ def layer_health(
     Args:
         per: What is measured by itself: "leaf", "global", or a function
             `(path, leaf) -> label`, such as the name of a block.
-        every: Steps from one check to the next, >= 1. A check evaluates the update once
-            more; the other steps cost nothing but a condition.
+        every: Steps taken from one check to the next, >= 1. A check evaluates the
+            update once more; the other steps cost nothing but a condition.
         share: As for `rarity`, of the checks.
         window: As for `rarity`, in checks.
         margin: Factor on the limits, >= 1: about how far beyond the rarest usual ratio

@@ -84,7 +84,7 @@ class LayerHealth(NamedTuple):
     def after_step(
         self, layers: LayerNumbers, steps, sight: Sight
     ) -> tuple[LayerNumbers, jax.Array, jax.Array]:
-        """Return the state after a step, of which `steps` came before it.
+        """Return the state after a step, before which `steps` were taken.
 
         Return also whether the step was checked and warned of, and the leaf.
         """

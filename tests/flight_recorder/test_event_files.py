@@ -307,3 +307,17 @@ def test_kinds_that_no_event_has_are_an_error():
     for kinds in (("skips",), "skip"):
         with pytest.raises(ValueError, match="`kinds` must be some of"):
             sg.batches_to_leave_out([], kinds=kinds)
+
+
+@pytest.mark.slow
+def test_the_batch_of_a_roll_back_is_left_out_if_its_own_gradient_was_refused():
+    tx = sg.guard(optax.sgd(0.1), sg.skip(), sg.roll_back(after=3))
+    params, state = jnp.zeros(2), tx.init(jnp.zeros(2))
+    step = jax.jit(lambda g, s, p, i: sg.apply(tx, g, s, p, value=None, batch_id=i))
+    for i in range(12):
+        grads = jnp.full(2, jnp.nan if 4 <= i < 8 else 1.0)
+        params, state = step(grads, state, params, i)
+    listed = sg.events(state)
+    assert [event.kind for event in listed] == ["skip", "roll_back", "skip"]
+    assert sg.batches_to_leave_out(listed) == [4, 5, 6, 7]
+    assert sg.batches_to_leave_out(listed, kinds=("halt",)) == []

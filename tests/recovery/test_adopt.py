@@ -242,3 +242,22 @@ def test_a_guarded_checkpoint_goes_back_to_a_bare_optimizer(tmp_path):
     bare = optax.adamw(0.1)
     chex.assert_trees_all_equal_structs(found, bare.init(params))
     stepper(bare)(params, found)
+
+
+class Attention(nnx.Module):
+    """Parameters named as what NNX calls the array of a variable."""
+
+    def __init__(self):
+        """Two parameters."""
+        self.query = nnx.Param(jnp.ones(2))
+        self.value = nnx.Param(jnp.ones(2))
+
+
+def test_a_parameter_may_be_named_value():
+    model, adam = Attention(), optax.adam(1e-3)
+    params = nnx.state(model, nnx.Param)
+    bare = nnx.Optimizer(model, adam, wrt=nnx.Param)
+    state = sg.adopt(sg.stabilize(adam), params, bare)
+    assert sg.metrics(state)["guarded_steps"] == 0
+    rolling = sg.stabilize(adam, sg.roll_back())
+    sg.migrate(rolling, params, nnx.Optimizer(model, sg.stabilize(adam), wrt=nnx.Param))

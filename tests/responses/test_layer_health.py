@@ -135,6 +135,18 @@ def test_a_spike_between_two_checks_is_not_seen():
 
 
 @pytest.mark.slow
+def test_after_a_skipped_micro_batch_checks_still_fall_on_the_updates():
+    grads = gradients()
+    kernel = grads["block0"]["kernel"]
+    grads["block0"]["kernel"] = kernel.at[9].set(jnp.nan)
+    inner = optax.MultiSteps(optax.sgd(1e-3), 4)
+    (_, state), told = run(grads, sg.layer_health(every=4), inner=inner)
+    ratios = told["layer_health_update_ratio/block0.kernel"]
+    assert (ratios[3:] > 0).all()
+    assert sg.metrics(state)["layer_health_checks"] == (STEPS - 1) // 4
+
+
+@pytest.mark.slow
 def test_labels_are_measured_together_and_none_is_left_out():
     grads = gradients(2)
     per = lambda path, leaf: path[0].key if leaf.ndim > 1 else None

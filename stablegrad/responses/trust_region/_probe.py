@@ -88,9 +88,7 @@ def _taken(attempt: Attempt, scale):
     return map(change, params, steps)
 
 
-def look(
-    attempt: Attempt, kind: str, scale, rise, accept, aim, is_early=False
-) -> Look:
+def look(attempt: Attempt, kind: str, scale, rise, accept, aim, is_early=False) -> Look:
     """Look along `scale` times the step, and nearer until it may be taken.
 
     A part may be taken if the loss stays finite and rises by `rise` at most and, where
