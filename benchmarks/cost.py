@@ -24,7 +24,7 @@ from _cost import pytorch, report
 from _cost.measuring import Cost, Stepper, compare, compiled, in_turn, ratios
 from _cost.problems import Problem, optimizer_alone, training_step
 from _cost.steps import BARE, steps
-from options import Parser, number, whole
+from options import Parser, file, number, whole
 
 SIZES, LEAVES = [1e6, 2e7, 1e8], [8, 200]
 # In a whole training step, of which the optimizer is a part.
@@ -76,7 +76,7 @@ def main(argv=None) -> int:
     parser.add_argument("--width", type=whole(4), default=320, help="transformer's")
     parser.add_argument("--layers", type=whole(1), default=8, help="transformer's")
     parser.add_argument("--no-training", action="store_true", help="optimizer alone")
-    parser.add_argument("--out", type=Path, help="Markdown file to write")
+    parser.add_argument("--out", type=file, help="Markdown file to write")
     options = parser.parse_args(argv)
     if options.width % 4:
         parser.error("--width must be a multiple of 4, one for each head")

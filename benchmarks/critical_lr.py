@@ -31,7 +31,7 @@ from _critical_lr import report
 from _critical_lr.report import Row
 from _critical_lr.spikes import LOWEST, first_spike, spikes_at
 from _critical_lr.tasks import Task, make, tasks
-from options import Parser, whole
+from options import Parser, file, whole
 
 SHORT = 5  # Steps of the shorter probe.
 
@@ -102,7 +102,7 @@ def main(argv=None) -> int:
         "--seed", type=whole(0), default=0, help="of parameters and batches"
     )
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="write Markdown, as critical_lr.md"
+        "--out", type=file, metavar="FILE", help="write Markdown, as critical_lr.md"
     )
     parser.add_argument("--workers", type=whole(1), default=min(2, os.cpu_count() or 1))
     options = parser.parse_args(argv)
@@ -121,7 +121,6 @@ def main(argv=None) -> int:
     show(rows, console)
     console.print(about)
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
         text = report.markdown(rows, about)
         options.out.write_text(text + "\n", encoding="utf-8")
     return 0

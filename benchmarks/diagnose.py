@@ -28,8 +28,9 @@ import text
 from _diagnose import report
 from _diagnose.cost import ratio
 from _diagnose.faults import cases
+from _diagnose.models import BUILDERS
 from _diagnose.trial import Data, Result, run
-from options import Parser, whole
+from options import Parser, file, whole
 
 
 def measured(wanted, remedies: bool) -> list[Result]:
@@ -63,10 +64,12 @@ def main(argv=None) -> int:
     """Prints the tables and the goals, and writes them."""
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="two networks, no cost")
-    parser.add_argument("--network", help="only the cases of one network")
+    parser.add_argument(
+        "--network", choices=sorted(BUILDERS), help="only the cases of one network"
+    )
     parser.add_argument("--cases", type=whole(1), metavar="N", help="only the first N")
     parser.add_argument("--seed", type=whole(0), default=11, help="weights, batches")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write Markdown")
+    parser.add_argument("--out", type=file, metavar="FILE", help="write Markdown")
     options = parser.parse_args(argv)
     wanted = cases(options.seed)
     if options.quick:
@@ -94,7 +97,6 @@ def main(argv=None) -> int:
     show(results, cost, console)
     console.print(about)
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
         written = report.markdown(results, cost, about)
         options.out.write_text(written + "\n", encoding="utf-8")
     return 0

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from _early_warning.runs import kinds, train
 from _early_warning.scores import NOTHING, Score, score
-from options import Parser, whole
+from options import Parser, file, whole
 
 MARGINS = tuple(2 ** (k / 8) for k in range(13))
 MOST_FALSE = 0.75  # In 1,000 steps; 1 is the aim on other runs.
@@ -123,7 +123,7 @@ def main(argv=None) -> int:
     )
     parser.add_argument("--steps", type=whole(400), default=3000, help="of a run")
     parser.add_argument("--quick", action="store_true", help="two kinds alone")
-    parser.add_argument("--out", type=Path, help="file for the report")
+    parser.add_argument("--out", type=file, help="file for the report")
     options = parser.parse_args(argv)
     console, started = Console(stderr=True), time.perf_counter()
     known = kinds()

@@ -32,7 +32,7 @@ from rich.progress import Progress
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from _faults import problem, report, runs, schedules
-from options import Parser, whole
+from options import Parser, folder, whole
 
 PRESET, ROLLING = "stabilize", "stabilize + roll_back"
 WATCHING = "stabilize, update_norm watched"
@@ -67,7 +67,7 @@ def main(argv=None) -> int:
     parser.add_argument("--seeds", type=whole(1), default=10_000, help="schedules")
     parser.add_argument("--alone", type=whole(0), default=300, help="without vmap")
     parser.add_argument("--seed", type=whole(0), default=0, help="of the first")
-    parser.add_argument("--out", type=Path, default=Path("runs/faults"), help="folder")
+    parser.add_argument("--out", type=folder, default="runs/faults", help="folder")
     options = parser.parse_args(argv)
     cells = [(o, d) for o in options.optimizers for d in options.dtypes]
     count, alone = options.seeds, options.alone
@@ -111,7 +111,6 @@ def main(argv=None) -> int:
         f"{time.perf_counter() - started:.0f} s."
     )
     text = "\n\n".join(["# Faults to survive", about, *sections]) + "\n"
-    options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "faults.md").write_text(text, encoding="utf-8")
     print(text)
     return 0

@@ -34,7 +34,7 @@ from _gauntlet.methods import Method, methods
 from _gauntlet.rates import measure
 from _gauntlet.rows import Row, rows
 from _gauntlet.simulate import Runs
-from options import Parser, whole
+from options import Parser, folder, whole
 
 QUICK_METHODS = ("stabilize", "stabilize per leaf", "none", "ZClip")
 QUICK_STEPS = 1000
@@ -130,9 +130,7 @@ def main(argv=None) -> int:
     parser.add_argument(
         "--quick", action="store_true", help="a subset, as a smoke test"
     )
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/gauntlet"), help="folder"
-    )
+    parser.add_argument("--out", type=folder, default="runs/gauntlet", help="folder")
     parser.add_argument(
         "--only",
         action="append",
@@ -194,7 +192,6 @@ def main(argv=None) -> int:
             f"optax {optax.__version__}.",
         ]
     )
-    options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "gauntlet.md").write_text(text + "\n", encoding="utf-8")
     (options.out / "gauntlet.json").write_text(
         report.as_json(about, cells, rates), encoding="utf-8"

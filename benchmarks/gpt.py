@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from _cost.measuring import in_turn, ratios
 from _cost.report import machine
 from models import Transformer
-from options import Parser, whole
+from options import Parser, file, whole
 
 BARE = "adamw"
 LOOKS = "stabilize, trust region"
@@ -117,7 +117,7 @@ def main(argv=None) -> int:
     parser.add_argument("--rounds", type=whole(1), default=9, help="counted rounds")
     names = [name for name in optimizers() if name != BARE]
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="rows")
-    parser.add_argument("--out", type=Path, help="Markdown file to write")
+    parser.add_argument("--out", type=file, help="Markdown file to write")
     options = parser.parse_args(argv)
     if options.width % options.heads:
         parser.error("--width must be a multiple of --heads")

@@ -27,7 +27,7 @@ from rich.progress import Progress
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from _kill import training, trial
-from options import Parser, whole
+from options import Parser, folder, whole
 
 EACH = 5  # Kills of one run.
 
@@ -81,21 +81,20 @@ def main(argv=None) -> int:
     parser.add_argument("--steps", type=whole(1), default=training.STEPS, help="a run")
     parser.add_argument("--quick", action="store_true", help="five kills")
     parser.add_argument("--seed", type=whole(0), default=0, help="of the first run")
-    parser.add_argument("--out", type=Path, default=Path("runs/kill"), help="folder")
+    parser.add_argument("--out", type=folder, default="runs/kill", help="folder")
     options = parser.parse_args(argv)
     kills = EACH if options.quick else options.kills
     started, trials = time.perf_counter(), []
-    options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as made:
-        folder = Path(made)
-        cache = folder / "cache"
-        reference = trial.uninterrupted(folder / "alone", options.steps, cache)
+        root = Path(made)
+        cache = root / "cache"
+        reference = trial.uninterrupted(root / "alone", options.steps, cache)
         with Progress(console=Console(stderr=True), transient=True) as progress:
             bar = progress.add_task("kills", total=kills)
             while (done := len(killed_in(trials))) < kills:
                 number = len(trials)
                 arguments = options.steps, min(EACH, kills - done), cache
-                seed, into = options.seed + number, folder / str(number)
+                seed, into = options.seed + number, root / str(number)
                 trials.append(trial.killed(seed, into, *arguments))
                 progress.update(bar, completed=len(killed_in(trials)))
     lines, is_fine = summary(trials, reference)

@@ -46,7 +46,7 @@ from _no_harm.methods import (
 )
 from _no_harm.task import EVALUATIONS, Runs, Task
 from _no_harm.tasks import QUICK, every_task
-from options import Parser, whole
+from options import Parser, folder, whole
 
 
 def measured(
@@ -110,7 +110,7 @@ def main(argv=None) -> int:
     parser.add_argument(
         "--read", type=Path, metavar="FILE", help="the tables of such a file; no runs"
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/no_harm"), help="folder")
+    parser.add_argument("--out", type=folder, default="runs/no_harm", help="folder")
     options = parser.parse_args(argv)
     if options.read and not options.read.is_file():
         parser.error(f"argument --read: there is no file {options.read}")
@@ -142,7 +142,6 @@ def main(argv=None) -> int:
     if not options.read:
         about += f"; {time.perf_counter() - started:.0f} s in all"
     text = report.whole(found, about + ".")
-    options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "no_harm.md").write_text(text, encoding="utf-8")
     print(text)
     return 0

@@ -18,9 +18,11 @@ import optax
 import stablegrad as sg
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 from helpers import oracles
 from helpers.clipping import gradients, leaf_norms, run
+from options import Parser
 
 STEPS = 1000
 FLAT = gradients(STEPS)
@@ -102,6 +104,7 @@ def cases():
 
 def main() -> None:
     """Prints the table."""
+    Parser(description=__doc__.splitlines()[0]).parse_args()
     print("| method | steps changed | largest relative error |")
     print("|---|---|---|")
     for name, tx, expected in cases():

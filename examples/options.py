@@ -1,7 +1,8 @@
-"""Command lines for the examples: numbers with a range, errors of one line."""
+"""Command lines of the scripts: numbers with a range, errors of one line."""
 
 import argparse
 import math
+from pathlib import Path
 
 
 class Parser(argparse.ArgumentParser):
@@ -35,3 +36,20 @@ def whole(least: int):
 def above(low: float):
     """An option's type: a finite number above `low`."""
     return number(float, lambda x: low < x < math.inf, f"a finite number > {low:g}")
+
+
+def folder(text: str) -> Path:
+    """An option's type: a folder, which is made before anything is computed."""
+    try:
+        Path(text).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot be written: {error}") from error
+    return Path(text)
+
+
+def file(text: str) -> Path:
+    """An option's type: a file to write, whose folder is made."""
+    folder(str(Path(text).parent))
+    if Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"is a folder, not a file: {text!r}")
+    return Path(text)

@@ -6,6 +6,7 @@ The function takes nothing and returns the arguments of `stablegrad.diagnose`: a
 
 import argparse
 import importlib
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,18 +17,27 @@ from . import diagnose
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print a report; return 1 if it has a finding that is critical, else 0."""
-    parser = argparse.ArgumentParser("python -m stablegrad.diagnose")
-    parser.add_argument("target", help="module:function that returns the arguments")
+    parser = argparse.ArgumentParser(
+        "python -m stablegrad.diagnose",
+        description="Print the report on what a function returns: a tuple (loss_fn, "
+        "params, batch), the same and an optimizer, or a dict of the arguments of "
+        "`stablegrad.diagnose`. The function is called without arguments.",
+    )
+    parser.add_argument("target", help="module:function, such as train:setup")
     parser.add_argument("--steps", type=int, help="optimizer steps to try")
     parser.add_argument("--html", type=Path, help="write a page")
     parser.add_argument("--json", type=Path, help="write all numbers")
     parser.add_argument("--figure", type=Path, help="write the profile by depth")
     options = parser.parse_args(argv)
+    if options.steps is not None and options.steps < 0:
+        parser.exit(2, f"{parser.prog}: error: --steps must be >= 0\n")
     try:
+        for path in filter(None, (options.html, options.json, options.figure)):
+            path.parent.mkdir(parents=True, exist_ok=True)
         function = _function(options.target)
-    except (ImportError, AttributeError, ValueError) as error:
+        arguments = _arguments(function)
+    except (ImportError, AttributeError, ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
-    arguments = _arguments(function())
     if options.steps is not None:
         arguments["steps"] = options.steps
     report = diagnose(**arguments)
@@ -51,12 +61,31 @@ def _function(target: str) -> Callable[[], Any]:
     return getattr(importlib.import_module(module), name)
 
 
-def _arguments(found: Any) -> dict[str, Any]:
-    """Return the arguments of `diagnose` by name, or raise TypeError."""
+def _arguments(function: Callable[[], Any]) -> dict[str, Any]:
+    """Return the arguments of `diagnose` by name, or raise ValueError."""
+    needed = [
+        name
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]
+    if needed:
+        raise ValueError(
+            f"the function must take no arguments, and needs {', '.join(needed)}: give "
+            "one that returns (loss_fn, params, batch)."
+        )
+    found = function()
+    known = inspect.signature(diagnose).parameters
     if isinstance(found, dict):
-        return found
+        unknown = [str(name) for name in found if name not in known]
+        if unknown:
+            raise ValueError(
+                f"the function returned a dict with {', '.join(unknown)}, which "
+                f"`diagnose` does not take: {', '.join(known)}."
+            )
+        return dict(found)
     if not isinstance(found, tuple | list) or len(found) not in (3, 4):
-        raise TypeError(
+        raise ValueError(
             "the function must return (loss_fn, params, batch), the same and tx, or a "
             f"dict of arguments by name; got {type(found).__name__}"
             + (f" of {len(found)}." if isinstance(found, tuple | list) else ".")

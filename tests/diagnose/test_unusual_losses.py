@@ -107,10 +107,23 @@ FIVE = lambda: (squared_error, PARAMS, (X, Y), optax.sgd(0.1), 5)
 NONE = lambda: None
 
 
-@pytest.mark.parametrize("name", ["FIVE", "NONE"])
-def test_the_command_takes_three_or_four_arguments_or_a_dict(name):
-    with pytest.raises(TypeError, match=r"must return \(loss_fn, params, batch\)"):
+UNKNOWN = lambda: {"loss_fn": squared_error, "weights": PARAMS}
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("FIVE", "must return (loss_fn, params, batch)"),
+        ("NONE", "must return (loss_fn, params, batch)"),
+        ("UNKNOWN", "a dict with weights, which `diagnose` does not take"),
+        ("squared_error", "must take no arguments, and needs params, batch"),
+    ],
+)
+def test_the_command_says_in_one_line_what_the_function_must_return(name, said, capsys):
+    with pytest.raises(SystemExit) as stopped:
         main([f"{__name__}:{name}"])
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err
 
 
 def test_published_clip_by_max_counts_beside_a_leaf_without_a_gradient():
