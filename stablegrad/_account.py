@@ -15,7 +15,9 @@ NEAR = 100  # Steps without an event that separate one trouble from another.
 NEXT = {
     Reason.NONFINITE_GRADIENT: "look at the batches of these steps for values that are "
     "not finite, and in the loss for a division, a log or a root of zero on the way to "
-    "this leaf; `jax.config.update('jax_debug_nans', True)` finds the operation",
+    "this leaf; `jax.config.update('jax_debug_nans', True)` finds the operation; where "
+    "`optax.MultiSteps` is around the guard, one bad batch stays in its mean: put it "
+    "into the guard",
     Reason.NONFINITE_VALUE: "look at the loss: it is not finite, and the gradient is",
     Reason.NONFINITE_UPDATE: "look at the optimizer's settings and its state: it makes "
     "updates that are not finite out of a finite gradient",

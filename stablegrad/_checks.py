@@ -146,8 +146,8 @@ def not_a_loss(found: str) -> ValueError:
     """Return the error for a `value_fn` that does not give the loss."""
     return ValueError(
         "`value_fn` must be a function of the parameters that returns the loss alone, "
-        f"but {found}. For a loss with `has_aux=True`: "
-        "value_fn=lambda p: loss_fn(p, batch)[0]."
+        f"but {found}. Pass value_fn=lambda p: loss_fn(p, batch); for a loss with "
+        "`has_aux=True`: value_fn=lambda p: loss_fn(p, batch)[0]."
     )
 
 

@@ -4,6 +4,7 @@ Thresholds on `update_norm` judge it, and some responses probe the loss along it
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -197,6 +198,12 @@ def _checked(value_fn, axes: MappedAxes) -> Callable[[Any], Any]:
     """Return the same function, with an error of its own for what is no loss."""
     if not callable(value_fn):
         raise _checks.not_a_loss(f"it is {_checks.described(value_fn)}")
+    try:
+        inspect.signature(value_fn).bind(None)
+    except TypeError as error:
+        raise _checks.not_a_loss(f"it needs more than them: {error}") from error
+    except ValueError:
+        pass  # It has no signature to look at.
 
     def loss_fn(params):
         loss = value_fn(params)

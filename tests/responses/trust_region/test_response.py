@@ -876,3 +876,10 @@ def test_a_misspelt_value_fn_warns_once():
         tx.update(START, state, START, **extra)
     tx.update(START, state, START, **extra)
     tx.update(START, state, START, value=1.0, batch_id=jnp.int32(3))
+
+
+def test_a_function_of_more_than_the_parameters_is_told():
+    tx = sg.stabilize(optax.sgd(0.1))
+    of_two = lambda params, batch: quadratic(params)
+    with pytest.raises(ValueError, match="more than them: .*batch.* value_fn=lambda p"):
+        tx.update(START, tx.init(START), START, value=1.0, value_fn=of_two)
