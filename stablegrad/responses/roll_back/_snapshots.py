@@ -122,7 +122,7 @@ def unnamed(snapshot: Snapshot) -> Snapshot:
 def _is_like(params: Any) -> Callable[[Any], bool]:
     """Return what tells trees like the parameters; one bare array by its shape."""
     if jax.tree_util.treedef_is_leaf(jax.tree.structure(params)):
-        shape = jnp.shape(params)
+        shape = getattr(params, "shape", ())
         return lambda node: bool(shape) and getattr(node, "shape", ()) == shape
     masked = lambda node: isinstance(node, optax.MaskedNode)
     structure_of = lambda node: jax.tree.structure(node, is_leaf=masked)
