@@ -46,7 +46,7 @@ def metrics(state: Any) -> dict[str, jax.Array]:
         - `back_off_scale`: of `lr_scale`, what `back_off` asks for.
         - `trust_radius`, `trust_ratio`, `trust_target`, `trust_scale`, `trust_probes`,
           `trust_cuts`: of a `trust_region`; the radius is inf while it does not bind.
-          `trust_mismatch`: it rests, as gradients are not those of `value`.
+          `trust_mismatch`: it rests, as `value_fn` or gradients do not fit `value`.
         - `rolled_back`, `roll_backs`, `roll_back_refusal`, `snapshots`, `snapshot_age`:
           of a `roll_back`, which documents them.
         - `layer_health_checks`, `layer_health_excess`, and for each layer

@@ -37,9 +37,7 @@ class LayerHealthState(NamedTuple):
     signals: jax.Array  # float32 (rows,): a row is a signal of a group.
     excess: jax.Array  # float32, (): octaves above what is a warning.
     checks: jax.Array  # int32, (): since `init`.
-    worst_leaf: (
-        jax.Array
-    )  # int32, (): the first leaf of the group with the worst ratio.
+    worst_leaf: jax.Array  # int32, (): the first leaf of the worst group.
     statistics: RarityState
 
 

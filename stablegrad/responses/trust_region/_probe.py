@@ -170,7 +170,7 @@ def _hvp(attempt: Attempt, scale, slope):
     slope_at = lambda part: jax.jvp(along, (part,), (one,))[1]
     try:
         curvature = jax.jvp(slope_at, (zero,), (one,))[1]
-    except (TypeError, NotImplementedError) as error:  # Depends on the order.
+    except (TypeError, NotImplementedError) as error:  # JAX raises one of them.
         if "custom_" not in str(error):
             raise
         raise ValueError(
