@@ -205,8 +205,7 @@ def same_layout(given: dict[str, None], own: dict[str, None]) -> None:
 def matching_params(params, updates) -> Any:
     """Return the parameters with None wherever the updates have None.
 
-    A whole Equinox model has functions and numbers where its gradient has None. Raise
-    ValueError, naming the leaves, if the structures differ otherwise.
+    A whole Equinox model has functions and numbers where its gradient has None.
     """
     if params is None:
         return None
@@ -218,6 +217,9 @@ def matching_params(params, updates) -> Any:
             is_leaf=lambda node: node is None,
         )
     except ValueError as error:
+        if isinstance(params, float | jax.Array):
+            text = "`params` must be a tree like the gradients; the loss is `value=loss`"
+            raise ValueError(text) from error
         raise _other_leaves(leaf_names(params), leaf_names(updates)) from error
 
 

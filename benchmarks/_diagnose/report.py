@@ -144,8 +144,9 @@ def markdown(results: Sequence[Result], cost: float | None, about: str) -> str:
             "must be the planted one, at the planted layer. `said of others`: cases "
             "without that fault whose report names it as a cause of its own. The "
             "remedy is applied as `Verdict.change` says, and the network trained for "
-            "60 steps of Adam with and without it; where that does not lower the loss "
-            "by 1 %, the critical learning rate is measured with and without it.",
+            "60 steps of Adam with and without it, on the same four streams of batches "
+            "each; where that does not lower the mean loss of the last ten steps by "
+            "1 %, the critical learning rate is measured with and without it.",
             _table(HEADERS, rows(results)),
             _table(
                 ["network", "right cause", "right layer", "alarms when healthy"],

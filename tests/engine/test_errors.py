@@ -30,6 +30,13 @@ def test_another_pytree_than_the_one_given_to_init_is_named():
         tx.update(other, state, other)
 
 
+def test_a_loss_in_the_place_of_the_parameters_is_told_where_it_goes():
+    tx = sg.guard(optax.sgd(0.1))
+    for loss in (1.0, jnp.array(1.0)):
+        with pytest.raises(ValueError, match="the loss is `value=loss`"):
+            tx.update(PARAMS, tx.init(PARAMS), loss)
+
+
 def test_missing_and_unexpected_leaves_are_named_where_the_state_is_concrete():
     tx = sg.guard(optax.sgd(0.1))
     state = tx.init({"kernel": jnp.ones(2), "bias": jnp.ones(2)})
