@@ -218,7 +218,7 @@ def matching_params(params, updates) -> Any:
         )
     except ValueError as error:
         if isinstance(params, float | jax.Array):
-            text = "`params` must be a tree like the gradients; the loss is `value=loss`"
+            text = "`params` must be like the gradients; the loss is `value=loss`"
             raise ValueError(text) from error
         raise _other_leaves(leaf_names(params), leaf_names(updates)) from error
 
