@@ -16,7 +16,6 @@ false alarms in 1,000 steps. It is judged on others, other seeds and other kinds
 runs, where at least 70 % and at most 1 are the aim.
 """
 
-import argparse
 import platform
 import sys
 import time
@@ -117,10 +116,7 @@ def report(options, margin, tuning, judging, seconds) -> str:
 
 def main(argv=None) -> int:
     """Trains all, chooses the margin, judges it and writes the report."""
-    parser = Parser(
-        description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=whole(400), default=3000, help="of a run")
     parser.add_argument("--quick", action="store_true", help="two kinds alone")
     parser.add_argument("--out", type=file, help="file for the report")

@@ -13,7 +13,6 @@ arguments and temporary arrays, beyond bare AdamW's. `roll_back` takes a snapsho
 on one step in a hundred, which few rounds have in them; a row has one in two.
 """
 
-import argparse
 import statistics
 import sys
 import time
@@ -106,10 +105,7 @@ class Run:
 
 def main(argv=None) -> int:
     """Prints the table, and writes it where asked."""
-    parser = Parser(
-        description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = Parser(description=__doc__.splitlines()[0])
     sizes = {"layers": 12, "width": 768, "heads": 12, "context": 1024, "batch": 8}
     for name, default in (sizes | {"tokens": 50304}).items():
         parser.add_argument(f"--{name}", type=whole(1), default=default, help="network")

@@ -160,10 +160,7 @@ def extrapolate(counted: list[Counted], options) -> list[str]:
 
 def parse_args(argv) -> argparse.Namespace:
     """The command line."""
-    parser = Parser(
-        description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--devices", type=whole(1), nargs="+", default=[1, 2, 4, 8], help="how many")
     add("--size", type=whole(64), default=2**20, help="parameters that are compiled")

@@ -51,10 +51,7 @@ HELD_OUT = 0.1  # Of the training images.
 
 def parse_args(argv) -> argparse.Namespace:
     """The command line, with the data and the checkpoints."""
-    parser = Parser(
-        description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = Parser(description=__doc__.splitlines()[0])
     names = (resnet_runs.ADAPTIVE, *resnet_runs.PLAIN)
     parser.add_argument(
         "--runs", nargs="+", choices=names, default=names, help="which, in this order"

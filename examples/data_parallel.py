@@ -44,10 +44,7 @@ SIZES = (64, 128, 10)
 
 def parse_args(argv) -> tuple[Parser, argparse.Namespace]:
     """The command line, and whom to tell of errors."""
-    parser = Parser(
-        description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=whole(1), default=400, help="training steps")
     parser.add_argument(
         "--batch-size", type=whole(1), default=64, help="digits a step, on all devices"

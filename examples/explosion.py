@@ -31,8 +31,7 @@ GROWTH, EVERY = 1.5, 25  # The rate grows by this factor every so many steps.
 def parse_args(argv) -> argparse.Namespace:
     """The command line."""
     parser = Parser(
-        description="Trains a deep network until it explodes, and shows where.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Trains a deep network until it explodes, and shows where."
     )
     parser.add_argument("--steps", type=whole(40), default=400)
     parser.add_argument("--batch-size", type=whole(1), default=64, help="images a step")

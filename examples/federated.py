@@ -301,10 +301,7 @@ def draw(outcomes: dict[str, Outcome], path) -> None:
 
 def parse_args(argv) -> argparse.Namespace:
     """The command line."""
-    parser = Parser(
-        description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=whole(1), default=400, help="a run")
     parser.add_argument("--local-steps", type=whole(1), default=5, help="in a round")
     parser.add_argument(

@@ -151,10 +151,7 @@ def draw(runs: list[Run], path: Path) -> None:
 
 def parse_args(argv) -> argparse.Namespace:
     """The command line."""
-    parser = Parser(
-        description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=whole(1), default=5, help="passes a run")
     parser.add_argument("--batch-size", type=whole(1), default=64, help="images a step")
     parser.add_argument(

@@ -97,8 +97,7 @@ def load(data_dir: str | None) -> digits.Split:
 def parse_args(argv) -> argparse.Namespace:
     """The command line."""
     parser = Parser(
-        description="Optimizers, policies, clips and guards on one image classifier.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Optimizers, policies, clips and guards on one image classifier."
     )
     parser.add_argument("--steps", type=whole(1), default=1500, help="steps a run")
     parser.add_argument("--batch-size", type=whole(1), default=64, help="images a step")

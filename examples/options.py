@@ -6,7 +6,12 @@ from pathlib import Path
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a bad option in one line."""
+    """Shows the defaults, and reports a bad option in one line."""
+
+    def __init__(self, description: str):
+        """Prints the description above the options."""
+        formatter = argparse.ArgumentDefaultsHelpFormatter
+        super().__init__(description=description, formatter_class=formatter)
 
     def error(self, message):
         """Exits with status 2."""

@@ -158,8 +158,7 @@ def row_of(run: Run, model, opt_state, history, test) -> list[str]:
 def parse_args(argv) -> argparse.Namespace:
     """The command line."""
     parser = Parser(
-        description="Trains a small network five times under the same faults.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Trains a small network five times under the same faults."
     )
     parser.add_argument("--steps", type=whole(40), default=1200, help="steps a run")
     parser.add_argument("--batch-size", type=whole(1), default=64, help="images a step")

@@ -194,10 +194,7 @@ def explosions(norms: np.ndarray) -> int:
 
 def parse_args(argv) -> argparse.Namespace:
     """The command line."""
-    parser = Parser(
-        description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=whole(10), default=1000, help="steps a run")
     parser.add_argument("--batch-size", type=whole(1), default=64, help="images a step")
     parser.add_argument("--depth", type=whole(1), default=6, help="hidden layers")

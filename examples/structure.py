@@ -246,10 +246,7 @@ def table_of_causes(title: str, outcomes: dict[str, Outcome]) -> Table:
 
 def parse_args(argv) -> argparse.Namespace:
     """The command line."""
-    parser = Parser(
-        description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--depths", type=whole(2), nargs="+", default=[4, 50], help="hidden layers"
     )

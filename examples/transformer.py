@@ -168,10 +168,7 @@ def draw(run: Run, trivial: float, path: Path) -> None:
 
 def parse_args(argv) -> argparse.Namespace:
     """The command line."""
-    parser = Parser(
-        description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = Parser(description=__doc__.splitlines()[0])
     numbers = {
         "--steps": (1, 1500, "training steps"),
         "--batch-size": (1, 32, "texts a step"),
