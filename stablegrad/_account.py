@@ -1,4 +1,4 @@
-"""The account of a run that has halted: what, since when, where, tried, what next."""
+"""The message of `TrainingHalted`: what happened, where, what was tried, what next."""
 
 import numpy as np
 

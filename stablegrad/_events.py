@@ -27,10 +27,10 @@ class Event(NamedTuple):
     loss: float  # nan if no `value=` was passed.
     lr_scale: float
     member: int | None = None  # Of an ensemble; None for a single model.
-    # The signal that was not normal: "grad_norm", "value", "update_norm", or as its
-    # metric is called but for `_limit`. "" where no threshold was exceeded.
+    # The signal that was not normal: "grad_norm", "value" or "update_norm". For a
+    # function it is the metric's name without `_limit`. "": no threshold was exceeded.
     signal: str = ""
-    value: float = float("nan")  # What it was.
+    value: float = float("nan")  # The value of the signal.
     limit: float = float("nan")  # The largest value that was normal; inf: none yet.
     batch_ids: tuple[int, ...] = ()  # As passed by `batch_id=`, while they are kept.
     # Which of several guards in the state, as in the names of `metrics`; None if one.
@@ -79,7 +79,7 @@ def events(state: Any, params: Any = None) -> Events:
     events.
 
     Args:
-        state: A state that holds a guard's anywhere, as for `metrics`.
+        state: A state with a guard's state anywhere in it, as for `metrics`.
         params: Not needed: a guard knows the names. If given, they are read from it.
 
     Returns:
@@ -121,7 +121,7 @@ def events(state: Any, params: Any = None) -> Events:
 
 
 def place(event: Event) -> tuple[int, int, int, str]:
-    """Return what tells an event from others, and sorts them."""
+    """Return the key that identifies an event, and by which events are sorted."""
     return event.member or 0, event.step, event.guard or 0, event.kind
 
 
@@ -166,7 +166,7 @@ def _events_of(
 def signal_of(limit_name: str) -> str:
     """Return the signal in the name of a limit, as "value" in `skip_fixed_value_limit`.
 
-    Of the signals that are functions it is the whole name but for `_limit`.
+    For a signal that is a function, return the whole name without `_limit`.
     """
     base, number = limit_name.rsplit("_limit", 1)
     standard = [name for name in NAMES if base.endswith(f"_{name}")]

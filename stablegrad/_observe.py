@@ -23,8 +23,8 @@ def metrics(state: Any) -> dict[str, jax.Array]:
     """Return what every guard in an optimizer state measured and did, as flat scalars.
 
     Args:
-        state: A state that holds a guard's anywhere: in a chain, in a wrapper, in a
-            Flax train state, in an NNX optimizer.
+        state: A state with a guard's state anywhere in it: in a chain, in a wrapper, in
+            a Flax train state, in an NNX optimizer.
 
     Returns:
         Numbers, ready for any logger: rank-0 arrays inside jit, else NumPy's. Of the
@@ -83,17 +83,16 @@ def metrics(state: Any) -> dict[str, jax.Array]:
         (5.0, 1.0)
     """
     state = _reading.without_snapshots(_trees.without_variables(state))
-    found = _reading.search(state)
-    clips = {**numbers_of_clips(state), **numbers_of_rates(state)}
-    if not clips or found:
-        found = _reading.guards(state)
+    in_chains = {**numbers_of_clips(state), **numbers_of_rates(state)}
+    # Without any of those, a state without a guard is an error.
+    found = _reading.search(state) if in_chains else _reading.guards(state)
     prefixes = [""] if len(found) == 1 else [f"guard_{i}_" for i in range(len(found))]
     of_guards = {
         prefix + name: number
         for prefix, guard_state in zip(prefixes, found, strict=True)
         for name, number in _reading.numbers(guard_state).items()
     }
-    return {**of_guards, **clips}
+    return {**of_guards, **in_chains}
 
 
 def is_healthy(state: Any, *trees: Any, params: Any = None) -> jax.Array:
@@ -103,7 +102,7 @@ def is_healthy(state: Any, *trees: Any, params: Any = None) -> jax.Array:
     in some steps of large trees on a CPU, and an optimizer may hold an inf on purpose.
 
     Args:
-        state: A state that holds a guard's anywhere, as for `metrics`.
+        state: A state with a guard's state anywhere in it, as for `metrics`.
         *trees: Parameters, batch statistics and other pytrees to look at.
         params: One more of them.
 
@@ -144,8 +143,8 @@ def keep_if_skipped(state: Any, old: Any, new: Any) -> Any:
     variance is inf all the same.
 
     Args:
-        state: The optimizer state after the step. It holds a guard's anywhere, as for
-            `metrics`; of several guards, one that skipped is enough.
+        state: The optimizer state after the step, with a guard's state anywhere in it,
+            as for `metrics`; of several guards, one that skipped is enough.
         old: A pytree of arrays from before the step. It must not be changed in place
             meanwhile: `nnx.state(model, ...)` refers to the model's own variables, so
             take `jax.tree.map(lambda x: x, nnx.state(model, nnx.BatchStat))`. If all
@@ -202,8 +201,8 @@ def raise_if_halted(state: Any) -> None:
     """Raise an error on the host if a guard has halted; call it as often as you log.
 
     Args:
-        state: A state that holds a guard's anywhere, as for `metrics`; also one that
-            is stacked over an ensemble.
+        state: A state with a guard's state anywhere in it, as for `metrics`; also one
+            that is stacked over an ensemble.
 
     Raises:
         TrainingHalted: If `halt` or `roll_back` has raised the flag. The message is an

@@ -11,11 +11,12 @@ from .engine._record import (
     ENCODED,
     LastStep,
     Record,
+    dtypes_and_names,
     last_step_of,
     read_record,
     totals_of,
 )
-from .engine._step import GuardState
+from .engine._step import GuardState, is_guard
 from .responses._layers import readings
 
 LIMIT_NAME = re.compile(r"_limit(_\d+)?$")
@@ -36,10 +37,8 @@ def guards(state: Any) -> list[GuardState]:
 def search(state: Any) -> list[GuardState]:
     """Return the same, or nothing if there is none."""
     found: list[GuardState] = []
-    for leaf in jax.tree.leaves(state, is_leaf=_is_guard):
-        if _is_guard(leaf):
-            found.append(leaf)
-            found += search(leaf.guarded_inner)
+    for guard in _trees.nodes(state, is_guard):
+        found += [guard, *search(guard.guarded_inner)]
     return found
 
 
@@ -47,16 +46,12 @@ def without_snapshots(state: Any) -> Any:
     """Return a state without the copies of itself that `roll_back` keeps."""
 
     def strip(node):
-        if not _is_guard(node):
+        if not is_guard(node):
             return node
         inner = without_snapshots(node.guarded_inner)
         return node._replace(guarded_inner=inner, snapshots=())
 
-    return jax.tree.map(strip, state, is_leaf=_is_guard)
-
-
-def _is_guard(node: Any) -> bool:
-    return isinstance(node, GuardState)
+    return jax.tree.map(strip, state, is_leaf=is_guard)
 
 
 def record_of(guard_state: GuardState) -> tuple[Record, dict[str, Any]]:
@@ -76,7 +71,7 @@ def numbers(guard_state: GuardState) -> dict[str, jax.Array]:
 
 def limit_names(guard_state: GuardState) -> tuple[str, ...]:
     """Return the names of all limits, in the order of the thresholds."""
-    names = [key.split(" ", 2)[2] for key in sorted(guard_state.columns)]
+    names = [name for _, name in dtypes_and_names(guard_state.columns)]
     return tuple(name for name in names if LIMIT_NAME.search(name))
 
 

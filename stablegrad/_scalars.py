@@ -46,7 +46,7 @@ def scalars(state: Any, *, every: bool = False) -> dict[str, float | int]:
     do not.
 
     Args:
-        state: A state that holds a guard's anywhere, as for `metrics`.
+        state: A state with a guard's state anywhere in it, as for `metrics`.
         every: Whether to return all that `metrics` has. Otherwise these ten of a guard:
             `loss_value`, `grad_norm`, `clipped_grad_norm`, `clip_scale`, `lr_scale`,
             `clipped_steps`, `skipped_steps`, `backed_off_steps`, `kept_out_steps` and

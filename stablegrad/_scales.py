@@ -63,13 +63,15 @@ def minimum(first: Scales, second: Scales) -> Scales:
     return Scales(jnp.ones((), jnp.float32), tuple(rows))
 
 
-def scale_leaves(tree, scales: Scales, like, keep=None):
+def scale_leaves(tree, scales: Scales | None, like, keep=None):
     """Multiply every leaf that is floating point in `like` by its factor.
 
     The product is taken in float32 or wider and returned in the leaf's own dtype. XLA
     fuses it into the optimizer's kernels. Where a rank-0 `keep` is given and false,
     the leaves become zeros instead.
     """
+    if scales is None:
+        return tree
     factors = iter(scales.factors(sum(_trees.inexact_flags(like))))
 
     def scaled(leaf):
@@ -85,7 +87,7 @@ def scale_leaves(tree, scales: Scales, like, keep=None):
 
 
 def scaled_norm(measured: Measurement, scales: Scales, tree, like=None) -> jax.Array:
-    """Return the norm of `tree`, of which `measured` tells, after `scale_leaves`."""
+    """Return the norm of `scale_leaves(tree, ...)`; `measured` is that of `tree`."""
     if scales.within is not None:
         like = tree if like is None else like
         return measure(scale_leaves(tree, scales, like), like).norm

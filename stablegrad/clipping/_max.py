@@ -86,10 +86,8 @@ def _clamp_to(threshold: Threshold) -> optax.GradientTransformationExtraArgs:
             lambda: measured.leaf_squares,
         )
         clipped = _trees.zero_unless(finite, clamp(), updates)
-        norm, learned = (
-            jnp.sqrt(jnp.sum(squares)),
-            learn(threshold, statistics, judgement),
-        )
+        norm = jnp.sqrt(jnp.sum(squares))
+        learned = learn(threshold, statistics, judgement)
         return Clipped(clipped, learned, measured, norm, judgement.limit, scale)
 
     start = lambda tree: threshold.init(len(_trees.inexact_leaves(tree)))
@@ -111,11 +109,11 @@ def _published(decay, reset_every: int) -> optax.GradientTransformationExtraArgs
         running = decay * running + (1 - decay) * largest
         limit = running * _moments.correction(decay, steps)
         limit = jnp.where(largest > 0, limit, jnp.inf)  # Nothing to clip.
-        factors = limit / largest
-        clipped = _elements.scale_above(updates, limit, factors)
+        shrink = limit / largest
+        clipped = _elements.scale_above(updates, limit, shrink)
         if reset_every:
             steps = jnp.where(total % reset_every == 0, 1, steps)
-        norm, scale = measure(clipped).norm, jnp.min(factors, initial=1.0)
+        norm, scale = measure(clipped).norm, jnp.min(shrink, initial=1.0)
         return Clipped(clipped, (running, steps, total), measured, norm, limit, scale)
 
     return transformation(NAME, ClippingState, start, step)

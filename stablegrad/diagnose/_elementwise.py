@@ -72,7 +72,6 @@ _ELEMENTWISE = frozenset(
         "tanh",
         "custom_jvp_call",
         "stop_gradient",
-        "copy_p",
     ]
 )
 _FROM_LITERALS = frozenset(
@@ -138,7 +137,7 @@ def find(program: Program, root: Value) -> Activation | None:
     if not root.users or not jnp.issubdtype(root.aval.dtype, jnp.floating):
         return None
     inside, ops, fixed = {root}, [], {}
-    first = program.ops.index(root.users[0]) if root.users else 0
+    first = program.ops.index(root.users[0])
     reached = set(root.users)
     for op in program.ops[first:]:
         if op not in reached or op.name not in _ELEMENTWISE or len(op.outs) != 1:

@@ -53,10 +53,10 @@ def after_shift(value: Value) -> Value:
 def walk_back(value: Value, stop: Value | None = None) -> Value:
     """Follow logits back through masks, scales and casts.
 
-    Of the operands of a sum, that which a product of two arrays of data makes counts:
-    the other is a mask that the batch holds.
+    In a sum, follow the operand that is a product of two arrays of data: the other
+    operand is a mask from the batch.
     """
-    through = (*PASSING, "mul", "div", "add", "select_n", "tanh", "where", "max")
+    through = (*PASSING, "mul", "div", "add", "select_n", "tanh", "max")
     while value is not stop and value.maker is not None:
         if value.maker.name not in through:
             break

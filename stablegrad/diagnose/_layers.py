@@ -55,17 +55,13 @@ class Layer:
     input_nonfinite: float = 0.0
     output_nonfinite: float = 0.0  # After the activation.
     gradient_nonfinite: float = 0.0
-    over16: float = NAN
-    lost16: float = NAN
     recurrent: bool = False
     normalised: bool = False
-    ends_branch: bool = False
     beside_stream: bool = False
     joined: bool = False
     feeds: tuple[str, ...] = ()
     heads: tuple[str, ...] = ()  # The last layers that it reaches.
     parents: tuple[str, ...] = ()  # Of attention: the layers of queries and keys.
-    dim: int = 1  # Of attention: the size of a head.
     bounded: bool = False
     saturated_usually: float = 0.0  # The share at normal inputs of mean 0 and RMS 1.
     slope_share: float = NAN
@@ -91,7 +87,7 @@ def assemble(instrument: Instrument, sites: Sequence[Site], stats, back, names):
     rows.sort(key=lambda row: row[0])
     found = {(id(site), index): layer for _, site, index, layer in rows}
     for _, site, index, layer in rows:
-        _link(site, index, layer, found, rows)
+        _link(site, index, layer, found)
     return [layer for *_, layer in rows]
 
 
@@ -153,7 +149,6 @@ def _layer(site: Site, picked: _Picked, names: Sequence[str]) -> Layer:
     layer.mean = value("out", "mean", np.mean)
     layer.largest = value("out", "largest")
     layer.nonfinite = value("out", "nonfinite", np.sum, 0.0)
-    layer.over16 = value("out", "over16")
     layer.alike = value("out", "alike", np.mean)
     layer.input_rms = value("in", "rms", root_mean_square)
     layer.input_nonfinite = value("in", "nonfinite", np.sum, 0.0)
@@ -161,14 +156,13 @@ def _layer(site: Site, picked: _Picked, names: Sequence[str]) -> Layer:
     layer.output_nonfinite = value("post", "nonfinite", np.sum, layer.nonfinite)
     layer.weight_rms = value("weight", "rms", root_mean_square)
     layer.leaf = names[site.leaf] if site.leaf >= 0 else ""
-    layer.normalised, layer.ends_branch = site.normalised, site.branch
-    layer.beside_stream, layer.joined = site.within, site.joined
+    layer.normalised = site.normalised
+    layer.beside_stream, layer.joined = site.beside_stream, site.joined
     gradients = picked.gradients("out")
     if gradients is not None:
         flat = gradients.reshape(-1, gradients.shape[-1]).astype(float)
         layer.gradient_rms = _over(root_mean_square, flat[:, 0])
-        layer.gradient_nonfinite = float(flat[:, 2].sum())
-        layer.lost16 = float(flat[:, 3].max())
+        layer.gradient_nonfinite = float(flat[:, 1].sum())
         size = np.prod(site.value.aval.shape) * len(flat)
         layer.gradient_norm = layer.gradient_rms * math.sqrt(size)
         layer.times = len(flat)
@@ -194,7 +188,6 @@ def _layer(site: Site, picked: _Picked, names: Sequence[str]) -> Layer:
         layer.branch = value("branch", "rms", np.max) / max(layer.input_rms, 1e-30)
     layer.logit = value("attention", "largest")
     layer.entropy = value("attention", "entropy", np.min)
-    layer.dim = site.extra.get("dim", 1)
     if site.kind == "router":
         layer.entropy = value("router", "entropy", np.mean)
         layer.busiest = value("router", "busiest", np.mean)
@@ -213,7 +206,7 @@ def _time_gain(rms: np.ndarray) -> float:
     return float(np.exp(-np.polyfit(np.arange(len(rms)), np.log(rms), 1)[0]))
 
 
-def _link(site: Site, index, layer: Layer, found, rows) -> None:
+def _link(site: Site, index, layer: Layer, found) -> None:
     """Fill in what a layer shares with others."""
     suffix = "".join(f"[{i}]" for i, s in zip(index, site.sliced, strict=True) if s)
     layer.parents = tuple(parent.name + suffix for parent in site.parents)

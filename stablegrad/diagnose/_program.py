@@ -28,7 +28,7 @@ class Value:
     is_data: bool = False  # Whether it depends on the batch.
     leaves: frozenset[int] = frozenset()
     sliced: bool = False  # A slice of stacked parameters, as a scan over layers has.
-    counts: bool = False  # Made of the number of a scan's iteration alone.
+    counts: bool = False  # Whether only a scan's iteration number enters it.
     literal: Any = None
     maker: "Op | None" = None
     users: "list[Op]" = dataclasses.field(default_factory=list)

@@ -24,8 +24,7 @@ class Site:
     unit_axis: int = -1
     activation: Activation | None = None
     normalised: bool = False  # Whether a normalisation takes the result.
-    branch: bool = False  # Whether the result is added to a residual stream.
-    within: bool = False  # Whether it lies beside a residual stream.
+    beside_stream: bool = False  # Whether it lies beside a residual stream.
     joined: bool = False  # Whether another array is added to it, or multiplies it.
     feeds: list["Site"] = dataclasses.field(default_factory=list)
     parents: list["Site"] = dataclasses.field(default_factory=list)

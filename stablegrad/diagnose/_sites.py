@@ -57,7 +57,7 @@ def _in_program(program: Program, path, sliced, known) -> list[Site]:
     mixed = softmaxes(program, linear)
     mark_normalised(program, layers, sums)
     _attach_activations(program, [*layers, *sums], known)
-    _connect(program, layers, sums)
+    _connect(layers)
     own = [*layers, *sums, *mixed]
     for site in own:
         site.dtype = site.dtype or str(site.value.aval.dtype)
@@ -152,7 +152,7 @@ def _goes_on(value: Value, program: Program) -> bool:
     return any(out.comes_from(value) and out.aval.ndim > 0 for out in program.outs)
 
 
-def _connect(program: Program, layers: list[Site], sums: list[Site]) -> None:
+def _connect(layers: list[Site]) -> None:
     """Note which layer takes the result of which, with nothing but casts between."""
     for site in layers:
         out = site.activation.out if site.activation else site.value

@@ -1,7 +1,5 @@
 """Attention and routers, found by their softmax."""
 
-import numpy as np
-
 from ._elementwise import PASSING
 from ._follow import before_mask, walk_back
 from ._program import Op, Program, Value
@@ -25,7 +23,6 @@ def softmaxes(program: Program, linear: list[Site]) -> list[Site]:
                 site.parents = [one for one in (q, k) if one is not None]
                 site.extra = {
                     "weights": weights,
-                    "dim": _contracted(made_by.maker),
                     "unmasked": before_mask(logits),
                 }
                 if site.parents:
@@ -37,11 +34,6 @@ def softmaxes(program: Program, linear: list[Site]) -> list[Site]:
             site.parents, site.extra = [layer], {"weights": weights}
             found.append(site)
     return found
-
-
-def _contracted(op: Op) -> int:
-    (left, _), _ = op.eqn.params["dimension_numbers"]
-    return int(np.prod([op.ins[0].aval.shape[i] for i in left]))
 
 
 def _softmax(op: Op) -> tuple[Value | None, Value | None]:

@@ -17,9 +17,8 @@ def residual_sums(program: Program, linear_bits: int, layers) -> list[Site]:
                 branch = last_layer(f, layers)
                 if branch is None:
                     continue
-                branch.branch = True
                 for layer in layers:
-                    layer.within |= _is_own(layer.value, f, x)
+                    layer.beside_stream |= _is_own(layer.value, f, x)
                 site = Site("sum", "", (), total, x, None)
                 site.extra, site.parents = {"branch": f}, [branch]
                 found.append(site)
@@ -28,13 +27,13 @@ def residual_sums(program: Program, linear_bits: int, layers) -> list[Site]:
 
 
 def mark_beside(program: Program, linear) -> None:
-    """Find the layers that a path of fewer layers goes around.
+    """Mark the layers that a path of fewer layers bypasses.
 
-    A projection does, and a concatenation with what the layers were given.
+    Such a path is a projection, or a concatenation with the input of the layers.
     """
     for x, f in _concatenated(program):
         for layer in linear:
-            layer.within |= f.comes_from(x) and _is_own(layer.value, f, x)
+            layer.beside_stream |= f.comes_from(x) and _is_own(layer.value, f, x)
     for a, b, _ in _sums(program):
         if a.aval.ndim < 2:
             continue
@@ -47,7 +46,7 @@ def mark_beside(program: Program, linear) -> None:
             more = [x for x in more if x.value.comes_from(start)]
             if len(more) > len(fewer):
                 for layer in more:
-                    layer.within = True
+                    layer.beside_stream = True
 
 
 def _concatenated(program: Program) -> Iterator[tuple[Value, Value]]:
@@ -61,9 +60,10 @@ def _concatenated(program: Program) -> Iterator[tuple[Value, Value]]:
 
 
 def mark_joined(program: Program, linear) -> None:
-    """Find the layers whose result another array is added to or multiplied by.
+    """Mark the layers whose result is added to, or multiplied by, another array.
 
-    The layers of a gate lie beside what it multiplies, if that is what it is made of.
+    The layers of a gate lie beside the array that it multiplies, if they compute the
+    gate from that array.
     """
     for op in program.ops:
         joins = op.name in ("add", "add_any", "sub", "mul") and op.outs[0].aval.ndim > 1
@@ -75,7 +75,7 @@ def mark_joined(program: Program, linear) -> None:
                 layer.joined = True
             if op.name == "mul" and one.comes_from(other):
                 for gate in linear:
-                    gate.within |= _is_own(gate.value, one, other)
+                    gate.beside_stream |= _is_own(gate.value, one, other)
 
 
 def _is_own(value: Value, one: Value, other: Value) -> bool:

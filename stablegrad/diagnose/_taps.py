@@ -9,8 +9,8 @@ import numpy as np
 from ._elementwise import is_saturated
 
 # What comes back through a probe, in this order.
-GRADIENT = ("rms", "largest", "nonfinite", "lost16")
-HALF_LARGEST, HALF_SMALLEST = 65504.0, 2.0**-24  # Of float16; below half of it: zero.
+GRADIENT = ("rms", "nonfinite")
+FLOAT16_LARGEST = 65504.0
 
 
 @jax.custom_vjp
@@ -46,26 +46,19 @@ def rms(array: jax.Array) -> jax.Array:
 
 
 def of_gradient(gradient: jax.Array) -> dict[str, jax.Array]:
-    """Statistics of a gradient; `lost16`: share of elements that float16 makes zero."""
-    x = jnp.abs(gradient.astype(jnp.float32))
-    lost = (x > 0) & (x < 0.5 * HALF_SMALLEST)
-    return {
-        "rms": rms(gradient),
-        "largest": jnp.max(x, initial=0.0),
-        "nonfinite": jnp.sum(~jnp.isfinite(x)).astype(jnp.float32),
-        "lost16": jnp.mean(lost.astype(jnp.float32)),
-    }
+    """Statistics of a gradient."""
+    finite = jnp.isfinite(gradient.astype(jnp.float32))
+    return {"rms": rms(gradient), "nonfinite": jnp.sum(~finite).astype(jnp.float32)}
 
 
 def of_values(array: jax.Array) -> dict[str, jax.Array]:
-    """Statistics of what a layer gives; `over16`: share beyond float16's largest."""
+    """Statistics of what a layer gives."""
     x = array.astype(jnp.float32)
     return {
         "rms": rms(x),
         "mean": jnp.mean(x),
         "largest": jnp.max(jnp.abs(x), initial=0.0),
         "nonfinite": jnp.sum(~jnp.isfinite(x)).astype(jnp.float32),
-        "over16": jnp.mean((jnp.abs(x) > HALF_LARGEST).astype(jnp.float32)),
     }
 
 
@@ -109,16 +102,12 @@ def of_attention(
     x, after = logits.astype(jnp.float32), masked.astype(jnp.float32)
     allowed = (after > -1e8) & (after - x > -1e3)
     largest = jnp.max(jnp.where(allowed, jnp.abs(x), 0.0), initial=0.0)
-    axis = -1
     p = weights.astype(jnp.float32)
-    keys = jnp.sum(allowed, axis=axis).astype(jnp.float32)
-    entropy = -jnp.sum(jnp.where(p > 0, p * jnp.log(jnp.maximum(p, 1e-30)), 0), axis)
-    counted = (keys > 1).reshape(entropy.shape) if keys.size == entropy.size else None
-    keys = (
-        keys.reshape(entropy.shape)
-        if counted is not None
-        else p.shape[-1] + 0 * entropy
-    )
+    entropy = -jnp.sum(jnp.where(p > 0, p * jnp.log(jnp.maximum(p, 1e-30)), 0), -1)
+    keys = jnp.sum(allowed, axis=-1).astype(jnp.float32)
+    if keys.size != entropy.size:
+        keys = jnp.full(entropy.shape, p.shape[-1], jnp.float32)
+    keys = keys.reshape(entropy.shape)
     counted = keys > 1
     share = jnp.where(counted, entropy / jnp.log(jnp.maximum(keys, 2.0)), 0.0)
     return {

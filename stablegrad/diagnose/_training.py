@@ -37,8 +37,9 @@ class TrainingFacts:
     ends: tuple[float, ...] = ()  # Mean of the last losses, at each of `SCALES`.
     is_new: bool = True  # Whether the optimizer state is that before the first step.
     calm_scale: float = NAN  # Largest factor on the updates at which the loss is calm.
-    labels_seen: float = NAN  # By how many deviations labels beat shuffled ones, ...
-    labels_unseen: float = NAN  # ... on examples trained on, and on others.
+    # By how many deviations the loss on the labels is below that on shuffled labels.
+    labels_seen: float = NAN  # On examples that were trained on.
+    labels_unseen: float = NAN  # On other examples.
 
 
 def moments_in(state) -> Any:

@@ -76,10 +76,10 @@ def commit(
     uncounted = jnp.zeros((), bool) if each_checked else on_cpu()
 
     def run(updates, inner_state, params):
-        gradient = _scaled(updates, scales[0], step.like)
+        gradient = scale_leaves(updates, scales[0], step.like)
         update, new_state = inner(gradient, inner_state, params)
         _checks.same_state(inner_state, new_state)
-        return _scaled(update, scales[1], step.like), new_state
+        return scale_leaves(update, scales[1], step.like), new_state
 
     def inspect(updates, inner_state, params):
         """Count what the parameters would not take; tell whether the state breaks."""
@@ -149,7 +149,3 @@ def checked_now(gradient: Measurement, steps, kept_out) -> jax.Array:
     largest = jnp.max(gradient.leaf_squares, initial=0.0)
     due = (steps < FIRST_CHECKED) | (steps % CHECK_EVERY == 0)
     return due | (kept_out > 0) | ~(largest < UNUSUAL**2)
-
-
-def _scaled(tree, scales: Scales | None, like):
-    return tree if scales is None else scale_leaves(tree, scales, like)

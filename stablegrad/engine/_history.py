@@ -19,7 +19,7 @@ SERIES = ("loss_value", "grad_norm", "clipped_grad_norm", "lr_scale")
 def init_history(steps: int, leaves: int, limits: int) -> Any:
     """Return rows for the last `steps` steps, float32; nothing for none.
 
-    An empty row is nan, encoded; `lr_scale` is a number in every other.
+    Rows that are not yet written hold encoded nan; in the others `lr_scale` is finite.
     """
     columns = leaves + len(SERIES) + limits
     return jnp.full((steps, columns), NO_LOSS) if steps else ()

@@ -1,8 +1,8 @@
 """The layout of a guard's numbers: which belong to which response or threshold.
 
-A state carries it as the keys of a dict without arrays. So a checkpoint can be read by
-a guard with other responses, and a state of other responses is found out before it is
-read wrongly.
+A state carries it as the keys of a dict without arrays. Therefore a guard with other
+responses can read a checkpoint, and a state that does not match its guard is detected
+before its numbers are misread.
 
     000 version 2
     001 state skip int32                             leaves of a response's state

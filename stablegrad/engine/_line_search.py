@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .. import _trees
+
 
 def forget_value(state: Any, changed: jax.Array) -> Any:
     """Make every line search in a state recompute its value if a step was changed.
@@ -29,8 +31,7 @@ def forget_value(state: Any, changed: jax.Array) -> Any:
 
 def has_line_search(state: Any) -> bool:
     """Return whether an optimizer's state holds that of a line search."""
-    nodes = jax.tree.leaves(state, is_leaf=_is_line_search)
-    return any(_is_line_search(node) for node in nodes)
+    return bool(_trees.nodes(state, _is_line_search))
 
 
 def _is_line_search(node: Any) -> bool:

@@ -60,9 +60,7 @@ def decide_on_update(
     operands = lax.optimization_barrier((step.updates, inner_state, step.params))
 
     def evaluate():
-        gradient = operands[0]
-        if verdict.gradient_scales is not None:
-            gradient = scale_leaves(gradient, verdict.gradient_scales, step.like)
+        gradient = scale_leaves(operands[0], verdict.gradient_scales, step.like)
         return inner(gradient, *operands[1:])[0]
 
     reached = verdict.reason == 0
@@ -113,9 +111,7 @@ def sight_of(inner, step, inner_state, gradient, decision) -> Sight:
     scales = decision.verdict.gradient_scales
 
     def update():
-        incoming = step.updates
-        if scales is not None:
-            incoming = scale_leaves(incoming, scales, step.like)
+        incoming = scale_leaves(step.updates, scales, step.like)
         made, _ = inner(incoming, inner_state, step.params)
         return scale_leaves(made, update_scales(decision), step.like)
 
@@ -195,7 +191,7 @@ def _may_probe(response: Response, step: StepContext, searched: bool) -> bool:
 
 
 def _checked(value_fn, axes: MappedAxes) -> Callable[[Any], Any]:
-    """Return the same function, with an error of its own for what is no loss."""
+    """Return `value_fn` with a clear error if it does not return a scalar loss."""
     if not callable(value_fn):
         raise _checks.not_a_loss(f"it is {_checks.described(value_fn)}")
     try:

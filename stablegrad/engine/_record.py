@@ -107,7 +107,7 @@ def read_record(
     """Unpack the record of a state, and its extras by name."""
     record = Packing(record_structs(columns)).unpack(packed)
     extras, place = {}, {"float32": 0, "int32": 0}
-    for dtype, name in _described(columns):
+    for dtype, name in dtypes_and_names(columns):
         if dtype == "float32":
             extras[name] = decode(record.extra_numbers[..., place["float32"]])
             place["float32"] += 1
@@ -118,7 +118,7 @@ def read_record(
     return record, extras
 
 
-def _described(columns: dict[str, None]) -> list[list[str]]:
+def dtypes_and_names(columns: dict[str, None]) -> list[list[str]]:
     """Return dtype and name of each column."""
     return [key.split(" ", 2)[1:] for key in sorted(columns)]
 
@@ -132,7 +132,7 @@ def carried_extras(
     for kind in ("extra_numbers", "extra_codes"):
         names = lambda own, kind=kind: [
             name
-            for dtype, name in _described(own)
+            for dtype, name in dtypes_and_names(own)
             if (dtype == "float32") == (kind == "extra_numbers")
         ]
         before, array = names(old_columns), getattr(target, kind)
@@ -146,7 +146,7 @@ def carried_extras(
 
 def record_structs(columns: dict[str, None]) -> Record:
     """Return the shapes and dtypes of a record with these columns."""
-    extras = {name: jnp.zeros((), dtype) for dtype, name in _described(columns)}
+    extras = {name: jnp.zeros((), dtype) for dtype, name in dtypes_and_names(columns)}
     return jax.eval_shape(lambda: init_record(extras))
 
 

@@ -51,6 +51,11 @@ class GuardState(NamedTuple):
     history: Any = ()  # float32 (steps, columns): the last steps; () unless asked for.
 
 
+def is_guard(node: Any) -> bool:
+    """Return whether a node of a state is that of a guard."""
+    return isinstance(node, GuardState)
+
+
 class GuardedStep:
     """The steps of an inner optimizer, guarded by responses."""
 
@@ -94,7 +99,7 @@ class GuardedStep:
         state = state._replace(snapshots=kept)
         if type(params).__name__ == "_ParamsPlaceholder":
             # `optax.tree.map_params` compares this state with one of real parameters.
-            # An array matches a subtree that depends on how many leaves there are.
+            # One array stands for subtrees whose keys depend on the number of leaves.
             one = state.names
             state = state._replace(layout=one, layers=one if self._layers else ())
         return state

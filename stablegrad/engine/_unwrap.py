@@ -5,7 +5,7 @@ from typing import Any
 import jax
 
 from .. import _trees
-from ._step import GuardState
+from ._step import is_guard
 
 
 def unwrap(state: Any) -> Any:
@@ -31,7 +31,6 @@ def unwrap(state: Any) -> Any:
         >>> optax.contrib.schedule_free_eval_params(state, params)["w"]
         Array([1., 1.], dtype=float32)
     """
-    is_guard = lambda node: isinstance(node, GuardState)
     is_last = lambda node: is_guard(node) or not _trees.nodes(node, is_guard)
 
     def inner(node):

@@ -61,10 +61,10 @@ class Tally:
 
 
 def tally_result(tally: Tally, params, update, counted: list[bool], writes_params):
-    """Return what to write, with flags of elements that must not be written.
+    """Return the structure and leaves of the result: new parameters, or updates.
 
-    What to write are the new parameters, or the updates, as `(new, old, flags)` for
-    each leaf; `old` stays where the step is not accepted.
+    A leaf is `(new, old, flags)`. Elements with a flag keep `old`, and so does the
+    whole leaf if the step is not accepted.
     """
     changes, structure = jax.tree.flatten(update)
     own = [None] * len(changes) if params is None else jax.tree.leaves(params)

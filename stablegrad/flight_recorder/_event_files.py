@@ -1,4 +1,4 @@
-"""Events as JSON lines, and the batches that they speak of."""
+"""Events as JSON lines, and the ids of their batches."""
 
 import json
 import math
@@ -53,8 +53,8 @@ def save_events(state: Any, path: str | os.PathLike) -> None:
     several processes, let only one save.
 
     Args:
-        state: A state that holds a guard's anywhere, as for `metrics`. Pass all guards
-            of a run in one state, such as `(generator_state, discriminator_state)`:
+        state: A state with a guard's state anywhere in it, as for `metrics`. Pass all
+            guards of a run in one state, as `(generator_state, discriminator_state)`:
             events are told apart by the number of their guard in it.
         path: The file. A new one takes its place at once, or not at all.
 

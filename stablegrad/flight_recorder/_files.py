@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Replace a file at once: a reader, or a full disk, meets the old text or the new.
+    """Replace a file at once: it holds the whole old text or the whole new text.
 
     A draft that a killed process left is overwritten by the next one.
     """

@@ -29,7 +29,7 @@ class History:
     def figure(self) -> Any:
         """Draw the norms as a heat map, with loss, norm, limits and rate under it.
 
-        Colour is the norm of a leaf by its median over these steps. Norms that are not
+        Colour is the norm of a leaf over its median in these steps. Norms that are not
         finite are black. Bars above, and behind the curves, are the steps of events.
 
         Returns:

@@ -23,7 +23,7 @@ def group_norms(grouping: Grouping, measured: Measurement, leaves) -> jax.Array:
     The norm is nan or inf where the group is not finite.
     """
     if grouping.axes is None:
-        return root(_squares_by_leaf(grouping, measured.leaf_squares))
+        return root(sums_by_group(grouping, measured.leaf_squares))
     pairs = [(leaves[i], grouping.axes[i]) for i in grouping.members]
     _, parts = measure_parts([leaf for leaf, _ in pairs], [axes for _, axes in pairs])
     return root(_flat(parts))
@@ -68,15 +68,15 @@ def group_scales(grouping: Grouping, factors: jax.Array) -> Scales:
     return Scales(jnp.ones((), jnp.float32), parts)
 
 
-def _squares_by_leaf(grouping: Grouping, squares) -> jax.Array:
-    """Add up the leaf sums of each group, (groups,)."""
+def sums_by_group(grouping: Grouping, by_leaf) -> jax.Array:
+    """Add up one number of each leaf over each group, (groups,)."""
     if grouping.whole:
-        return jnp.sum(squares)[None]
+        return jnp.sum(by_leaf)[None]
     if grouping.leafwise:
-        return squares
+        return by_leaf
     labels = np.array([-1 if x is None else x for x in grouping.first], np.int32)
     member = labels[None, :] == np.arange(grouping.count, dtype=np.int32)[:, None]
-    return jnp.sum(jnp.where(member, squares[None, :], 0.0), axis=1)
+    return jnp.sum(jnp.where(member, by_leaf[None, :], 0.0), axis=1)
 
 
 def _flat(parts) -> jax.Array:

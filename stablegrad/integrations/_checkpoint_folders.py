@@ -15,7 +15,7 @@ from ..engine._record import totals_of
 from ..engine._step import GuardState
 
 FORMAT = 1
-MARK = "stablegrad.json"  # The file that tells whose folder it is.
+MARK = "stablegrad.json"  # The file that marks a folder as one of checkpoints.
 
 
 def claim(folder: Path) -> None:
@@ -50,7 +50,7 @@ def step_number(step: Any) -> int:
 
 
 def as_json(told: Any) -> Any:
-    """Return a copy of what is told, which a caller may go on changing.
+    """Return a deep copy of `told`: the caller may change the original later.
 
     Raise TypeError if JSON cannot hold it.
     """

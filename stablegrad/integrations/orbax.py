@@ -94,7 +94,7 @@ class HealthyCheckpoints:
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, trees: Any, opt_state: Any, told: Any = None) -> bool:
-        """Save a healthy state; say whether it was.
+        """Save the state if it is healthy; return whether it was saved.
 
         Args:
             step: The number of the checkpoint, an integer >= 0, on the device or not,

@@ -132,19 +132,22 @@ def rate_now(parts: ExplosionAware, state: ScheduleState, lr_scale) -> jax.Array
 
 
 def after_step(
-    parts: ExplosionAware, state: ScheduleState, words: tuple[Judgement, ...], taken
+    parts: ExplosionAware,
+    state: ScheduleState,
+    judgements: tuple[Judgement, ...],
+    taken,
 ) -> ScheduleState:
     """Return the state after a step with these judgements, taken or not."""
-    seen = explosion(parts.thresholds, words)
+    seen = explosion(parts.thresholds, judgements)
     calm = taken & ~seen.exploded & ~seen.unknown
     moves = calm | (parts.advance == "always")
     reason = jnp.where(taken, 0, int(Reason.NONFINITE_GRADIENT)).astype(jnp.int32)
-    lr_scale = parts.rule.propose(state.explosions, words).lr_scale
+    lr_scale = parts.rule.propose(state.explosions, judgements).lr_scale
     before = state.schedule_readings
     cut = lr_scale < before.schedule_lr_scale
     return ScheduleState(
-        parts.statistics.learn(state.explosion_thresholds, [words]),
-        parts.rule.settle(state.explosions, words, reason),
+        parts.statistics.learn(state.explosion_thresholds, [judgements]),
+        parts.rule.settle(state.explosions, judgements, reason),
         ScheduleReadings(
             schedule_lr_scale=lr_scale,
             schedule_rate=encode(rate_now(parts, state, lr_scale)),

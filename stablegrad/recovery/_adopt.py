@@ -8,11 +8,12 @@ import optax
 
 from .._checks import require_optimizer, require_steps
 from .._packing import Packing, on_host
+from .._reading import search
 from ..engine._record import Totals, record_structs
 from ..engine._step import GuardState
 from ..engine._unwrap import unwrap
 from ._matching import filled
-from ._rebuild import guards_in, rebuilt, require_finite
+from ._rebuild import rebuilt, require_finite
 
 
 def adopt(
@@ -57,7 +58,7 @@ def adopt(
     require_steps("step", step, least=0)
     require_finite("adopt", params)
     fresh = tx.init(params)
-    if not guards_in(fresh):
+    if not search(fresh):
         raise ValueError(
             "`adopt` needs a guarded optimizer, such as `stabilize(...)`, and `tx` has "
             "no guard in it."

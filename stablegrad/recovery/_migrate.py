@@ -12,13 +12,14 @@ import optax
 from .. import _trees
 from .._checks import require_optimizer
 from .._packing import Packing, on_host
+from .._reading import search
 from ..engine._layout import VERSION, Rows, State, parts_of, structs_of, version_of
 from ..engine._record import Record, carried_extras, record_structs
 from ..engine._step import GuardState
 from ..engine._unwrap import unwrap
 from ._adopt import opt_state_of
 from ._matching import filled
-from ._rebuild import guards_in, rebuilt, require_finite
+from ._rebuild import rebuilt, require_finite
 from ._watched import watched_layers, watched_steps
 
 
@@ -62,16 +63,16 @@ def migrate(tx: optax.GradientTransformation, params: Any, old: Any) -> Any:
     require_finite("migrate", params)
     fresh = tx.init(params)
     old = _as_guards(_trees.without_variables(opt_state_of(old)))
-    sources = iter(guards_in(old))
-    if not guards_in(old):
+    sources = iter(search(old))
+    if not search(old):
         raise ValueError(
             "`migrate` needs the state of a guard, and there is none in it. For the "
             "state of a bare optimizer, call `stablegrad.adopt(tx, params, state)`."
         )
-    if len(guards_in(old)) != len(guards_in(fresh)):
+    if len(search(old)) != len(search(fresh)):
         raise ValueError(
-            f"`migrate` got a state with {len(guards_in(old))} guards for an optimizer "
-            f"with {len(guards_in(fresh))}."
+            f"`migrate` got a state with {len(search(old))} guards for an optimizer "
+            f"with {len(search(fresh))}."
         )
     given = filled(unwrap(fresh), unwrap(old), "migrate")
     return rebuilt(fresh, given, lambda guard: _carried(next(sources), guard), params)
@@ -128,7 +129,7 @@ def _carried(old: GuardState, new: GuardState) -> GuardState:
     used: collections.Counter[Any] = collections.Counter()
 
     def best(key, otherwise):
-        """Return the next of a kind; of fewer, the last; of none, what is new."""
+        """Return the next old arrays of this kind, else the last, else `otherwise`."""
         same = found.get(key)
         used[key] += 1
         return otherwise if same is None else same[min(used[key], len(same)) - 1]

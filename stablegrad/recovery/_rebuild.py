@@ -11,23 +11,11 @@ from jax.core import Tracer
 from .. import _trees
 from .._packing import Packed
 from .._placing import placed_like
-from ..engine._step import GuardState
+from ..engine._step import GuardState, is_guard
 from ..responses.roll_back._snapshots import unnamed
 
 # A guard's fresh state -> the same with its numbers, without the inner state.
 Refill = Callable[[GuardState], GuardState]
-
-
-def guards_in(state: Any) -> list[GuardState]:
-    """Return the states of guards, an outer one before an inner one."""
-    found = []
-    for guard in _trees.nodes(state, _is_guard):
-        found += [guard, *guards_in(guard.guarded_inner)]
-    return found
-
-
-def _is_guard(node: Any) -> bool:
-    return isinstance(node, GuardState)
 
 
 def rebuilt(fresh: Any, unguarded: Any, refill: Refill, params: Any) -> Any:
@@ -37,7 +25,7 @@ def rebuilt(fresh: Any, unguarded: Any, refill: Refill, params: Any) -> Any:
         fresh: A state from `init`, with guards anywhere.
         unguarded: What `unwrap` would return of it, with other arrays.
         refill: Fills each guard, an outer one before an inner one.
-        params: Where they are, the state goes.
+        params: The state is placed on their devices.
     """
     leaves = iter(jax.tree.leaves(unguarded))
     return placed_like(_put(fresh, leaves, refill), params)
@@ -45,18 +33,18 @@ def rebuilt(fresh: Any, unguarded: Any, refill: Refill, params: Any) -> Any:
 
 def _put(fresh: Any, leaves: Iterator, refill: Refill) -> Any:
     def put(node):
-        if not _is_guard(node):
+        if not is_guard(node):
             return next(leaves)
         refilled = refill(node)
         inner = _put(node.guarded_inner, leaves, refill)
         kept = tuple(_snapshot(x, inner, refilled.numbers) for x in node.snapshots)
         return refilled._replace(guarded_inner=inner, snapshots=kept)
 
-    return jax.tree.map(put, fresh, is_leaf=_is_guard)
+    return jax.tree.map(put, fresh, is_leaf=is_guard)
 
 
 def _snapshot(fresh, inner, numbers: Packed):
-    """Return a snapshot of now, with buffers of its own, where the fresh one lies."""
+    """Return a snapshot of the present, in new buffers, placed as the fresh one is."""
     # The statistics are the last of the numbers.
     by_dtype = {array.dtype: array for array in numbers}
     statistics = tuple(

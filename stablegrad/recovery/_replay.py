@@ -31,7 +31,7 @@ def replay(
 
     The loss, the gradient norm, the first bad leaf and, of a guard with
     `record_norms=`, the norm of every leaf are compared with what the guard recorded.
-    All that the runs return is compared among them. The verdict is one of
+    Everything that the runs return is compared between them. The verdict is one of
 
     | verdict | the runs are | which points to |
     |---|---|---|
@@ -49,8 +49,8 @@ def replay(
         step: The compiled step of the run, as `step(state, batch)`: another program may
             round otherwise. It returns a pytree with the new optimizer state in it, or
             changes Flax NNX's objects in place. It may donate: it gets copies.
-        state: A pytree with the optimizer's state and all else that the step reads.
-            What it left behind if it was skipped; with `after`, what was before it.
+        state: A pytree with the optimizer's state and all else that the step reads: as
+            it was after the step if this was skipped, or before it if `after` is given.
         batch: The batch of that step, a pytree.
         after: What the step returned, or of NNX the objects after it. It is needed for
             a step that was taken, or that rolled back, and is compared whole.
@@ -92,7 +92,7 @@ def replay(
     """
     require_count("times", times, least=2)
     recorded, number = _recorded(state, after)
-    take = lambda batch, where=None: _taken(step, state, batch, number, where)
+    take = lambda batch, where=None: _taken(step, state, batch, where)
     results = [take(batch) for _ in range(times)]
     if after is not None:
         _require_alike(after, results[0])
@@ -161,7 +161,7 @@ def _recorded(state: Any, after: Any) -> tuple[Run, int]:
     return _run(state), steps - 1
 
 
-def _taken(step: Step, state: Any, batch: Any, number: int, device) -> Any:
+def _taken(step: Step, state: Any, batch: Any, device) -> Any:
     """Return what a step returns; if it has no guard in it, what it changed."""
     state, batch = _copied(state, device), _copied(batch, device)
     before = int(_reading.numbers(_guard_in(state))["guarded_steps"])

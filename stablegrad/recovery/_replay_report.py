@@ -71,7 +71,7 @@ class Example(NamedTuple):
 
     @property
     def finite(self) -> bool:
-        """Return whether its gradient is."""
+        """Return whether its gradient norm is finite."""
         return bool(np.isfinite(self.grad_norm))
 
 

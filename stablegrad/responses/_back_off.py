@@ -36,10 +36,10 @@ def back_off(
 ) -> Response:
     """Multiply the learning rate by `factor` at a rise, hold it, then let it regrow.
 
-    With x_t: how far a threshold is exceeded, signal - limit, and x' the same at the
-    last cut; e_t: some threshold is exceeded for the `confirm_steps`-th time in a row
-    or later, with no signal below the one before; and c_t: `hold_steps` steps have been
-    taken and calm since the last explosion:
+    x_t is the excess of a signal over its limit, and x' is the excess at the last cut.
+    e_t says that a threshold is exceeded for at least the `confirm_steps`-th time in a
+    row, with no signal below the one before. c_t says that `hold_steps` calm steps have
+    been taken since the last explosion:
 
         k_t = max(factor * k_{t-1}, min_scale)        if e_t and (c_t or x_t > 2 x')
         k_t = min(1, k_{t-1} * factor ** (-1 / regrow_steps))  if c_t, else k_{t-1}

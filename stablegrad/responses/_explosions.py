@@ -38,7 +38,7 @@ class ExplosionState(NamedTuple):
     scale_at_cut: jax.Array  # float32, in [min_scale, 1]: just after the last cut.
     regrown_steps: jax.Array  # int32: calm steps of regrowth since then, saturating.
     hold_left: jax.Array  # int32, >= 0: calm steps before it regrows.
-    explosion_run: jax.Array  # int32: explosions in a row so far, none fading.
+    explosion_run: jax.Array  # int32: explosions in a row, none lower than the last.
     may_cut: jax.Array  # bool: a step was taken since the last cut.
     excess_at_cut: jax.Array  # float32 (thresholds,): `excess` at the last cut.
     last_height: jax.Array  # float32 (thresholds,): `height` of the last explosion.

@@ -45,7 +45,7 @@ def layer_health(
         A response for `guard`. `metrics` shows `layer_health_update_ratio/<leaf>`,
         `layer_health_grad_norm/<leaf>` and, if measured, `layer_health_cosine/<leaf>`
         of the last check; `layer_health_checks`; and `layer_health_excess`, the octaves
-        by which the ratios are beyond what is a warning. A step that is rejected is not
+        by which the ratios exceed the level of a warning. A rejected step is not
         checked, nor is a ratio that is not finite or zero.
 
     Raises:

@@ -13,7 +13,7 @@ from .._leaf_sums import leaf_dots
 from .._mapped_axes import MappedAxes
 from .._norms import Measurement, measure
 from .._packing import Packing, on_host
-from ..granularity._group_norms import group_norms
+from ..granularity._group_norms import group_norms, sums_by_group
 from ..granularity._groups import Granularity, Grouping, group, group_names
 from ..thresholds._rarity import RarityState, rarity
 from ..thresholds._statistics import where_groups
@@ -82,9 +82,9 @@ class LayerHealth(NamedTuple):
     def after_step(
         self, layers: LayerNumbers, steps, sight: Sight
     ) -> tuple[LayerNumbers, jax.Array, jax.Array]:
-        """Return the state after a step, before which `steps` were taken.
+        """Return the next state, whether there is a warning, and the worst leaf.
 
-        Return also whether the step was checked and warned of, and the leaf.
+        `steps` is the number of steps that were taken before this one.
         """
         groups = group(self.per, sight.like).count
         if not groups:
@@ -138,10 +138,8 @@ class LayerHealth(NamedTuple):
         if self.cosine:
             dots = sight.axes.totals(leaf_dots(leaves, previous), leaves)
             earlier = sight.axes.totals(leaf_dots(previous, previous), leaves)
-            labels = np.array([-1 if x is None else x for x in grouping.first])
-            member = labels[None, :] == np.arange(grouping.count)[:, None]
-            total = lambda x: jnp.sum(jnp.where(member, x[None, :], 0.0), axis=1)
-            rows.append(total(dots) / (grads * jnp.sqrt(total(earlier))))
+            lengths = grads * jnp.sqrt(sums_by_group(grouping, earlier))
+            rows.append(sums_by_group(grouping, dots) / lengths)
         return jnp.concatenate(rows)
 
     def _rule(self, groups: int) -> tuple[Callable, Callable, Callable]:

@@ -1,6 +1,6 @@
 """Pieces for a network in which signals and gradients keep their scale.
 
-Here is what needs no framework; layers are in `structure.nnx` and `structure.linen`.
+This module needs no framework. Layers are in `structure.nnx` and `structure.linen`.
 """
 
 from ..clipping._logits import clip_logits as clip_logits

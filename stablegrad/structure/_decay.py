@@ -36,9 +36,9 @@ def decay_with_schedule(
         weight_decay: The decay at the peak, >= 0.
         schedule: The learning rate by step, as the chain's own.
         peak: Its largest value, > 0.
-        mask: As for `optax.add_decayed_weights`: True for the leaves that decay. The
-            paper's are the layers in front of a normalisation. The output layer, and
-            others without one, have `optax.add_decayed_weights(weight_decay)`.
+        mask: As for `optax.add_decayed_weights`: True for the leaves that decay. In the
+            paper, these are the layers in front of a normalisation, and all others use
+            `optax.add_decayed_weights(weight_decay)`.
 
     Returns:
         A transformation for `optax.chain`. It needs `params`, and what is not finite

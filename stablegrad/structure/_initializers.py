@@ -39,9 +39,9 @@ def activation_init(
 
     Args:
         activation: An elementwise function of an array, such as `jax.nn.gelu`.
-        distribution: "normal", "truncated_normal", "uniform", or "orthogonal", whose
-            kernels keep every norm, and not only the mean, from an axis to one that is
-            not shorter.
+        distribution: "normal", "truncated_normal", "uniform" or "orthogonal". An
+            orthogonal kernel keeps the norm of every input, and not only their mean,
+            unless there are fewer outputs than inputs.
         backward: Whether gradients keep their scale, by fan_out and their own gain.
 
     Returns:
@@ -127,7 +127,7 @@ def fixup_init(init: Initializer, branches: int, branch_layers: int) -> Initiali
     The last kernel of every branch, and that of the classifier, start at 0
     (`jax.nn.initializers.zeros`); every branch has a scalar factor that starts at 1
     (`ScaledResidual(branch, scale_init=1)`), and biases before its layers. One step of
-    SGD then changes the outputs by as much at any depth.
+    SGD then changes the outputs by the same amount at any depth.
 
     Args:
         init: The initialiser of the kernel, He's for ReLU.

@@ -135,8 +135,8 @@ def fixed_point(
         bias_variance: Variance sb of the bias, >= 0.
 
     Returns:
-        A `FixedPoint`. Its `variance` is 0 or inf beyond 1e-12 and 1e12; chi is then
-        that at the last one within.
+        A `FixedPoint`. Its `variance` is 0 below 1e-12 and inf above 1e12; chi is then
+        that of the last variance between these bounds.
 
     Raises:
         TypeError: If `activation` cannot be called.

@@ -128,8 +128,8 @@ class LargestLogits(nnx.Variable):
 class Attention(nnx.Module):
     """The `attention_fn` of an `nnx.MultiHeadAttention` with bounded, watched logits.
 
-    `largest_logits(model)` reads what it saw, for `clip_logits`. Each attention needs
-    one of its own; of one that is called several times it is what the last call saw.
+    `largest_logits(model)` returns the largest logits of the last call, as
+    `clip_logits` needs them. Each attention layer needs an `Attention` of its own.
 
     Example:
         >>> import jax.numpy as jnp

@@ -32,7 +32,7 @@ def spikes(losses) -> int:
 
 
 def without_refused(losses: np.ndarray, skipped: float) -> np.ndarray:
-    """Return the losses but for the last ones, if a guard has skipped these steps."""
+    """Return the losses without a non-finite end, if a guard has skipped its steps."""
     finite = np.flatnonzero(np.isfinite(losses))
     end = finite[-1] + 1 if len(finite) else 0
     return losses[:end] if len(losses) - end <= skipped else losses

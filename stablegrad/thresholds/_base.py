@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .._norms import OVERFLOW
 from .._trees import cast_like
@@ -59,6 +60,14 @@ class Judgement(NamedTuple):
     nonfinite: jax.Array  # bool: nan, inf or overflow, which no threshold calls normal.
     teaches: jax.Array  # bool: whether the statistics learn from the signal.
     grouping: Grouping
+
+
+def as_float32(settings: tuple) -> tuple:
+    """Return settings as float32; numbers stay NumPy's, to outlive a trace."""
+    return tuple(
+        x.astype(jnp.float32) if isinstance(x, jax.Array) else np.float32(x)
+        for x in settings
+    )
 
 
 def judge(

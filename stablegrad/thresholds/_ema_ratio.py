@@ -44,9 +44,9 @@ def ema_ratio(
     times, if that is more), so one outlier moves it by a few per cent, while a lasting
     rise lifts it by the factor 1 + (1 - d) a step or more. From the `patience`-th value
     in a row on that is above the limit, or below m - (1 - 1 / ratio) |m|, m follows the
-    median M of the last `warmup_steps` values instead: half of the way each step, all
-    of it once
-    |M - m| <= 2 (ratio - 1) |M|. A mean of zero flags nothing: it would never recover.
+    median M of the last `warmup_steps` values instead: half of the way each step, or
+    all of it once |M - m| <= 2 (ratio - 1) |M|. A mean of zero flags nothing: it would
+    never recover.
 
     Args:
         ratio: Tolerated multiple of the mean. Dimensionless, > 1.

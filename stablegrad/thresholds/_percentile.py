@@ -44,13 +44,13 @@ def percentile(
         limit_t = percentile(x*, q), linearly interpolated
         x*_t = min(x_t, limit_t + |limit_t|)
 
-    Until `warmup_steps` values have been seen, a norm is held against 12 times their
-    median, other signals are not flagged yet; then values further than 6 spreads (1.48
-    median absolute deviations) above the median are cut to that. A value enters at no
-    more than twice the limit, so a window that one huge outlier enters does not hide
-    the next. After `patience` values in a row above both limit and median, or below the
-    median, the window begins anew with the last `warmup_steps` values as they were: a
-    lasting shift by any factor is normal after `patience` steps.
+    Until `warmup_steps` values have been seen, the limit on a norm is 12 times their
+    median, and other signals are not flagged. At the end of this warm-up, values more
+    than 6 spreads (1.48 median absolute deviations) above the median are cut to that. A
+    value enters at no more than twice the limit, so a window that one huge outlier
+    enters does not hide the next. After `patience` values in a row above both limit and
+    median, or below the median, the window begins anew with the last `warmup_steps`
+    values as they were: a lasting shift by any factor is normal after `patience` steps.
 
     Args:
         q: Per cent, in [0, 100]. A share of about 100 - q per cent of healthy steps is

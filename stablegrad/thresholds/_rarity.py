@@ -10,24 +10,26 @@ from .._checks import require, require_steps
 from .._trees import increment
 from ..granularity._groups import Granularity
 from . import _statistics as stats
-from ._base import Family, Scope, Threshold
+from ._base import Family, Scope, Threshold, as_float32
 from ._signals import Signal, check_signal, is_norm
 
-# Distances above the level whose frequency is counted, in octaves. Halves instead of
-# thirds miss an outlier of six deviations where the deviation is 5 %. The least one
-# keeps the limit of a constant signal above its rounding. The coarse ones are for norms
-# at the level of rounding errors, among which larger ones come regularly.
+# Distances above the level, in octaves, at which values are counted. Steps of a third
+# of an octave are needed: with halves, an outlier of six deviations is missed where the
+# deviation is 5 %. The smallest edge keeps the limit of a constant signal above its
+# rounding errors. The coarse edges are for norms that are themselves rounding errors,
+# among which far larger ones come regularly.
 EDGES = np.concatenate([np.arange(1, 73) / 3, np.arange(26, 101, 2)])[None]
 EDGES = EDGES.astype(np.float32)
 LEVEL_WEIGHT = 0.03  # Weight of a step in the level and the spread.
-MOST_OCTAVES = 3.0  # A norm moves its level as if it were no further away.
+MOST_OCTAVES = 3.0  # A norm further from its level counts as if at this distance.
 MOST_SPREADS = 8.0  # The same for other signals, in spreads.
-LASTING = 12  # The least number of them after which the level moves there.
-# Until so many values of a norm have been seen, the limit is so many octaves wider.
+LASTING = 12  # At least so many unusual values in a row move the level to their mean.
+# (n, octaves): until n norms have been seen, the limit is wider by `octaves`. Those of
+# several pairs add up.
 EARLY = ((1, np.inf), (2, 6.0), (10, 3.0), (100, 1.0))
-FIRST_COUNTED = 10  # Values of other signals that set level and spread, no more.
-ALONE = 1.5  # Weights that `share` counts as at least: one value is never usual.
-ARMED_AFTER = 50  # Values before a signal that is no norm is held against a limit.
+FIRST_COUNTED = 10  # First values of other signals, which set level and spread only.
+ALONE = 1.5  # `share` is at least so many weights of a step: one value is never usual.
+ARMED_AFTER = 50  # Values of other signals before they are compared with a limit.
 LEAST_SPREAD = 1e-3  # Relative to the level: a spread is never zero.
 
 
@@ -36,7 +38,7 @@ class RarityState(NamedTuple):
 
     tail: jax.Array  # float32 (groups, edges): share of steps at or above each edge.
     level: jax.Array  # float32 (groups,)
-    spread: jax.Array  # float32 (groups,): mean distance from the level; unless a norm.
+    spread: jax.Array  # float32 (groups,): mean distance from the level; 0 for norms.
     reach: jax.Array  # float32 (groups,): octaves from the level to the limit.
     run_mean: jax.Array  # float32 (groups,): mean of the unusual values in a row.
     run: jax.Array  # int32 (groups,): unusual values in a row, until the level moves.
@@ -117,10 +119,7 @@ def rarity(
 
 def _rule(settings: tuple):
     """Return init, limit and update; settings may differ by group."""
-    share, window, margin, patience, norm = (
-        x.astype(jnp.float32) if isinstance(x, jax.Array) else np.float32(x)
-        for x in settings
-    )
+    share, window, margin, patience, norm = as_float32(settings)
     is_log = norm > 0
 
     def init(groups: int) -> RarityState:
@@ -172,7 +171,7 @@ def _rule(settings: tuple):
         longer = jnp.maximum(run, 1).astype(jnp.float32)
         run_mean = state.run_mean + (value - state.run_mean) / longer
         most = jnp.where(is_log, MOST_OCTAVES, MOST_SPREADS * spread)
-        # Nor is there anything to bound the first change of a constant signal by.
+        # The first change of a constant signal has no spread that could bound it.
         constant = ~is_log & (state.spread <= 0)
         free = (before < jnp.where(is_log, 2, FIRST_COUNTED)) | constant
         most = jnp.where(free, jnp.inf, most)

@@ -147,7 +147,7 @@ def median_and_spread(values, seen) -> tuple[jax.Array, jax.Array]:
 
 def floored(spread, center, relative, in_log) -> jax.Array:
     """Return the spread, or `relative` of the level if that is larger."""
-    level = 1.0 if in_log else jnp.abs(center)
+    level = jnp.where(in_log, 1.0, jnp.abs(center))
     least = jnp.maximum(relative * level, 1e-12)
     return jnp.maximum(spread, least).astype(spread.dtype)
 

@@ -9,7 +9,7 @@ import numpy as np
 from .._checks import require, require_count
 from ..granularity._groups import Granularity
 from . import _statistics as stats
-from ._base import Family, Scope, Threshold
+from ._base import Family, Scope, Threshold, as_float32
 from ._signals import Signal, check_signal, is_norm
 
 
@@ -102,11 +102,7 @@ def zscore(
 
 def _rule(settings: tuple, warmup_steps: int, patience: int):
     """Return init, limit and update of a z-score; settings may differ by group."""
-    # Numbers stay NumPy's: an array made within a trace must not outlive it.
-    z, decay, spread_floor, norm = (
-        x.astype(jnp.float32) if isinstance(x, jax.Array) else np.float32(x)
-        for x in settings
-    )
+    z, decay, spread_floor, norm = as_float32(settings)
     by_scale = lambda x: x[:, None] if x.ndim else x  # Beside arrays (groups, 2).
     is_log = np.array([[True, False]])
 
@@ -116,8 +112,7 @@ def _rule(settings: tuple, warmup_steps: int, patience: int):
         return ZScoreState(recent, zeros, zeros, jnp.ones((groups,), bool))
 
     def floored(spread, center) -> jax.Array:
-        level = jnp.where(is_log, 1.0, jnp.abs(center))
-        return jnp.maximum(spread, jnp.maximum(by_scale(spread_floor) * level, 1e-12))
+        return stats.floored(spread, center, by_scale(spread_floor), is_log)
 
     def limit(state: ZScoreState, scope: Scope) -> jax.Array:
         del scope

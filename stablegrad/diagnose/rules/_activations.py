@@ -2,20 +2,11 @@
 
 from collections.abc import Iterator
 
-from ._rule import Facts, Rule, Verdict
+from ._rule import Facts, Rule, Verdict, graded
 
 DEAD = {"note": 0.3, "warning": 0.5, "critical": 0.9}
 SATURATED = {"note": 0.3, "warning": 0.5, "critical": 0.8}
 FEWEST_EXAMPLES, ALIKE = 8, 0.9
-
-
-def graded(value: float, limits: dict[str, float]) -> str:
-    """Return the gravest severity whose limit is reached, or ""."""
-    return max(
-        (name for name in limits if value >= limits[name]),
-        key=lambda name: limits[name],
-        default="",
-    )
 
 
 def dead_units(facts: Facts) -> Iterator[Verdict]:

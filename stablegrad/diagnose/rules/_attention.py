@@ -8,7 +8,7 @@ from ._weights import peers
 
 ENTROPY, LOGIT, CRITICAL_LOGIT = 0.35, 30.0, 1000.0
 ENTROPY_OF_ODD, PEERS = 0.5, 4.0  # Where queries or keys outweigh other layers.
-BUSIEST, ROUTER_ENTROPY = 0.7, 0.6
+ROUTER_ENTROPY = 0.6
 
 
 def attention(facts: Facts) -> Iterator[Verdict]:

@@ -77,7 +77,7 @@ def _odd(rule: str, severity: str, where: str, evidence, rows) -> Verdict:
 
 
 def input_size(facts: Facts) -> Iterator[Verdict]:
-    # Of the arrays that a layer takes as they are: targets and masks may be large.
+    # Only arrays that enter a layer unchanged count: targets and masks may be large.
     taken = [layer.input_rms for layer in facts.layers]
     enters = lambda rms: any(math.isclose(rms, x, rel_tol=0.02) for x in taken)
     size = max(filter(enters, facts.batch.array_rms), default=0.0)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from .._layers import Layer
-from ._rule import Facts, Rule, Verdict
+from ._rule import Facts, Rule, Verdict, graded
 
 GROWTH = {"warning": 30.0, "critical": 1e4}
 WEAK_CHI = 0.5  # Of an activation that no initialisation makes up for.
@@ -15,9 +15,7 @@ SOURCE = "Schoenholz et al. (2017), https://arxiv.org/abs/1611.01232"
 
 
 def severity_of(log_growth: float, limits=GROWTH) -> str:
-    size = math.exp(min(abs(log_growth), 700.0))
-    reached = [name for name in ("warning", "critical") if size >= limits[name]]
-    return reached[-1] if reached else ""
+    return graded(math.exp(min(abs(log_growth), 700.0)), limits)
 
 
 def log_ratio(first: float, last: float) -> float:
@@ -43,7 +41,7 @@ def _growths(path: Sequence[Layer]) -> tuple[float, float]:
     return forward, log_ratio(path[-1].gradient_norm, path[0].gradient_norm)
 
 
-def _span(path: Sequence[Layer]) -> tuple[str, float, list[float]]:
+def _span(path: Sequence[Layer]) -> tuple[str, float]:
     """The layer where the gradient changes most, and its share of all change."""
     logs = [
         log_ratio(after.gradient_norm, before.gradient_norm)
@@ -52,7 +50,7 @@ def _span(path: Sequence[Layer]) -> tuple[str, float, list[float]]:
     total = sum(logs)
     same = [x if x * total > 0 else 0.0 for x in logs]
     at = int(np.argmax(np.abs(same)))
-    return path[at].name, same[at] / total if total else 0.0, logs
+    return path[at].name, same[at] / total if total else 0.0
 
 
 def gain(facts: Facts) -> Iterator[Verdict]:
@@ -112,7 +110,7 @@ def _through(facts: Facts, rule: str, sign: int) -> Iterator[Verdict]:
     forward, backward = _growths(path)
     severity = severity_of(backward) if backward * sign > 0 else ""
     if severity:
-        name, share, _ = _span(path)
+        name, share = _span(path)
         chis = [x.chi for x in path if math.isfinite(x.chi) and x.chi > 0]
         theory = [x.chi_theory for x in path if x.chi_theory > 0]
         mean = lambda xs: float(np.exp(np.mean(np.log(xs)))) if xs else math.nan

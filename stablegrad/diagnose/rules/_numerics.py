@@ -3,11 +3,11 @@
 import math
 from collections.abc import Iterator
 
-from .._taps import HALF_LARGEST
+from .._taps import FLOAT16_LARGEST
 from ._rule import Facts, Rule, Verdict
 
-HALF_HEADROOM = HALF_LARGEST / 8
-HALF_GRADIENT = 2.0**-20  # RMS; float16 rounds below 2^-25 to zero.
+FLOAT16_HEADROOM = FLOAT16_LARGEST / 8
+FLOAT16_GRADIENT = 2.0**-20  # RMS; float16 rounds below 2^-25 to zero.
 
 
 def nonfinite_parameters(facts: Facts) -> Iterator[Verdict]:
@@ -50,7 +50,7 @@ def nonfinite_values(facts: Facts) -> Iterator[Verdict]:
             layer=layer.name,
             finding=f"{count:.0f} values are not finite: {where}{at}.",
             evidence={"values": count, "input_rms": layer.input_rms},
-            threshold=f"|x| <= {HALF_LARGEST:.0f}" if half else "0 values",
+            threshold=f"|x| <= {FLOAT16_LARGEST:.0f}" if half else "0 values",
             source="IEEE 754 binary16" if half else "definition",
             remedy=f"Compute {layer.name} in bfloat16 or float32, or scale its weights."
             if half
@@ -109,7 +109,7 @@ def overflow16(facts: Facts) -> Iterator[Verdict]:
     for layer in facts.layers:
         if layer.dtype != "float16" or layer.nonfinite:
             continue
-        if layer.largest > HALF_HEADROOM:
+        if layer.largest > FLOAT16_HEADROOM:
             yield Verdict(
                 rule="overflow16",
                 severity="warning",
@@ -117,7 +117,7 @@ def overflow16(facts: Facts) -> Iterator[Verdict]:
                 finding=f"Values of {layer.name} reach {layer.largest:.3g}, and "
                 "float16 ends at 65504.",
                 evidence={"largest": layer.largest},
-                threshold=f"{HALF_HEADROOM:.0f}, an eighth of the largest float16",
+                threshold=f"{FLOAT16_HEADROOM:.0f}, an eighth of the largest float16",
                 source="IEEE 754 binary16",
                 remedy=f"Compute {layer.name} in bfloat16 or float32.",
                 formula="bfloat16 holds 3.4e38, float16 65504",
@@ -131,7 +131,7 @@ def underflow16(facts: Facts) -> Iterator[Verdict]:
     small = [
         layer
         for layer in facts.layers
-        if layer.dtype == "float16" and 0 <= layer.gradient_rms < HALF_GRADIENT
+        if layer.dtype == "float16" and 0 <= layer.gradient_rms < FLOAT16_GRADIENT
     ]
     if not small:
         return
@@ -144,7 +144,7 @@ def underflow16(facts: Facts) -> Iterator[Verdict]:
         finding=f"Gradients at {layer.name} have an RMS of {layer.gradient_rms:.2g}; "
         "float16 makes zeros of what is below 3e-8.",
         evidence={"gradient_rms": layer.gradient_rms, "layers": float(len(small))},
-        threshold=f"RMS {HALF_GRADIENT:.2g}",
+        threshold=f"RMS {FLOAT16_GRADIENT:.2g}",
         source="Micikevicius et al. (2018), https://arxiv.org/abs/1710.03740",
         remedy="Scale the loss up, and the gradients down again in float32.",
         formula=f"grad = grad(scale * loss) / scale, scale = {factor:g}",

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from .._training import SCALES
-from ._rule import Facts, Rule, Verdict
+from ._rule import Facts, Rule, Verdict, graded
 
 EPSILON = {"warning": 0.5, "critical": 0.9}
 STALE = 2.3
@@ -74,8 +74,8 @@ def epsilon(facts: Facts) -> Iterator[Verdict]:
     if not leaves:
         return
     share = float(np.average([x for _, x in leaves], weights=sizes))
-    reached = [name for name, limit in EPSILON.items() if share >= limit]
-    if reached:
+    severity = graded(share, EPSILON)
+    if severity:
         roots = [
             numbers["gradient"]
             for numbers in facts.parameters.values()
@@ -86,12 +86,12 @@ def epsilon(facts: Facts) -> Iterator[Verdict]:
         )
         yield Verdict(
             rule="epsilon",
-            severity=reached[-1],
+            severity=severity,
             layer="",
             finding=f"Adam's epsilon of {found.epsilon:.2g} exceeds the gradient of "
             f"{share:.0%} of the elements: they get a fraction of the rate.",
             evidence={"share": share, "epsilon": found.epsilon},
-            threshold=f"{EPSILON[reached[-1]]:.0%} of the elements",
+            threshold=f"{EPSILON[severity]:.0%} of the elements",
             source="Wortsman et al. (2023), https://arxiv.org/abs/2309.14322",
             remedy=f"Lower epsilon to {right:.0e}, or raise the gradients (a loss that "
             "is a mean over fewer things).",

@@ -51,16 +51,16 @@ class Facts:
         return next(layer for layer in self.layers if layer.name == name)
 
     def depth(self, name: str) -> int:
-        """Return the place of a layer or of its weight; of another name, the end."""
+        """Return the index of this layer or weight; the number of layers if none."""
         places = (i for i, x in enumerate(self.layers) if name in (x.name, x.leaf))
         return next(places, len(self.layers)) if name else len(self.layers)
 
     @property
     def path(self) -> list[Layer]:
-        """The layers and residual sums on the way to the head that matters most.
+        """The layers and residual sums on the way to the main head.
 
-        Without those that a residual stream goes around, and without branches that
-        start with weights of zeros.
+        The main head has the largest gradient. Layers beside a residual stream are left
+        out, and so are branches that start with weights of zeros.
         """
         kinds = ("linear", "conv", "sum")
         off = {x.name for x in self.weighted if x.gain == 0 and x.joined}
@@ -89,10 +89,10 @@ class Facts:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """A question to the facts.
+    """A question that is asked of the facts.
 
-    `explains` are the rules whose verdicts are symptoms of this one's. What goes
-    `forward`, such as a saturated layer, has its cause in that layer or before.
+    `explains` names the rules whose verdicts are symptoms of this one's. A verdict of a
+    `forward` rule, such as a saturated layer, has its cause in that layer or before it.
     """
 
     name: str
@@ -100,6 +100,12 @@ class Rule:
     judge: Callable[[Facts], Iterable[Verdict]]
     explains: tuple[str, ...] = ()
     forward: bool = False
+
+
+def graded(value: float, limits: dict[str, float]) -> str:
+    """Return the gravest severity whose limit is reached, or ""; limits rise."""
+    reached = [name for name, limit in limits.items() if value >= limit]
+    return reached[-1] if reached else ""
 
 
 def _others(rule: Rule) -> tuple[str, ...]:

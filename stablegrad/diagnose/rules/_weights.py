@@ -8,8 +8,8 @@ import numpy as np
 from .._layers import Layer
 from ._rule import Facts, Rule, Verdict
 
-# Between the usual initialisations (0.58 of Equinox, 1 of Flax, 1.41 of He) lie factors
-# of 2.4, so that a factor of 4 from the other layers is none of them.
+# The gains of the usual initialisations (0.58 in Equinox, 1 in Flax, 1.41 of He) differ
+# by at most a factor of 2.4, so they do not explain a factor of 4 from other layers.
 LARGE, LARGE_AGAINST_PEERS = 2.5, 4.0
 CRITICAL = 8.0
 SMALL, SMALL_AGAINST_PEERS = 4.0, 4.0

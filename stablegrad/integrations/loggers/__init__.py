@@ -1,4 +1,4 @@
-"""Loggers: what a guard did, written where the rest of a run is, a step late."""
+"""Loggers: they write what a guard did to a file or a tracking library."""
 
 from ._csv import CSV as CSV
 from ._json_lines import JSONLines as JSONLines

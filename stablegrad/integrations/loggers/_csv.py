@@ -13,7 +13,7 @@ from ...flight_recorder._files import append_lines, write_whole
 class CSV:
     """Write a file of comma-separated values: a column a name, a row a step.
 
-    An existing file is gone on with. A new name becomes a new column, for which the
+    An existing file is continued. A new name becomes a new column, for which the
     file is written anew; a number that a step does not have is left empty. A step that
     a resumed run takes again has two rows. A row that a killed process left unfinished
     stays as it is, and cells beyond the header are dropped with the next new column.

@@ -13,7 +13,7 @@ class JSONLines:
     """Append one JSON object a step to a file; null stands for nan and inf.
 
     Args:
-        path: The file. An existing one is gone on with, on a new line if a killed
+        path: The file. An existing one is continued, on a new line if a killed
             process left the last one unfinished.
     """
 

@@ -12,7 +12,7 @@ from ... import _checks, _trees
 from ..._observe import metrics
 from ..._packing import Packed, Packing, decode, encode, on_host
 from ..._scalars import select_scalars
-from ...engine._record import column_names
+from ...engine._record import column_names, dtypes_and_names
 from ._writer import Writer
 
 REAL = (jnp.floating, jnp.integer, jnp.bool_)
@@ -37,7 +37,7 @@ class Late:
         *writers: What to write to: `CSV`, `JSONLines`, `TensorBoard`,
             `WeightsAndBiases`, `MLflow`, `CLU`, or any `Writer`. In a run of several
             processes, all of them must log, with writers in one of them alone.
-        interval: Every how many steps to log, >= 1; other steps cost nothing.
+        interval: Steps from one log entry to the next, >= 1; others cost nothing.
         every: Whether to write all numbers, as for `stablegrad.scalars`.
 
     Raises:
@@ -76,7 +76,7 @@ class Late:
 
         Args:
             step: The step, which the host counts.
-            state: A state that holds a guard's anywhere, as for `metrics`.
+            state: A state with a guard's state anywhere in it, as for `metrics`.
             numbers: Further real scalars by name, on the device or not. One that is
                 named like a number of the guard's is written in its place.
 
@@ -149,7 +149,7 @@ def _set_aside(state) -> tuple[dict[str, None], Packed]:
 
 
 def _unpacked(columns: dict[str, None], packed: Packed) -> dict[str, np.ndarray]:
-    described = [key.split(" ", 2)[1:] for key in sorted(columns)]
+    described = dtypes_and_names(columns)
     structs = {name: jax.ShapeDtypeStruct((), kind) for kind, name in described}
     numbers = Packing(structs).unpack(on_host(packed))
     floats = {name for kind, name in described if kind == "float32"}

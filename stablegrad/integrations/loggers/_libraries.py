@@ -1,6 +1,6 @@
-"""Writers to the loggers that others keep: each takes the library's own object.
+"""Writers for the loggers of other libraries: each takes the library's own object.
 
-Whoever opened a run, or a file of summaries, closes it.
+They close nothing: the caller closes the run or the summary writer that it opened.
 """
 
 import importlib

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from ..._trees import count_if, increment
 
 NOTHING, REPLACE, SHIFT, RESTORE = 0, 1, 2, 3  # RESTORE + i: the snapshot in slot i.
-# Parameters of so many times the norm of the last snapshot are restored, and moments of
-# so many times the largest norm in a snapshot.
+# Largest growth of the norm of the parameters since the last snapshot, and of the norm
+# of the moments over that of any snapshot; beyond either, the snapshot is restored.
 MOST_GROWTH = (100.0, 1e6)
 
 
@@ -54,7 +54,7 @@ class RollBackState(NamedTuple):
     steps: jax.Array  # int32: since `init`, saturating.
     calm_run: jax.Array  # int32: steps since the last event, saturating.
     cooldown_left: jax.Array  # int32, >= 0.
-    restores: jax.Array  # int32: since one was taken, but for nan and inf.
+    restores: jax.Array  # int32: since the last snapshot, except those of nan and inf.
     roll_backs: jax.Array  # int32: since `init`, saturating.
     rolled_back: jax.Array  # bool: whether the last step rolled back.
     refusal: jax.Array  # int32: a `Refusal`, of the last step.
@@ -134,7 +134,7 @@ def plan(
     )
     newest = jnp.argmax(held)
     instead = jnp.where(jnp.any(held), RESTORE + newest, NOTHING)
-    # Growth from there that comes again and again is usual.
+    # Growth that has come back after `limit` roll-backs is accepted.
     before = state.norms[newest]
     judged = (before > 0) & jnp.any(held) & (state.restores < settings.limit)
     # A warm-up takes parameters away from zero with the square of time.
@@ -161,7 +161,7 @@ def plan(
 def after_exchange(
     settings: RollBackSettings, before: RollBackState, planned: Plan, done: Exchanged
 ) -> RollBackState:
-    """Return the state after what became of a plan."""
+    """Return the state after a plan was carried out or refused."""
     shifts = done.action == SHIFT
 
     def with_newest(values, newest):
@@ -169,7 +169,7 @@ def after_exchange(
         kept = jnp.where(shifts, values[:-1], values[1:])
         return jnp.where(done.took, jnp.concatenate([first, kept]), values)
 
-    # Moments that a quiet time has let decay are no measure of their growth.
+    # Moments decay in quiet times, so growth is measured from their largest norm.
     largest = jnp.array([0.0, 1.0]) * before.norms[jnp.argmax(before.ages >= 0)]
     norms = jnp.maximum(done.norms, largest)
     cooldown = jnp.asarray(settings.cooldown_steps).astype(jnp.int32)

@@ -1,7 +1,7 @@
 """Snapshots: copies of what a healthy step left behind, taken and restored.
 
-Everything runs in loops of no or one turn. A loop that takes no turn hands its arrays
-on in place, where a condition would copy them.
+Everything runs in `lax.while_loop`s of zero or one iteration. A loop without iterations
+passes its arrays on in place, where `lax.cond` would copy them.
 """
 
 from collections.abc import Callable
@@ -60,9 +60,9 @@ def exchange(
     memory: str,
     axes: MappedAxes = LOCAL,
 ) -> tuple[Written, tuple[Snapshot, ...], Exchanged]:
-    """Carry out a plan, and what it has instead where what it should keep is not sound.
+    """Carry out a plan, or its action `instead` if the step's result is not sound.
 
-    Return what is written, what is kept, and what became of the plan. `params` are
+    Return what is written, the snapshots, and what was done. `params` are
     those before the step if the result is their update, None if it is the new
     parameters. Where devices of mapped `axes` hold shards, all refuse or none.
     """
@@ -103,7 +103,7 @@ def exchange(
 
 
 def unnamed(snapshot: Snapshot) -> Snapshot:
-    """Put tuples in the place of what has names, but for trees like the parameters."""
+    """Replace named tuples and dicts by tuples, except in trees like the parameters."""
     is_like_params = _is_like(snapshot.params)
     is_named = lambda node: isinstance(node, tuple) or type(node) is dict
 
@@ -120,7 +120,7 @@ def unnamed(snapshot: Snapshot) -> Snapshot:
 
 
 def _is_like(params: Any) -> Callable[[Any], bool]:
-    """Return what tells trees like the parameters; one bare array by its shape."""
+    """Return a test for trees with the parameters' structure, or one array's shape."""
     if jax.tree_util.treedef_is_leaf(jax.tree.structure(params)):
         shape = getattr(params, "shape", ())
         return lambda node: bool(shape) and getattr(node, "shape", ()) == shape
@@ -194,7 +194,7 @@ def _moments(snapshot: Snapshot) -> list:
 
 
 def _finite(snapshot: Snapshot) -> jax.Array:
-    """Return whether the parameters and moments are.
+    """Return whether the parameters and moments are finite.
 
     A state may hold an inf of its own on purpose, such as the best loss so far.
     """

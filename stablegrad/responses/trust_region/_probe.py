@@ -29,7 +29,7 @@ BLIND = 0.1  # The factor if r is not finite.
 SAME, ALIKE = 0.05, 3  # Tolerance on r, and equal looks in a row, for a mismatch.
 ROUNDING = 16  # Smallest change of a loss that is seen, in units in the last place.
 
-OFFSET = 0.01  # Smallest difference from the loss, of a rise that is an alarm.
+OFFSET = 0.01  # Smallest difference from the loss, relative to an alarming rise.
 
 KINDS = ("forward", "hvp")
 
@@ -54,7 +54,7 @@ class Look(NamedTuple):
     excess: jax.Array  # float32: excess(a).
     slope: jax.Array  # float32: a s.
     known: jax.Array  # bool: whether both are finite, and more than rounding.
-    blind: jax.Array  # bool: whether the promise drowns in the loss's rounding.
+    blind: jax.Array  # bool: whether the promise is within the loss's rounding error.
     accepted: jax.Array  # bool: whether that part may be taken.
     mismatch: jax.Array  # bool: r stays the same however near, or the loss is another.
     looks: jax.Array  # int32: forward passes, 1 unless shortened.
@@ -91,12 +91,13 @@ def _taken(attempt: Attempt, scale):
 def look(attempt: Attempt, kind: str, scale, rise, accept, aim, is_early=False) -> Look:
     """Look along `scale` times the step, and nearer until it may be taken.
 
-    A part may be taken if the loss stays finite and rises by `rise` at most and, where
-    the step descends, if r is `accept` at most. A part that may not is shortened to
-    where r would be `aim`. A gradient that is c times the loss's own gives r = 1 - 1/c
-    at any length: a mismatch. If an early step may not be taken whole, the next look is
-    at the parameters themselves: if half of the change is there too, the function does
-    not repeat the loss: an offset. Later, losses may have fallen to their rounding.
+    A part may be taken if the loss stays finite, rises by at most `rise` and, where the
+    step descends, if r is at most `accept`. Otherwise it is shortened to where r would
+    be `aim`. A gradient that is c times the loss's own gives r = 1 - 1/c at any length,
+    which is a mismatch. If an early step may not be taken whole, the next look is at
+    the parameters themselves. If half of the change is found there, the function does
+    not repeat the loss: an offset. Later steps are not tested for it, since a loss may
+    have fallen to its rounding errors.
     """
     step = attempt.step()
     attempt = attempt._replace(step=lambda: step)

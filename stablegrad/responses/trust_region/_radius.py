@@ -23,11 +23,11 @@ from ._progress import Progress, after_gain, after_loss, balance, init_progress
 
 DENSE = 5  # The first probes, one a step: R has to be found.
 DECAY = 0.8  # Weight of the past in averages over probes: five of them.
-GAIN = 0.3  # Of log R for r: a probe moves R by a third at most.
+GAIN = 0.3  # Change of log R per unit of r: one probe moves R by a third at most.
 FIRST_TARGET = 1 / 2  # The minimum along the step.
 LEAST_TARGET = 0.2  # Two fifths of the way to that minimum are never too long.
-PACE = 0.03  # Of the target for `balance`: it passes 1 after 17 good probes.
-LONGER = 4.0  # Times the last step: where R has to be found anew.
+PACE = 0.03  # Change of the target per unit of `balance`: 17 good probes pass 1.
+LONGER = 4.0  # A step so many times as long as the last one resets the search for R.
 ACCEPT = 1 / 2  # Largest r of the first step; one that is shortened aims at half of it.
 SHOWN = ("ratio", "scale", "probes", "cuts", "mismatch", "target")  # For `metrics`.
 NEVER = LARGEST  # A radius that does not bind; the state stays finite.
@@ -47,7 +47,7 @@ class TrustRegionState(NamedTuple):
     progress: Progress
     steps_tried: jax.Array  # int32: steps with a length.
     probes_known: jax.Array  # int32: probes with a finite result that descend.
-    probes_blind: jax.Array  # int32: in a row, whose promise drowns in rounding.
+    probes_blind: jax.Array  # int32: probes in a row within the loss's rounding error.
 
 
 def init_radius() -> TrustRegionState:
