@@ -12,7 +12,7 @@ class Checkpoints:
     """The newest healthy state of each run, and the settings that all of them share.
 
         folder/settings.json
-        folder/<run>/<epoch>/    arrays, and what was told with them
+        folder/<run>/<epoch>/    arrays and metadata
 
     A folder that is not resumed is emptied first. States that are not finite are not
     saved, so such a run is resumed from its last healthy epoch.
@@ -34,18 +34,18 @@ class Checkpoints:
         self.folder.mkdir(parents=True)
         path.write_text(json.dumps(settings))
 
-    def save(self, run: str, epoch: int, state: Any, told: dict[str, Any]) -> bool:
+    def save(self, run: str, epoch: int, state: Any, metadata: dict[str, Any]) -> bool:
         """Writes a state with an `opt_state`, and what goes into JSON, if healthy."""
         with self._open(run) as checkpoints:
             trees = state._replace(opt_state=())
-            return checkpoints.save(epoch, trees, state.opt_state, told)
+            return checkpoints.save(epoch, trees, state.opt_state, metadata)
 
-    def told(self, run: str) -> dict[str, Any] | None:
-        """What was told with the newest checkpoint of a run; None if it has none."""
+    def metadata(self, run: str) -> dict[str, Any] | None:
+        """The metadata of the newest checkpoint of a run; None if it has none."""
         if not (self.folder / run).exists():
             return None
         with self._open(run) as checkpoints:
-            return checkpoints.told()
+            return checkpoints.metadata()
 
     def state(self, run: str, like: Any) -> Any:
         """The newest state of a run, on the devices on which `like` is."""

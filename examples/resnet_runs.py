@@ -106,34 +106,35 @@ def score(evaluate, trained: classifiers.Trained, split) -> tuple[float, float]:
 
 
 def begin(name: str, setting: Setting):
-    """A run's step, what it trains, and what it has told: new, or as it was saved."""
+    """A run's step, what it trains, and its records so far: new, or restored."""
     options, say = setting.options, setting.progress.console.print
-    saved = setting.checkpoints.told(name)
-    told = saved or {"rate": PLAIN.get(name), "why": "", "seconds": 0.0, "epochs": []}
-    if told["rate"] is None:
-        told |= first_rate(options)
-    if told["why"]:
-        say(f"{name}: {told['why']}", highlight=False)
+    saved = setting.checkpoints.metadata(name)
+    new = {"rate": PLAIN.get(name), "why": "", "seconds": 0.0, "epochs": []}
+    records = saved or new
+    if records["rate"] is None:
+        records |= first_rate(options)
+    if records["why"]:
+        say(f"{name}: {records['why']}", highlight=False)
     limit = functools.partial(
         sg.limit_gradient, max_norm=options.gradient_limit / options.batch_size
     )
-    tx = optimizer(name, told["rate"])
+    tx = optimizer(name, records["rate"])
     graphdef, trained = classifiers.start(
         build(options, limit if name == ADAPTIVE else None), tx
     )
     trained = jax.device_put(trained, NamedSharding(setting.mesh, P()))
     if saved:
         trained = setting.checkpoints.state(name, trained)
-        say(f"{name}: resumed after epoch {len(told['epochs'])}", highlight=False)
-    return classifiers.make_step(graphdef, tx), trained, told
+        say(f"{name}: resumed after epoch {len(records['epochs'])}", highlight=False)
+    return classifiers.make_step(graphdef, tx), trained, records
 
 
 def train_one(name: str, setting: Setting, evaluate, results: list[Result]) -> None:
     """One run; it is the last of `results`, however far it comes."""
     options = setting.options
-    step, trained, told = begin(name, setting)
-    history = told["epochs"]
-    results.append(Result(name, told["rate"], told["seconds"], history))
+    step, trained, records = begin(name, setting)
+    history = records["epochs"]
+    results.append(Result(name, records["rate"], records["seconds"], history))
     steps = len(options.train.labels) // options.batch_size
     bar = setting.progress.add_task(
         name, total=steps * options.epochs, completed=steps * len(history)
@@ -156,7 +157,7 @@ def train_one(name: str, setting: Setting, evaluate, results: list[Result]) -> N
         }
         history.append(row)
         # Before its lines are written, so that no epoch is in the telemetry twice.
-        setting.checkpoints.save(name, epoch, trained, told)
+        setting.checkpoints.save(name, epoch, trained, records)
         for i, numbers in enumerate(rows):
             setting.log.write(steps * (epoch - 1) + i, {"run": name, **numbers})
         setting.log.write(steps * epoch, {"run": name, "epoch": epoch, **row})

@@ -174,7 +174,7 @@ def require_state(asker: str, kind: type, state) -> None:
         )
 
 
-def same_leaves(at_init: jax.Array, now: tuple[str, ...]) -> None:
+def require_same_leaves(at_init: jax.Array, now: tuple[str, ...]) -> None:
     """Raise ValueError if the leaves of a step are not those given to `init`.
 
     `at_init` holds the names at `init`. Under a trace only its length is known.
@@ -190,7 +190,7 @@ def same_leaves(at_init: jax.Array, now: tuple[str, ...]) -> None:
     raise _other_leaves(expected, now)
 
 
-def same_layout(given: dict[str, None], own: dict[str, None]) -> None:
+def require_same_layout(given: dict[str, None], own: dict[str, None]) -> None:
     """Raise ValueError if a guard's state was made by one with other responses."""
     if given.keys() == own.keys():
         return
@@ -249,7 +249,7 @@ def _other_leaves(expected: tuple[str, ...], now: tuple[str, ...]) -> ValueError
     )
 
 
-def same_state(before, after) -> None:
+def require_same_state(before, after) -> None:
     """Raise ValueError if an inner state changed its structure from one step on."""
     old, new = jax.tree.structure(before), jax.tree.structure(after)
     if old != new:

@@ -20,7 +20,7 @@ def compiled(
 ) -> Callable[..., Any]:
     """Return an update that compiles once when it is called outside of a trace.
 
-    Called with tracers, it is the plain function. Extra arguments that are no numbers,
+    Called with tracers, it is the plain function. Extra arguments that are not numbers,
     such as `value_fn=`, are constants of the compiled program. A new object compiles a
     new program, and the old one is dropped with all that it refers to.
 

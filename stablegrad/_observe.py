@@ -153,7 +153,7 @@ def keep_if_skipped(state: Any, old: Any, new: Any) -> Any:
 
     Returns:
         A pytree like `new`, each element bit for bit that of one or the other; usable
-        inside jit. Leaves that are no arrays are those of `new`.
+        inside jit. Leaves that are not arrays are those of `new`.
 
     Raises:
         ValueError: If there is no guard in the state, or if the trees differ in

@@ -12,7 +12,7 @@ from ._observe import metrics
 from ._reading import LIMIT_NAME
 from .responses._reasons import Reason
 
-TEN = (
+DEFAULT_NAMES = (
     "loss_value",
     "grad_norm",
     "clipped_grad_norm",
@@ -90,7 +90,7 @@ def select_scalars(numbers: Mapping[str, Any], every: bool) -> dict[str, float |
         value = int(value) if isinstance(value, bool) else value
         prefix = match.group() if (match := GUARD.match(name)) else ""
         own = name.removeprefix(prefix)
-        chosen = own in TEN or own == "trust_mismatch"
+        chosen = own in DEFAULT_NAMES or own == "trust_mismatch"
         if f"{prefix}guarded_steps" in numbers and not every and not chosen:
             continue
         if _says_nothing(prefix, own, value, numbers):

@@ -63,7 +63,7 @@ def cells(row: Row) -> list[str]:
 
 
 def off(estimate: float, observed: float) -> float:
-    """By what factor an estimate is too large or too small; inf if it is no number."""
+    """By what factor an estimate is too large or too small; inf if it is nan."""
     if not (0 < estimate < math.inf and 0 < observed < math.inf):
         return math.inf
     return max(estimate / observed, observed / estimate)

@@ -98,7 +98,7 @@ def main(folder: Path, steps: int = STEPS) -> None:
         first, begun = 0, None
         if found:
             trees, state = found.trees, found.opt_state
-            first, losses = found.told["next"], found.told["losses"]
+            first, losses = found.metadata["next"], found.metadata["losses"]
             assert sg.is_healthy(state, trees)
         tell("restored", found.step if found else -1)
         for t in range(first, steps):
@@ -110,8 +110,8 @@ def main(folder: Path, steps: int = STEPS) -> None:
             checkpoints.wait()
             if begun is not None:
                 tell("whole", begun)
-            told = {"next": t + 1, "losses": losses}
-            if checkpoints.save(t, trees, state, told):
+            metadata = {"next": t + 1, "losses": losses}
+            if checkpoints.save(t, trees, state, metadata):
                 begun = t
                 tell("begun", t)
             sg.save_events(state, folder / "events.jsonl")

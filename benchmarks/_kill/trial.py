@@ -18,7 +18,7 @@ JITTER = 0.05  # Seconds, at most, from a line to the kill.
 
 
 class Start(NamedTuple):
-    """One process of a run, as told on its standard output; None: it told nothing."""
+    """One process of a run, by the lines that it printed; None: no such line."""
 
     restored: int | None  # The checkpoint that it went on from; -1: there was none.
     step: int | None  # The last step that it took.
@@ -43,7 +43,7 @@ def uninterrupted(folder: Path, steps: int, cache: Path) -> dict:
 def killed(number: int, folder: Path, steps: int, kills: int, cache: Path) -> Trial:
     """A run that is killed at random moments, and then left alone.
 
-    The moment is a random line of the standard output, and a few milliseconds.
+    It is killed a few milliseconds after a random line of its standard output.
     """
     rng, starts = np.random.default_rng([number, kills]), []
     while True:

@@ -137,6 +137,6 @@ def _second_moment(state, params) -> Any:
 
 
 def _nodes_with(field: str, state) -> list[Any]:
-    """Return the nodes of a state with a field of this name that is no method."""
+    """Return the nodes of a state with a field of this name that is not a method."""
     has_field = lambda node: hasattr(node, field) and not callable(getattr(node, field))
     return nodes(state, has_field)

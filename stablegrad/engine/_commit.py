@@ -4,10 +4,10 @@
 
 An element of the parameters or of the inner state that was finite and would no longer
 be is kept as it was, and counted. On an accelerator the mask fuses into the optimizer's
-own kernels, and counting takes a kernel a leaf. On a CPU, a mask on the inner state and
-a count cost more than the step. There, large trees of float32 leaves have only their
-parameters masked, and `is_checked` steps are inspected before they are written: a step
-that would break the inner state is held.
+own kernels, and counting takes one kernel per leaf. On a CPU, a mask on the inner state
+and a count cost more than the step. There, large trees of float32 leaves have only
+their parameters masked, and `is_checked` steps are inspected before they are written: a
+step that would break the inner state is held.
 """
 
 from collections.abc import Callable
@@ -78,7 +78,7 @@ def commit(
     def run(updates, inner_state, params):
         gradient = scale_leaves(updates, scales[0], step.like)
         update, new_state = inner(gradient, inner_state, params)
-        _checks.same_state(inner_state, new_state)
+        _checks.require_same_state(inner_state, new_state)
         return scale_leaves(update, scales[1], step.like), new_state
 
     def inspect(updates, inner_state, params):

@@ -129,7 +129,7 @@ def cause_of(
 
 
 def check_batch(extra: dict[str, Any]) -> None:
-    """Raise ValueError if a `batch_id=` that is no array of JAX is out of range."""
+    """Raise ValueError if a `batch_id=` that is not a JAX array is out of range."""
     given = extra.get("batch_id")
     if given is None or isinstance(given, jax.Array):  # Not waited for.
         return

@@ -1,7 +1,7 @@
 """Statistics of all thresholds of a guard, joined by family.
 
 Thresholds of one family, such as five z-scores, keep their statistics as one state with
-a row a group. That costs as many kernels as one z-score.
+one row per group. That costs as many kernels as one z-score.
 """
 
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from ..responses._base import Response
 from ..thresholds._base import Judgement, Threshold, learn
 
 Place = tuple[int, int]  # A response, and one of its thresholds.
-# For each response, one item a threshold.
+# For each response, one item per threshold.
 PerThreshold = list[tuple]
 
 

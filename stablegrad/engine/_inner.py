@@ -29,7 +29,7 @@ class Inner:
             if all(map(_trees.is_array, jax.tree.leaves(params))):
                 raise
             raise TypeError(
-                "`init` got parameters with leaves that are no arrays. Of an Equinox "
+                "`init` got parameters with leaves that are not arrays. Of an Equinox "
                 "model, pass `eqx.filter(model, eqx.is_inexact_array)`."
             ) from error
 

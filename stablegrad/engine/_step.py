@@ -106,7 +106,7 @@ class GuardedStep:
 
     def check_leaves(self, state: GuardState, like) -> None:
         """Raise ValueError unless a state was made for a tree like this one."""
-        _checks.same_leaves(state.names, _trees.leaf_names(like))
+        _checks.require_same_leaves(state.names, _trees.leaf_names(like))
 
     def update(self, updates, state, params=None, **extra) -> tuple[Any, GuardState]:
         """Return the updates to add to the parameters, and the next state."""
@@ -147,7 +147,7 @@ class GuardedStep:
         like = updates if params is None else params
         updates = _trees.floating_like(updates, like)
         own_layout = describe(self._responses, self._statistics, like)
-        _checks.same_layout(state.layout, own_layout)
+        _checks.require_same_layout(state.layout, own_layout)
         step = StepContext(updates, params, like, extra, self._axes)
         packing = Packing(jax.eval_shape(lambda: self._init_numbers(like)))
         record, states, statistics = packing.unpack(state.numbers)

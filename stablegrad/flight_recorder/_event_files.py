@@ -17,7 +17,7 @@ KINDS = tuple(kind.name.lower() for kind in EventKind)
 
 NUMBERS = ("grad_norm", "loss", "lr_scale", "value", "limit")
 OF_BATCHES = ("nonfinite_gradient", "nonfinite_value", "gradient_overflow")  # Reasons.
-FORGOTTEN = "events_forgotten"  # The field of a line that is no event.
+FORGOTTEN = "events_forgotten"  # The field of a line that is not an event.
 
 
 def _is_count(x) -> bool:
@@ -113,7 +113,7 @@ def load_events(path: str | os.PathLike) -> Events:
         >>> sg.load_events(path)  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...
-        ValueError: ...events.jsonl, line 1, is not an event: it is no JSON...
+        ValueError: ...events.jsonl, line 1, is not an event: it is not JSON...
     """
     found = Events()
     data = Path(path).read_bytes()
@@ -121,7 +121,7 @@ def load_events(path: str | os.PathLike) -> Events:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise _broken(path, number, "it is no JSON.") from error
+            raise _broken(path, number, "it is not JSON.") from error
         names = set(row) if isinstance(row, dict) else set()
         # Files of earlier versions have no `guard`.
         if names != {FORGOTTEN} and names | {"guard"} != set(Event._fields):

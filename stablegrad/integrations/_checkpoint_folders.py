@@ -49,15 +49,15 @@ def step_number(step: Any) -> int:
     return number
 
 
-def as_json(told: Any) -> Any:
-    """Return a deep copy of `told`: the caller may change the original later.
+def as_json(metadata: Any) -> Any:
+    """Return a deep copy of `metadata`: the caller may change the original later.
 
     Raise TypeError if JSON cannot hold it.
     """
     try:
-        return json.loads(json.dumps(told))
+        return json.loads(json.dumps(metadata))
     except (TypeError, ValueError) as error:
-        raise TypeError(f"`told` must be something for JSON: {error}.") from error
+        raise TypeError(f"`metadata` must be something for JSON: {error}.") from error
 
 
 def as_arrays(trees: Any, opt_state: Any) -> dict[str, Any]:
@@ -116,7 +116,7 @@ def described(tree: Any) -> dict[str, tuple]:
 
 
 def differences(stored: dict[str, tuple], wanted: dict[str, tuple]) -> str:
-    """Return what differs, a line a leaf; "" if nothing does."""
+    """Return what differs, one line per leaf; "" if nothing does."""
     names = [*stored, *(name for name in wanted if name not in stored)]
     lines = [
         f"  {name}: saved {stored.get(name, 'not')}, wanted {wanted.get(name, 'not')}"

@@ -21,7 +21,7 @@ class Restored(NamedTuple):
     step: int
     trees: Any
     opt_state: Any
-    told: Any
+    metadata: Any
 
 
 class HealthyCheckpoints:
@@ -56,7 +56,7 @@ class HealthyCheckpoints:
         ...     good = checkpoints.save(1, params, state, {"epoch": 3})
         ...     bad = checkpoints.save(2, params * jnp.nan, state)
         ...     found = checkpoints.restore(params, state)
-        >>> good, bad, found.step, found.told
+        >>> good, bad, found.step, found.metadata
         (True, False, 1, {'epoch': 3})
     """
 
@@ -93,7 +93,7 @@ class HealthyCheckpoints:
         """Steps of all whole checkpoints, in order."""
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, trees: Any, opt_state: Any, told: Any = None) -> bool:
+    def save(self, step: int, trees: Any, opt_state: Any, metadata: Any = None) -> bool:
         """Save the state if it is healthy; return whether it was saved.
 
         Args:
@@ -104,12 +104,12 @@ class HealthyCheckpoints:
                 and numbers, which are restored as arrays.
             opt_state: The optimizer's state, which may hold an inf on purpose: it is
                 healthy if its guards are.
-            told: Anything for JSON: an epoch, a place in the data.
+            metadata: Anything for JSON: an epoch, a place in the data.
 
         Raises:
             CheckpointError: If this or the last one cannot be written, if `step` is
                 not larger than the newest, or after `close`; earlier ones stay whole.
-            TypeError: If a leaf is neither an array nor a number, or `told` not JSON's.
+            TypeError: If a leaf is no array or number, or `metadata` is not for JSON.
             ValueError: If `step` is not an integer >= 0.
         """
         step = folders.step_number(step)
@@ -120,9 +120,9 @@ class HealthyCheckpoints:
         if not folders.is_healthy(trees, guards):
             return False
         calm = all(folders.is_calm(own, self._calm_steps) for own in guards)
-        notes = {"format": folders.FORMAT, "calm": calm, "told": folders.as_json(told)}
-        state, told = ocp.args.StandardSave(saved), ocp.args.JsonSave(notes)
-        items = ocp.args.Composite(state=state, notes=told)
+        own = folders.as_json(metadata)
+        notes = ocp.args.JsonSave({"format": folders.FORMAT, "calm": calm, "told": own})
+        items = ocp.args.Composite(state=ocp.args.StandardSave(saved), notes=notes)
         self.wait()
         what = f"checkpoint {step} was not written"
         newest = self._manager.latest_step()
@@ -174,10 +174,8 @@ class HealthyCheckpoints:
             found = self._manager.restore(step, args=items)
         except Exception as error:
             raise self._failed(what, error) from error
-        state = found["state"]
-        return Restored(
-            step, state["trees"], state["opt_state"], found["notes"]["told"]
-        )
+        state, metadata = found["state"], found["notes"]["told"]
+        return Restored(step, state["trees"], state["opt_state"], metadata)
 
     def delete_newer(self, step: int) -> None:
         """Delete the checkpoints newer than `step`, so that the next can be saved.
@@ -195,8 +193,8 @@ class HealthyCheckpoints:
             if newer > step:
                 self._manager.delete(newer)
 
-    def told(self, step: int | None = None) -> Any:
-        """Read what was told with a checkpoint, the newest by default; None if none.
+    def metadata(self, step: int | None = None) -> Any:
+        """Read the metadata of a checkpoint, the newest by default; None if none.
 
         Raises:
             CheckpointError: If it is damaged.

@@ -62,14 +62,14 @@ def back_off(
         *thresholds: What counts as an explosion; at least one.
         factor: One cut. Dimensionless, in (0, 1).
         confirm_steps: Explosions in a row, with no signal below the one before, after
-            which the rate is cut, >= 1. With 2, a single bad batch, which is no fault
-            of the learning rate, costs nothing.
+            which the rate is cut, >= 1. With 2, a single bad batch, for which the
+            learning rate is not to blame, costs nothing.
         hold_steps: Calm steps after which the next rise cuts again and regrowth starts,
             >= 0. 0: every explosion cuts.
         regrow_steps: Calm steps that undo one cut, >= 1.
         min_scale: Smallest factor on the learning rate, in (0, 1].
         limit: A threshold to clip to while the rate is low, as `clip` does; exceeding
-            it is no explosion. None: no clip. A cut by an explosion of the update
+            it is not an explosion. None: no clip. A cut by an explosion of the update
             (of="update_norm") comes too late to clip the gradient of its own step.
         limit_below: The k_t below which `limit` is in force, in (0, 1]. 1: whenever the
             rate is lowered at all.

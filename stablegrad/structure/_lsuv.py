@@ -71,7 +71,7 @@ def lsuv(
     places = {_trees.path_name(path): i for i, (path, _) in enumerate(paths)}
     if unknown := [name for name in order if name not in places]:
         raise ValueError(
-            f"`outputs` names {unknown}, which are no leaves of `params`. These are: "
+            f"`outputs` names {unknown}, which are not leaves of `params`. These are: "
             f"{', '.join(places)}."
         )
     for layer, name in enumerate(order):

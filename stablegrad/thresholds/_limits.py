@@ -31,7 +31,7 @@ def fixed(
         limit: Largest normal value, in the signal's unit. Finite; >= 0 for a norm.
         of: What is measured: "grad_norm", "value" (the loss), "update_norm", or a
             function `(updates, params, extra) -> scalar`.
-        per: The granularity: "global" for one number a step, "leaf" for one a leaf,
+        per: The granularity: "global" for one number a step, "leaf" for one per leaf,
             "unit" or `units(...)` for one an output neuron, or a function
             `(path, leaf)` that gives leaves of a group the same label, and None to
             those left out. Norms only, but for "global".

@@ -159,7 +159,7 @@ def test_a_clip_works_inside_a_guard_and_both_are_read_at_once():
 
 
 @pytest.mark.slow
-def test_the_percentile_face_shrinks_one_step_in_two_hundred():
+def test_clip_by_percentile_shrinks_one_step_in_two_hundred():
     flat = healthy(5000, sigma=0.5)
     out, _ = run(sg.clip_by_percentile(), flat)
     assert 0.002 < np.mean(kept(out, flat) < 1 - 1e-5) < 0.01

@@ -231,19 +231,19 @@ def test_a_diverged_run_is_ranked_last():
 
 def test_checkpoints_keep_the_newest_healthy_state_and_what_was_told(tmp_path):
     checkpoints = Checkpoints(tmp_path / "new", {"width": 4}, resume=False)
-    assert checkpoints.told("run") is None
+    assert checkpoints.metadata("run") is None
     for epoch in (1, 2, 3):
         w = np.full(3, epoch if epoch < 3 else np.nan, np.float32)
         state = classifiers.Trained({"w": w}, {}, ())
         told = {"epochs": epoch, "loss": math.nan}
         assert checkpoints.save("run", epoch, state, told) == (epoch < 3)
     again = Checkpoints(tmp_path / "new", {"width": 4}, resume=True)
-    told = again.told("run")
-    assert told["epochs"] == 2 and math.isnan(told["loss"])
+    metadata = again.metadata("run")
+    assert metadata["epochs"] == 2 and math.isnan(metadata["loss"])
     np.testing.assert_array_equal(again.state("run", state).params["w"], [2, 2, 2])
     with pytest.raises(ValueError, match="was begun with width 4, not 8"):
         Checkpoints(tmp_path / "new", {"width": 8}, resume=True)
-    assert Checkpoints(tmp_path / "new", {}, resume=False).told("run") is None
+    assert Checkpoints(tmp_path / "new", {}, resume=False).metadata("run") is None
 
 
 def test_a_folder_of_something_else_is_never_emptied(tmp_path):

@@ -44,7 +44,7 @@ def test_an_event_tells_signal_value_limit_and_the_batches():
         (1, 1, 9),
         (60, 1, 8),  # Above the limit of `skip`, and above that of `clip` before it.
         (70, 1, 17),
-        (3, 1, 5),  # Clipped alone, which is no event.
+        (3, 1, 5),  # Clipped alone, which is not an event.
         (1, 7, 4),
         (1, np.inf, 2),
         (np.nan, 1, 3),
@@ -205,8 +205,8 @@ def test_events_go_to_json_and_back(tmp_path):
 
 
 BROKEN = (
-    ("no JSON", b'{"step": 1, "kind"'),
-    ("no JSON", b"\xff\xfe\x00"),
+    ("not JSON", b'{"step": 1, "kind"'),
+    ("not JSON", b"\xff\xfe\x00"),
     ("its fields are not", b'{"step": 1}'),
     ("its fields are not", b"[1, 2]"),
     ("its fields are not", b'["events_forgotten"]'),

@@ -67,15 +67,15 @@ def test_a_run_restored_amid_a_spike_goes_on_bit_for_bit(tmp_path):
     spike = [1, 1.1, 0.9, 1, 1.05, 1, 50, np.nan, 70, 60, np.inf, 40, 1, 1, 0.9]
     carry, whole = start(), train(start(), spike)
     with HealthyCheckpoints(tmp_path / "new") as checkpoints:
-        assert checkpoints.restore(*start()) is None and checkpoints.told() is None
+        assert checkpoints.restore(*start()) is None and checkpoints.metadata() is None
         for i, size in enumerate(spike[:9]):
             carry = train(carry, [size])
             assert checkpoints.save(i, *carry, {"next": i + 1})
     with HealthyCheckpoints(tmp_path / "new") as again:
         found = again.restore(*start())
-    assert found.step == 8 and found.told == {"next": 9}
+    assert found.step == 8 and found.metadata == {"next": 9}
     assert same((found.trees, found.opt_state), carry)
-    resumed = train((found.trees, found.opt_state), spike[found.told["next"] :])
+    resumed = train((found.trees, found.opt_state), spike[found.metadata["next"] :])
     assert same(resumed, whole)
     assert int(sg.metrics(resumed[1])["skipped_steps"]) > 1
 
@@ -126,13 +126,13 @@ def test_what_is_told_may_change_while_the_disk_is_written(tmp_path, monkeypatch
         time.sleep(0.2)
         return dumps(*args, **kwargs)
 
-    carry, told, dumps = train(start(), [1]), {"losses": [1.0]}, json.dumps
+    carry, metadata, dumps = train(start(), [1]), {"losses": [1.0]}, json.dumps
     with HealthyCheckpoints(tmp_path) as checkpoints:
         monkeypatch.setattr(json, "dumps", slow)
-        assert checkpoints.save(1, *carry, told)
-        told["losses"].append(2.0)
+        assert checkpoints.save(1, *carry, metadata)
+        metadata["losses"].append(2.0)
         checkpoints.wait()
-        assert checkpoints.told() == {"losses": [1.0]}
+        assert checkpoints.metadata() == {"losses": [1.0]}
 
 
 def test_what_is_not_healthy_is_never_saved(tmp_path):
@@ -205,7 +205,7 @@ def test_a_checkpoint_that_is_not_newer_is_an_error_until_the_newer_are_deleted(
         assert checkpoints.save(2, *other, "again")
     with HealthyCheckpoints(tmp_path) as checkpoints:
         found = checkpoints.restore(*start())
-        assert checkpoints.steps == [1, 2] and found.told == "again"
+        assert checkpoints.steps == [1, 2] and found.metadata == "again"
         assert same((found.trees, found.opt_state), other)
 
 
@@ -316,9 +316,9 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(way, tmp_path):
 def test_nothing_is_saved_after_close_or_told_that_json_does_not_have(tmp_path):
     carry = train(start(), [1.0])
     with HealthyCheckpoints(tmp_path / "run") as checkpoints:
-        with pytest.raises(TypeError, match="`told` must be something for JSON"):
-            checkpoints.save(0, *carry, told={"epoch": np.int64(3)})
-        assert checkpoints.save(0, *carry, told={"epoch": 3})
+        with pytest.raises(TypeError, match="`metadata` must be something for JSON"):
+            checkpoints.save(0, *carry, metadata={"epoch": np.int64(3)})
+        assert checkpoints.save(0, *carry, metadata={"epoch": 3})
     with pytest.raises(CheckpointError, match="checkpoint 1 was not written: it is cl"):
         checkpoints.save(1, *carry)
     assert [path.name for path in (tmp_path / "run").glob("*tmp*")] == []

@@ -142,7 +142,7 @@ def test_lsuv_leaves_a_layer_of_zeros_and_one_within_the_tolerance_alone():
 
 def test_lsuv_names_what_is_no_leaf():
     outputs = lambda params: {"kernel": params["z"]["kernel"]}
-    with pytest.raises(ValueError, match=r"names \['kernel'\], which are no leaves"):
+    with pytest.raises(ValueError, match=r"names \['kernel'\], which are not leaves"):
         structure.lsuv(outputs, lsuv_params(1.0))
 
 

@@ -11,7 +11,7 @@ from ...flight_recorder._files import append_lines, write_whole
 
 
 class CSV:
-    """Write a file of comma-separated values: a column a name, a row a step.
+    """Write a file of comma-separated values: a column per name, a row per step.
 
     An existing file is continued. A new name becomes a new column, for which the
     file is written anew; a number that a step does not have is left empty. A step that

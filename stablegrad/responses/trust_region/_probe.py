@@ -142,7 +142,7 @@ def look(attempt: Attempt, kind: str, scale, rise, accept, aim, is_early=False) 
 
 
 def _forward(attempt: Attempt, scale, slope):
-    """Return a function for the excess that takes one forward pass a look."""
+    """Return a function for the excess that takes one forward pass per look."""
 
     def excess_at(part):
         step = scale_leaves(attempt.step(), uniform(part * scale), attempt.gradient)
