@@ -66,7 +66,7 @@ def _require_within(name: str, value, least: int, whole: bool) -> None:
         raise ValueError(f"`{name}` must be an integer <= {_MOST}, got {value!r}.")
 
 
-def described(thing) -> str:
+def short_repr(thing) -> str:
     """Return a short word for a wrong argument."""
     name = getattr(thing, "name", None)
     return f"`{name}(...)`" if isinstance(name, str) else repr(thing)[:60]
@@ -80,7 +80,7 @@ def require_optimizer(asker: str, thing) -> None:
     if is_response or not looks_like_one:
         raise TypeError(
             f"`{asker}` must be given an optax transformation first, such as "
-            f"`optax.adamw(1e-3)`, got {described(thing)}."
+            f"`optax.adamw(1e-3)`, got {short_repr(thing)}."
         )
 
 

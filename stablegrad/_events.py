@@ -117,10 +117,10 @@ def events(state: Any, params: Any = None) -> Events:
             own = [event._replace(guard=number) for event in own]
         listed += own
         forgotten += int(np.sum(np.asarray(record.log.logged)[..., 0])) - len(own)
-    return Events(sorted(listed, key=place), forgotten)
+    return Events(sorted(listed, key=event_key), forgotten)
 
 
-def place(event: Event) -> tuple[int, int, int, str]:
+def event_key(event: Event) -> tuple[int, int, int, str]:
     """Return the key that identifies an event, and by which events are sorted."""
     return event.member or 0, event.step, event.guard or 0, event.kind
 

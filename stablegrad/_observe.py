@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import _reading, _trees
-from ._account import account
+from ._halt_message import halt_message
 from .clipping._readings import numbers_of_clips
 from .engine._record import last_step_of
 from .engine._write import newly_broken
@@ -170,7 +170,8 @@ def keep_if_skipped(state: Any, old: Any, new: Any) -> Any:
         Array([0., 0.], dtype=float32)
     """
     found = _reading.guards(state)
-    if (before := _trees.described(old)) != (after := _trees.described(new)):
+    before, after = map(_trees.shapes_and_dtypes, (old, new))
+    if before != after:
         raise ValueError(
             "`old` and `new` must be the same pytree from before and after the step, "
             f"with equal shapes and dtypes; got\n  old: {before}\n  new: {after}"
@@ -231,4 +232,4 @@ def raise_if_halted(state: Any) -> None:
         if flags.ndim:
             members = np.flatnonzero(flags).tolist()
             raise TrainingHalted(f"training halted for ensemble members {members}.")
-        raise TrainingHalted(account(guard_state))
+        raise TrainingHalted(halt_message(guard_state))

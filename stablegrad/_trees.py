@@ -66,7 +66,7 @@ def leaf_names(tree) -> tuple[str, ...]:
     return tuple(path_name(path) for path, _ in paths_and_leaves(tree))
 
 
-def described(tree) -> str:
+def shapes_and_dtypes(tree) -> str:
     """Return the structure of a tree with the shape and dtype of each leaf."""
 
     def name(leaf) -> str:

@@ -130,7 +130,7 @@ ROOMS = (
     "learning_rate",
     "_reading",
     "_events",
-    "_account",
+    "_halt_message",
     "_observe",
     "_scalars",
     "curvature",

@@ -4,6 +4,8 @@ import math
 import statistics
 from typing import NamedTuple
 
+from markdown_table import table
+
 from .tasks import Task
 
 
@@ -112,9 +114,9 @@ def markdown(rows: list[Row], about: str) -> str:
             "Observed: the smallest learning rate on a grid of x1.1 at which the loss "
             "on a fixed batch exceeds 1.05 of the first within 20 steps. Estimates are "
             "multiples of it; each was made before training.",
-            _table(HEADERS, [cells(row) for row in rows]),
+            table(HEADERS, [cells(row) for row in rows]),
             "## Goals",
-            _table(["goal", "found", "met"], goal_lines),
+            table(["goal", "found", "met"], goal_lines),
             "One step cannot see a spike that the second or the tenth step makes: a "
             "loss that saturates hides it from `forward`, and `directional` knows the "
             "curvature at one point only. Real steps tell.",
@@ -123,15 +125,3 @@ def markdown(rows: list[Row], about: str) -> str:
             about,
         ]
     )
-
-
-def _table(headers: list[str], lines: list[list[str]]) -> str:
-    """A Markdown table with aligned columns."""
-    widths = [max(map(len, column)) for column in zip(headers, *lines, strict=True)]
-
-    def joined(words) -> str:
-        padded = [word.ljust(w) for word, w in zip(words, widths, strict=True)]
-        return f"| {' | '.join(padded)} |"
-
-    rule = joined("-" * width for width in widths)
-    return "\n".join([joined(headers), rule, *map(joined, lines)])

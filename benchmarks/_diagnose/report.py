@@ -4,6 +4,8 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from markdown_table import table
+
 from .faults import TUNED_ON
 from .trial import Result
 
@@ -147,13 +149,13 @@ def markdown(results: Sequence[Result], cost: float | None, about: str) -> str:
             "60 steps of Adam with and without it, on the same four streams of batches "
             "each; where that does not lower the mean loss of the last ten steps by "
             "1 %, the critical learning rate is measured with and without it.",
-            _table(HEADERS, rows(results)),
-            _table(
+            table(HEADERS, rows(results)),
+            table(
                 ["network", "right cause", "right layer", "alarms when healthy"],
                 networks(results),
             ),
             "## Goals",
-            _table(["goal", "found", "met"], met),
+            table(["goal", "found", "met"], met),
             f"Thresholds were set on {', '.join(TUNED_ON)}, with other seeds than "
             f"those shown here. On {judged} defects of the measurement were found and "
             "repaired, also with other seeds, and one rule was added after a miss on "
@@ -163,9 +165,3 @@ def markdown(results: Sequence[Result], cost: float | None, about: str) -> str:
             about,
         ]
     )
-
-
-def _table(headers: list[str], lines: list[list[str]]) -> str:
-    rule = ["---"] * len(headers)
-    table = [headers, rule, *lines]
-    return "\n".join("| " + " | ".join(row) + " |" for row in table)

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import numpy as np
+from markdown_table import table
 
 from _faults.runs import NEAR, Outcome
 from _faults.schedules import KINDS, PLACES, Schedule
@@ -38,13 +39,6 @@ def share(flags) -> str:
     return f"{100 * flags.mean():.1f} %" if flags.size else "-"
 
 
-def table(rows: list[tuple[str, ...]]) -> str:
-    """Markdown; the first row is the header."""
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    lines.insert(1, "|" + "---|" * len(rows[0]))
-    return "\n".join(lines)
-
-
 def overall(parts: list[Part], guarded: set[str]) -> str:
     """One row a method."""
     rows = [HEADER]
@@ -59,7 +53,7 @@ def overall(parts: list[Part], guarded: set[str]) -> str:
             told = ["-", "-"]
         finite, moves = share(all_of("finite")), share(all_of("moves"))
         rows.append((method, str(len(near)), finite, *told, moves, share(near)))
-    return table(rows)
+    return table(rows[0], rows[1:])
 
 
 def by_optimizer(parts: list[Part], method: str) -> str:
@@ -70,7 +64,7 @@ def by_optimizer(parts: list[Part], method: str) -> str:
     for name in dict.fromkeys(part.optimizer for part in own):
         found = {part.dtype: part for part in own if part.optimizer == name}
         rows.append((name, *(share(found[dtype].near) for dtype in dtypes)))
-    return table(rows)
+    return table(rows[0], rows[1:])
 
 
 def by_fault(parts: list[Part], method: str) -> str:
@@ -87,7 +81,7 @@ def by_fault(parts: list[Part], method: str) -> str:
             continue
         holds = [((place == i) & (kind == j)).any(axis=1) for j in range(len(KINDS))]
         rows.append((name, *(share(near[which]) for which in holds)))
-    return table(rows)
+    return table(rows[0], rows[1:])
 
 
 def bad_steps(parts: list[Part], method: str) -> str:

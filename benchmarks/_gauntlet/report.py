@@ -5,6 +5,8 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+from markdown_table import table
+
 from .faults import SHIFTS, STATIONARY
 from .methods import GROUPS, Method
 from .rates import LEGEND, Rates
@@ -71,7 +73,7 @@ def failures(methods: list[Method], rows: list[Row], cells: Cells) -> str:
         totals = [_total(cells[method.name].values()) for method in own]
         lines.append(["**passed**", *totals])
         names = [method.name for method in own]
-        parts.append(f"### {title}\n\n{_table(['failure mode', *names], lines)}")
+        parts.append(f"### {title}\n\n{table(['failure mode', *names], lines)}")
     return "\n\n".join(parts)
 
 
@@ -86,7 +88,7 @@ def by_class(methods: list[Method], rows: list[Row], cells: Cells) -> str:
         lines.append([name, *passed])
     totals = [_total(cells[method.name].values()) for method in methods]
     lines.append(["**all**", *totals])
-    return _table(["class of failure", *(method.name for method in methods)], lines)
+    return table(["class of failure", *(method.name for method in methods)], lines)
 
 
 def criteria(rows: list[Row]) -> str:
@@ -137,7 +139,7 @@ def rates(methods: list[Method], measured: dict[str, Rates]) -> str:
         for method in methods
         if method.name in measured
     ]
-    return f"{_table(header, lines)}\n\n{LEGEND}"
+    return f"{table(header, lines)}\n\n{LEGEND}"
 
 
 def as_json(about: dict[str, Any], cells: Cells, measured: dict[str, Rates]) -> str:
@@ -160,12 +162,3 @@ def _finite(value: float) -> float | None:
 def _total(cells: Iterable[Cell]) -> str:
     outcomes = [cell.outcome for cell in cells]
     return f"{outcomes.count('pass')} of {len(outcomes) - outcomes.count('n.a.')}"
-
-
-def _table(header: list[str], lines: list[list[str]]) -> str:
-    wide = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
-    rule = ["-" * width for width in wide]
-    return "\n".join(
-        "| " + " | ".join(x.ljust(w) for x, w in zip(line, wide, strict=True)) + " |"
-        for line in [header, rule, *lines]
-    )

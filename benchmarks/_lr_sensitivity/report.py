@@ -1,5 +1,6 @@
 """The tables and the summary, in Markdown."""
 
+import markdown_table
 import numpy as np
 
 from stablegrad.sweep import _scores as scores
@@ -110,7 +111,7 @@ def table(data: Table) -> str:
         )
     for method, why in data.failed.items():
         lines.append([method, "-", f"failed: {why}", *[""] * (len(header) - 3)])
-    return _markdown(header, lines)
+    return markdown_table.table(header, lines)
 
 
 def summary(tables: dict[str, Table], ours: list[str]) -> str:
@@ -126,7 +127,7 @@ def summary(tables: dict[str, Table], ours: list[str]) -> str:
         for key, row in peers.items()
         if row is not None
     )
-    text = f"{_markdown(['goal', 'task', *ours], lines)}\n\n{ABOUT_GOALS}"
+    text = f"{markdown_table.table(['goal', 'task', *ours], lines)}\n\n{ABOUT_GOALS}"
     return text + (f"\n\nBest peers: {best}." if best else "")
 
 
@@ -150,13 +151,3 @@ def whole(
     for data in tables.values():
         parts += [f"## {data.title}", table(data), _yardsticks(data)]
     return "\n\n".join([*parts, LEGEND, "## Settings", "\n".join(settings)]) + "\n"
-
-
-def _markdown(header: list[str], lines: list[list[str]]) -> str:
-    safe = [[cell.replace("|", "\\|") for cell in line] for line in lines]
-    wide = [max(map(len, column)) for column in zip(header, *safe, strict=True)]
-    rule = ["-" * width for width in wide]
-    return "\n".join(
-        "| " + " | ".join(x.ljust(w) for x, w in zip(line, wide, strict=True)) + " |"
-        for line in [header, rule, *safe]
-    )

@@ -2,6 +2,8 @@
 
 import math
 
+from markdown_table import table
+
 from .methods import BARE, OURS
 
 RULE = """\
@@ -10,15 +12,6 @@ start to end, and its 95 % t-interval excludes 0. lost: in percent of that gain,
 the half width of the interval; negative: better than bare. touched: share of steps that
 were shrunk or refused, refused ones also by themselves. cuts: of the rate, a run.
 lr_scale: the lowest of all steps and seeds, and the lowest at the end."""
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table with columns of even width."""
-    lines = [header, ["-" * len(cell) for cell in header], *rows]
-    widths = [max(len(row[i]) for row in lines) for i in range(len(header))]
-    lines[1] = ["-" * width for width in widths]
-    pad = lambda row: [c.ljust(w) for c, w in zip(row, widths, strict=True)]
-    return "\n".join(f"| {' | '.join(pad(row))} |" for row in lines)
 
 
 def percent(share: float) -> str:

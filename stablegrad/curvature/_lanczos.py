@@ -56,7 +56,7 @@ def _extend(loss, method, basis, begin, end, root, params, data):
     flat, unravel = ravel_pytree(params)
 
     def step(j, basis):
-        vectors, diagonal, beside = basis
+        vectors, diagonal, off_diagonal = basis
         scaled = unravel((root * vectors[j]).astype(flat.dtype))
         product = _hessian.product(loss, method, params, data, scaled)
         image = root * ravel_pytree(product)[0].astype(jnp.float32)
@@ -68,7 +68,7 @@ def _extend(loss, method, basis, begin, end, root, params, data):
         return (
             vectors.at[j + 1].set(following),
             diagonal.at[j].set(along),
-            beside.at[j].set(length),
+            off_diagonal.at[j].set(length),
         )
 
     return lax.fori_loop(begin, end, step, basis)
@@ -76,15 +76,17 @@ def _extend(loss, method, basis, begin, end, root, params, data):
 
 def _read(basis, done: int) -> Spectrum:
     """Return the Ritz values after `done` iterations, in float64 on the host."""
-    vectors, diagonal, beside = basis
-    diagonal, beside = (np.asarray(x[:done], np.float64) for x in (diagonal, beside))
-    if not (np.isfinite(diagonal).all() and np.isfinite(beside).all()):
+    vectors, diagonal, off_diagonal = basis
+    diagonal, off_diagonal = (
+        np.asarray(x[:done], np.float64) for x in (diagonal, off_diagonal)
+    )
+    if not (np.isfinite(diagonal).all() and np.isfinite(off_diagonal).all()):
         return Spectrum(np.nan, np.nan, np.nan, done, np.nan)
-    scale = max(np.abs(diagonal).max(), beside.max())
-    exhausted = np.flatnonzero(beside <= _BREAKDOWN * scale)
+    scale = max(np.abs(diagonal).max(), off_diagonal.max())
+    exhausted = np.flatnonzero(off_diagonal <= _BREAKDOWN * scale)
     if len(exhausted):
         done = int(exhausted[0]) + 1
-    below = beside[: done - 1]
+    below = off_diagonal[: done - 1]
     tridiagonal = np.diag(diagonal[:done]) + np.diag(below, 1) + np.diag(below, -1)
     values, ritz = np.linalg.eigh(tridiagonal)
     top = jnp.asarray(ritz[:, -1], jnp.float32)
@@ -93,7 +95,7 @@ def _read(basis, done: int) -> Spectrum:
     return Spectrum(
         float(values[-1]),
         float(values[0]),
-        float(max(abs(beside[done - 1] * ritz[-1, -1]), _ROUNDING * scale)),
+        float(max(abs(off_diagonal[done - 1] * ritz[-1, -1]), _ROUNDING * scale)),
         done,
         float(1 / np.sum(vector**4) / len(vector)),
     )

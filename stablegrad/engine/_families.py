@@ -17,7 +17,7 @@ Place = tuple[int, int]  # A response, and one of its thresholds.
 PerThreshold = list[tuple]
 
 
-class Family(NamedTuple):
+class JoinedThresholds(NamedTuple):
     """Thresholds whose groups are rows of one state."""
 
     places: tuple[Place, ...]
@@ -38,7 +38,7 @@ class Statistics:
         self._shape = [len(response.thresholds) for response in responses]
         self._families = []
         for own in found.values():
-            self._families.append(Family(*zip(*own, strict=True)))
+            self._families.append(JoinedThresholds(*zip(*own, strict=True)))
 
     @property
     def members(self) -> list[tuple[Threshold, ...]]:
@@ -77,7 +77,7 @@ class Statistics:
         return tuple(after)
 
 
-def _merged(family: Family, counts: list[int]) -> Threshold:
+def _merged(family: JoinedThresholds, counts: list[int]) -> Threshold:
     """Return one threshold for all groups of a family."""
     first, *others = family.members
     if not others or first.family is None:

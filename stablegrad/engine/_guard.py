@@ -119,7 +119,7 @@ def guard(
         if not isinstance(response, Response):
             raise TypeError(
                 "`guard` takes responses, such as `clip(zscore(2.5))` or `skip()`, one "
-                f"by one; got {_checks.described(response)}."
+                f"by one; got {_checks.short_repr(response)}."
             )
     axes = mapped_axes(axis_name, averaged_gradients)
     for threshold in (t for r in responses for t in r.thresholds if axis_name):

@@ -193,7 +193,7 @@ def _may_probe(response: Response, step: StepContext, searched: bool) -> bool:
 def _checked(value_fn, axes: MappedAxes) -> Callable[[Any], Any]:
     """Return `value_fn` with a clear error if it does not return a scalar loss."""
     if not callable(value_fn):
-        raise _checks.not_a_loss(f"it is {_checks.described(value_fn)}")
+        raise _checks.not_a_loss(f"it is {_checks.short_repr(value_fn)}")
     try:
         inspect.signature(value_fn).bind(None)
     except TypeError as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .._checks import require
-from .._events import Event, Events, events, place
+from .._events import Event, Events, event_key, events
 from ..engine._record import EventKind
 from ._files import write_whole
 
@@ -79,13 +79,13 @@ def save_events(state: Any, path: str | os.PathLike) -> None:
     path = Path(path)
     new = events(state)
     old = load_events(path) if path.exists() else Events()
-    merged = {place(event): event for event in old}
-    known = len(merged.keys() - {place(event) for event in new})
+    merged = {event_key(event): event for event in old}
+    known = len(merged.keys() - {event_key(event) for event in new})
     for event in new:
-        earlier = merged.get(place(event), event).batch_ids
+        earlier = merged.get(event_key(event), event).batch_ids
         gone = [batch for batch in earlier if batch not in event.batch_ids]
         ids = (*gone, *event.batch_ids)
-        merged[place(event)] = event._replace(batch_ids=ids)
+        merged[event_key(event)] = event._replace(batch_ids=ids)
     forgotten = max(old.forgotten, new.forgotten - known)
     lines = [json.dumps({FORGOTTEN: forgotten})] if forgotten else []
     lines += [_to_json(merged[key]) for key in sorted(merged)]

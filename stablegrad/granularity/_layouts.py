@@ -27,13 +27,13 @@ class Leaf(NamedTuple):
     depth: int | None  # The number of layer axes, if the module determines it.
 
 
-def described(name: Parts, shapes: dict[Parts, Axes]) -> Leaf:
+def describe_leaf(name: Parts, shapes: dict[Parts, Axes]) -> Leaf:
     """Describe a parameter; a bias has as many layer axes as its weight."""
     module, kind, shape = name[:-1], name[-1], shapes[name]
     rank = len(shape)
     for weight, bias in BIAS_OF.items():
         if kind == bias and (*module, weight) in shapes:
-            owner = described((*module, weight), shapes)
+            owner = describe_leaf((*module, weight), shapes)
             whole = {depth: tuple(range(depth, rank)) for depth in owner.readings}
             return owner._replace(kind=kind, shape=shape, gain=True, readings=whole)
     bias = shapes.get((*module, BIAS_OF.get(kind, "")), ())

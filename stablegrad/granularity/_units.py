@@ -22,7 +22,7 @@ import numpy as np
 
 from .._checks import require
 from .._trees import path_name, paths_and_leaves
-from ._layouts import BIAS_OF, OUTPUTS_FIRST, Axes, Leaf, Parts, described
+from ._layouts import BIAS_OF, OUTPUTS_FIRST, Axes, Leaf, Parts, describe_leaf
 
 AxisRule = int | Axes | Callable[[Any, Any], int | Axes | None] | None
 StackRule = str | Callable[[Any, Any], bool | int] | None
@@ -40,7 +40,7 @@ def unit_axes(
     # The keys of a flat dictionary may contain dots or slashes.
     names = [tuple(re.split(r"[./]", path_name(path))) for path, _ in pairs]
     shapes = dict(zip(names, [np.shape(leaf) for _, leaf in pairs], strict=True))
-    leaves = [described(name, shapes) for name in names]
+    leaves = [describe_leaf(name, shapes) for name in names]
     if stacked is None:
         declared, depths = [0] * len(leaves), _inferred_depths(leaves)
     else:

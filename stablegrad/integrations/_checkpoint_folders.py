@@ -96,7 +96,7 @@ def is_calm(guard_state: GuardState, steps: int) -> bool:
     return bool(np.all((kind == 0) | (ago >= steps)))
 
 
-def described(tree: Any) -> dict[str, tuple]:
+def shapes_by_name(tree: Any) -> dict[str, tuple]:
     """Return shape and dtype of each leaf by name, of arrays or of Orbax's metadata.
 
     Raise FileNotFoundError for the metadata of a checkpoint without any, which is None.

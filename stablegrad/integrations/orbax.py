@@ -160,10 +160,10 @@ class HealthyCheckpoints:
             return None
         what = f"checkpoint {step} cannot be read"
         try:
-            stored = folders.described(self._manager.item_metadata(step)["state"])
+            stored = folders.shapes_by_name(self._manager.item_metadata(step)["state"])
         except Exception as error:
             raise self._failed(what, error) from error
-        differing = folders.differences(stored, folders.described(like))
+        differing = folders.differences(stored, folders.shapes_by_name(like))
         if differing:
             raise self._failed(f"checkpoint {step} is of another run", differing)
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .._checks import described
+from .._checks import short_repr
 from .._norms import measure
 from ..responses._explosions import ExplosionSettings
 from ..thresholds._base import Threshold
@@ -45,7 +45,7 @@ class ExplosionAwareSchedule:
             raise TypeError(
                 f"`{NAME}` keeps a state, so an optimizer must get it through "
                 "`optax.inject_hyperparams(optax.adamw)(learning_rate=schedule)`; "
-                f"called with a step count, it got {described(state)}."
+                f"called with a step count, it got {short_repr(state)}."
             )
         parts = self._parts
         known = (

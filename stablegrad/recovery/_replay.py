@@ -217,7 +217,8 @@ def _unequal(one: Run, other: Run) -> list[str]:
 
 
 def _require_alike(after: Any, result: Any) -> None:
-    kinds = [_trees.described(_trees.without_variables(x)) for x in (after, result)]
+    bare = map(_trees.without_variables, (after, result))
+    kinds = list(map(_trees.shapes_and_dtypes, bare))
     if kinds[0] != kinds[1]:
         raise ValueError(
             f"`after` must be what `step` returns:\n  got {kinds[0]}\n"

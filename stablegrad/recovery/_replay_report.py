@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .._account import NEXT
+from .._halt_message import NEXT
 from ..responses._reasons import Reason
 
 VERDICTS = {

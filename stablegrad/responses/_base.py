@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._checks import described
+from .._checks import short_repr
 from .._scales import Scales, minimum
 from ..thresholds._base import Judgement, Threshold
 from ._reasons import first_reason
@@ -108,7 +108,7 @@ def check_thresholds(asker: str, thresholds) -> None:
         if not isinstance(threshold, Threshold):
             raise TypeError(
                 f"`{asker}` takes thresholds, such as `zscore(6.0)` or `nonfinite()`, "
-                f"got {described(threshold)}."
+                f"got {short_repr(threshold)}."
             )
 
 

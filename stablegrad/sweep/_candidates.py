@@ -115,7 +115,7 @@ def candidate(given: Any, name: str | None = None) -> Candidate:
     else:
         raise TypeError(
             "a candidate must be a name such as 'adamw + cosine', a transformation, or "
-            f"a function of the learning rate, got {_checks.described(given)}."
+            f"a function of the learning rate, got {_checks.short_repr(given)}."
         )
     return found if name is None else dataclasses.replace(found, name=name)
 

@@ -47,7 +47,7 @@ def make_experiment(
     if not is_loss and not _accepts(function, 4):
         raise TypeError(
             "`loss_fn` must be a loss of (params, batch) or a training step of "
-            f"(tx, params, opt_state, batch), got {_checks.described(function)}."
+            f"(tx, params, opt_state, batch), got {_checks.short_repr(function)}."
         )
     if validation is not None and evaluate is None and not is_loss:
         raise ValueError(
@@ -69,7 +69,7 @@ def make_experiment(
     if others := [x for x in leaves if not isinstance(x, (float, complex, *ARRAYS))]:
         raise TypeError(
             "`params` must have floating-point arrays for leaves, got "
-            f"{_checks.described(others[0])}. Split an Equinox module:\n"
+            f"{_checks.short_repr(others[0])}. Split an Equinox module:\n"
             "  params, rest = eqx.partition(model, eqx.is_inexact_array)\n"
             "  loss_fn = lambda p, batch: loss(eqx.combine(p, rest), batch)"
         )

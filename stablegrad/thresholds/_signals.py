@@ -51,9 +51,10 @@ def signal_name(of: Signal) -> str:
 def scalar_signal(name: str, value) -> jax.Array:
     """Return a scalar as a float32 signal of one group, or raise ValueError."""
     if not _trees.is_array(value):
+        given = _trees.shapes_and_dtypes(value)
         raise ValueError(
-            f"`{name}` must be a real scalar, got {_trees.described(value)}. Of "
-            "`(loss, aux)`, pass the loss alone."
+            f"`{name}` must be a real scalar, got {given}. Of `(loss, aux)`, pass the "
+            "loss alone."
         )
     value = jnp.asarray(value)
     if value.ndim != 0 or jnp.iscomplexobj(value):

@@ -60,6 +60,17 @@ class Look(NamedTuple):
     looks: jax.Array  # int32: forward passes, 1 unless shortened.
 
 
+class Search(NamedTuple):
+    """Where a search for a part of the step stands; rank 0."""
+
+    part: jax.Array  # float32
+    excess: jax.Array  # float32: at this part.
+    looks: jax.Array  # int32: so far.
+    alike: jax.Array  # int32: looks in a row with the same r.
+    accepted: jax.Array  # bool: whether this part may be taken.
+    offset: jax.Array  # bool: whether the function does not repeat the loss.
+
+
 def ratio(excess, slope) -> jax.Array:
     """Return r, or inf where the step does not descend or the loss is not finite."""
     descends = (slope < 0) & jnp.isfinite(excess)
@@ -113,8 +124,8 @@ def look(attempt: Attempt, kind: str, scale, rise, accept, aim, is_early=False) 
         calm = (slope >= 0) | (r <= accept) | (part * jnp.abs(slope) <= seen)
         return jnp.isfinite(change) & (change <= rise) & calm
 
-    def nearer(state):
-        part, excess, _, looks, alike, _ = state
+    def nearer(search):
+        part, excess, looks, alike = search[:4]
         r = ratio(excess, part * slope)
         factor = jnp.where(jnp.isfinite(r), aim / jnp.maximum(r, 1e-9), BLIND)
         stays = is_early & (looks == 1)  # At the parameters: part and excess are kept.
@@ -127,14 +138,14 @@ def look(attempt: Attempt, kind: str, scale, rise, accept, aim, is_early=False) 
         same = jnp.abs(ratio(excess, part * slope) - r) <= SAME
         alike = jnp.where(same & (r <= 1) & (looks > 0) & ~stays, alike + 1, 0)
         accepted = may_take(part, excess) & ~stays
-        return part, excess, accepted, looks + 1, alike, offset
+        return Search(part, excess, looks + 1, alike, accepted, offset)
 
     one, zero = jnp.ones((), jnp.float32), jnp.zeros((), jnp.float32)
     no, none = jnp.zeros((), bool), jnp.zeros((), jnp.int32)
-    goes_on = lambda state: ~state[2] & ~state[5] & (state[3] < TRIES)
-    first = varying_like_next(nearer, (one, zero, no, none, none, no))
+    goes_on = lambda s: ~s.accepted & ~s.offset & (s.looks < TRIES)
+    first = varying_like_next(nearer, Search(one, zero, none, none, no, no))
     last = jax.lax.while_loop(goes_on, nearer, first)
-    part, excess, accepted, looks, alike, offset = last
+    part, excess, looks, alike, accepted, offset = last
     blind = part * jnp.abs(slope) <= seen
     known = jnp.isfinite(excess) & jnp.isfinite(promised) & ~blind
     mismatch = offset | (~accepted & (alike >= ALIKE) & known & (slope < 0))

@@ -40,8 +40,8 @@ REFUSED = {
 }
 
 
-def account(guard_state: GuardState) -> str:
-    """Return the account of one guard, not of an ensemble, as a few lines."""
+def halt_message(guard_state: GuardState) -> str:
+    """Return the message of one guard, not of an ensemble, as a few lines."""
     seen = {name: np.asarray(x).item() for name, x in numbers(guard_state).items()}
     names = decode_names(guard_state.names)
     listed = events(guard_state)
