@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .._figure import new_figure
 from . import diagnose
 
 
@@ -33,22 +34,39 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.exit(2, f"{parser.prog}: error: --steps must be >= 0\n")
     try:
         for path in filter(None, (options.html, options.json, options.figure)):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            _prepare(path)
+        if options.figure:
+            _require_format(options.figure)
         function = _function(options.target)
         arguments = _arguments(function)
-    except (ImportError, AttributeError, ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
-    if options.steps is not None:
-        arguments["steps"] = options.steps
-    report = diagnose(**arguments)
-    print(report)
-    if options.html:
-        report.to_html(options.html)
-    if options.json:
-        report.to_json(options.json)
-    if options.figure:
-        report.figure().savefig(options.figure, dpi=150)
+        if options.steps is not None:
+            arguments["steps"] = options.steps
+        report = diagnose(**arguments)
+        print(report)
+        if options.html:
+            report.to_html(options.html)
+        if options.json:
+            report.to_json(options.json)
+        if options.figure:
+            report.figure().savefig(options.figure, dpi=150)
+    except (ImportError, AttributeError, TypeError, ValueError, OSError) as error:
+        message = str(error) or type(error).__name__
+        parser.exit(2, f"{parser.prog}: error: {message}\n")
     return int(report.severity == "critical")
+
+
+def _prepare(path: Path) -> None:
+    """Make the folder of a file; raise OSError or ValueError if it cannot be made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, not a file")
+
+
+def _require_format(path: Path) -> None:
+    """Raise ValueError if Matplotlib cannot write such a file."""
+    known = new_figure(1, 1)[0].canvas.get_supported_filetypes()
+    if path.suffix.removeprefix(".") not in known:
+        raise ValueError(f"--figure must end in one of {sorted(known)}, got {path}")
 
 
 def _function(target: str) -> Callable[[], Any]:

@@ -13,6 +13,7 @@ from . import _taps
 
 MOST_SHARDS = 8
 ODD_ROW = 20.0  # Times the median row.
+LEAST_ROW = 8  # Numbers; the sizes of single numbers may well differ by so much.
 NAN = math.nan
 
 
@@ -21,6 +22,7 @@ class BatchFacts:
     """A batch in numbers; a shard is a run of consecutive examples."""
 
     examples: int = 0  # 0: the arrays have no common first axis.
+    longest: int = 0  # Longest first axis of an array, random keys aside.
     losses: tuple[float, ...] = ()
     norms: tuple[float, ...] = ()  # Of the shards' gradients.
     noise_scale: float = NAN  # In examples: B_simple of McCandlish et al.
@@ -35,6 +37,12 @@ def examples_in(batch) -> int:
     shapes = [np.shape(leaf) for leaf in jax.tree.leaves(batch)]
     lengths = {shape[0] if shape else 0 for shape in shapes}
     return lengths.pop() if len(lengths) == 1 else 0
+
+
+def _longest(batch) -> int:
+    arrays = [x for x in jax.tree.leaves(batch) if np.ndim(x)]
+    keys = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.extended)
+    return max((len(x) for x in arrays if not keys(x)), default=0)
 
 
 def shards_in(examples: int) -> int:
@@ -68,13 +76,14 @@ def _norm(tree) -> jax.Array:
 
 
 @jax.jit
-def row_sizes(batch) -> list[tuple[jax.Array, jax.Array]]:
-    """Return, for every floating-point array, RMS and finiteness of its rows."""
+def row_sizes(batch) -> list[tuple[jax.Array, jax.Array, int]]:
+    """Return RMS, finiteness and length of the rows of every floating-point array."""
     found = []
     for leaf in jax.tree.leaves(batch):
         if jnp.issubdtype(jnp.result_type(leaf), jnp.floating) and np.ndim(leaf) > 1:
             rows = jnp.asarray(leaf).reshape(leaf.shape[0], -1)
-            found.append((jax.vmap(_taps.rms)(rows), jnp.isfinite(rows).all(axis=1)))
+            finite = jnp.isfinite(rows).all(axis=1)
+            found.append((jax.vmap(_taps.rms)(rows), finite, rows.shape[1]))
     return found
 
 
@@ -96,7 +105,7 @@ def noise_scale(norms, mean_norm: float, examples: int) -> float:
 
 def facts(loss, params, frozen, batch) -> BatchFacts:
     """Measure a batch."""
-    found = BatchFacts(examples=examples_in(batch))
+    found = BatchFacts(examples=examples_in(batch), longest=_longest(batch))
     count = shards_in(found.examples)
     if found.examples:
         _read_rows(found, row_sizes(batch))
@@ -115,7 +124,7 @@ def facts(loss, params, frozen, batch) -> BatchFacts:
 def _read_rows(found: BatchFacts, sizes: list[Any]) -> None:
     bad, odd, ratios = set(), set(), [1.0]
     rms_of_all = []
-    for size, finite in sizes:
+    for size, finite, length in sizes:
         size, finite = np.asarray(size, float), np.asarray(finite)
         bad |= set(np.flatnonzero(~finite).tolist())
         good = size[finite]
@@ -124,7 +133,7 @@ def _read_rows(found: BatchFacts, sizes: list[Any]) -> None:
         rms_of_all.append(float(np.sqrt(np.mean(good**2))))
         median = float(np.median(good))
         ratio = np.where(finite, size, 0) / max(median, 1e-30)
-        if median > 0:
+        if median > 0 and length >= LEAST_ROW:
             ratios.append(float(ratio.max()))
             odd |= set(np.flatnonzero(ratio > ODD_ROW).tolist())
     found.bad_rows, found.odd_rows = tuple(sorted(bad)), tuple(sorted(odd))

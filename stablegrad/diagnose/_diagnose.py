@@ -11,6 +11,7 @@ import optax
 
 from .. import _checks, _trees
 from ..curvature import _loss
+from ..engine._line_search import has_line_search
 from . import _batch, _layers, _measure, _origin, _program, _sites, _training
 from ._report import Report
 from .rules import RULES, Facts, Rule, judge
@@ -67,7 +68,8 @@ def diagnose(
         TypeError: If `loss_fn` does not return a real scalar, or `tx` is no
             transformation.
         ValueError: If `steps` is out of range or given without `tx`, if `params` has no
-            floating-point leaf, or if one of `more_batches` is shaped unlike `batch`.
+            floating-point leaf, if `batch` has no examples, if one of `more_batches` is
+            shaped unlike `batch`, or if `tx` has a line search.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -94,6 +96,8 @@ def diagnose(
                 "each of `more_batches` must be shaped as `batch`, which is "
                 f"{shapes(batch)}, got {shapes(other)}."
             )
+    if any(0 in np.shape(leaf) for leaf in jax.tree.leaves(batch)):
+        raise ValueError(f"`batch` must have examples, its shapes are {shapes(batch)}.")
     loss, trained, frozen = _loss.problem(loss_fn, params, widen=False)
     data = (frozen, batch)
     names = _trees.leaf_names(trained)
@@ -113,13 +117,20 @@ def diagnose(
         events=tuple(events),
         unseen=_unseen(program, sites, names),
     )
+    labels = _labels_in(program, sites, batch)
     if not math.isfinite(facts.loss):
         bad = _origin.first_bad(program, jax.tree.leaves((trained, data)))
         facts.origin = _described(bad)
     if tx is not None:
         tx = _loss.optimizer(tx, "diagnose")
-        asked = (loss, tx, trained, opt_state, grads, value, data, steps)
-        spread = float(np.std(facts.batch.losses)) if facts.batch.losses else 0.0
+        if has_line_search(jax.eval_shape(tx.init, trained)):
+            raise ValueError(
+                "`tx` searches along a line, so `diagnose` cannot judge its updates: "
+                "leave it out."
+            )
+        asked = (loss, tx, trained, opt_state, grads, value, data, labels, steps)
+        finite = [x for x in facts.batch.losses if math.isfinite(x)]
+        spread = float(np.std(finite)) if finite else 0.0
         facts.training = _training.facts(*asked, more_batches, spread)
         _per_layer(layers, names, facts.training)
     return Report(facts, judge(facts, rules), tuple(rules))
@@ -141,6 +152,17 @@ def _unseen(program, sites, names) -> tuple[str, ...]:
     weights = [site.weight.leaves for site in sites if site.weight is not None]
     hidden = _program.leaves_in_whole_operations(program) - frozenset().union(*weights)
     return tuple(names[i] for i in sorted(hidden))
+
+
+def _labels_in(program, sites, batch) -> int | None:
+    """Return which of a batch's two arrays enters the loss alone, and no layer."""
+    arrays = program.ins[len(program.ins) - len(jax.tree.leaves(batch)) :]
+    scans = {site.path[0] for site in sites if len(site.path) > 1}
+    taken = [site.value for site in sites if len(site.path) == 1 and site.weight]
+    for op in program.ops:
+        taken += op.ins if op.outs[0].order in scans else []
+    enters = [any(value.comes_from(array) for value in taken) for array in arrays]
+    return enters.index(False) if sorted(enters) == [False, True] else None
 
 
 def _short(names: Sequence[str]) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from ._elementwise import PASSING
-from ._program import Value
+from ._program import Op, Value
 
 
 def after_bias(value: Value, axis: int) -> tuple[Value, int]:
@@ -107,6 +107,21 @@ def is_passed_on(value: Value, target: Value) -> bool:
             return False
         value = before[0]
     return True
+
+
+def is_standardised(product: Op) -> bool:
+    """Whether one factor was divided by a deviation: a parameter scales it again."""
+    seen, frontier = set(), list(product.ins)
+    while frontier:
+        maker = frontier.pop().maker
+        if maker is None or maker in seen or len(seen) > 64:
+            continue
+        seen.add(maker)
+        if maker.name in ("rsqrt", "sqrt"):
+            return True
+        if maker.name in (*PASSING, "mul", "div", "sub", "add"):
+            frontier += maker.ins
+    return False
 
 
 def is_one_hot(value: Value) -> bool:

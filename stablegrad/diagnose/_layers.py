@@ -58,6 +58,7 @@ class Layer:
     recurrent: bool = False
     normalised: bool = False
     beside_stream: bool = False
+    starts_stream: bool = False
     joined: bool = False
     feeds: tuple[str, ...] = ()
     heads: tuple[str, ...] = ()  # The last layers that it reaches.
@@ -76,6 +77,8 @@ def assemble(instrument: Instrument, sites: Sequence[Site], stats, back, names):
         counts = [n if s else 1 for n, s in zip(lengths, site.sliced, strict=True)]
         for index in np.ndindex(*counts):
             picked = _Picked(instrument, stats, back, site, index)
+            timed = [op for op, s in zip(around, site.sliced, strict=True) if not s]
+            picked.is_reversed = bool(timed) and timed[-1].eqn.params["reverse"]
             order = (
                 tuple(x for pair in zip(site.path, index, strict=False) for x in pair)
                 + site.path[len(index) :]
@@ -105,9 +108,11 @@ def _first_key(instrument: Instrument, site: Site, stats) -> str:
 class _Picked:
     """The numbers of one site, of one iteration over layers and all of time."""
 
+    is_reversed = False  # Whether the innermost scan over time runs backwards.
+
     def __init__(self, instrument, stats, back, site: Site, index):
         self._instrument, self._stats, self._back = instrument, stats, back
-        self._site, self._index = site, index
+        self._site, self.index = site, index
 
     def _at(self, what: str, table) -> Any:
         key = key_of(self._site, what)
@@ -115,7 +120,7 @@ class _Picked:
 
     def _take(self, array) -> np.ndarray:
         array = np.asarray(array)
-        index = zip(self._index, self._site.sliced, strict=True)
+        index = zip(self.index, self._site.sliced, strict=True)
         where = tuple(i if over_layers else slice(None) for i, over_layers in index)
         return array[where] if array.ndim >= len(where) else array
 
@@ -158,6 +163,7 @@ def _layer(site: Site, picked: _Picked, names: Sequence[str]) -> Layer:
     layer.leaf = names[site.leaf] if site.leaf >= 0 else ""
     layer.normalised = site.normalised
     layer.beside_stream, layer.joined = site.beside_stream, site.joined
+    layer.starts_stream = site.starts_stream and not any(picked.index)
     gradients = picked.gradients("out")
     if gradients is not None:
         flat = gradients.reshape(-1, gradients.shape[-1]).astype(float)
@@ -166,7 +172,7 @@ def _layer(site: Site, picked: _Picked, names: Sequence[str]) -> Layer:
         size = np.prod(site.value.aval.shape) * len(flat)
         layer.gradient_norm = layer.gradient_rms * math.sqrt(size)
         layer.times = len(flat)
-        layer.time_gain = _time_gain(flat[:, 0])
+        layer.time_gain = _time_gain(flat[:, 0], picked.is_reversed)
     if site.kind in ("linear", "conv"):
         layer.fan_in = site.fan_in
         layer.gain = layer.weight_rms * math.sqrt(site.fan_in)
@@ -199,11 +205,12 @@ def _dead(slopes: np.ndarray) -> float:
     return float(np.mean(slopes.reshape(-1, slopes.shape[-1]).max(axis=0) < NO_SLOPE))
 
 
-def _time_gain(rms: np.ndarray) -> float:
-    """Factor on the gradient's RMS per step back in time."""
+def _time_gain(rms: np.ndarray, is_reversed: bool) -> float:
+    """Factor on the gradient's RMS per step back in the order of the scan."""
     if len(rms) < 4 or not (np.isfinite(rms).all() and (rms > 0).all()):
         return NAN
-    return float(np.exp(-np.polyfit(np.arange(len(rms)), np.log(rms), 1)[0]))
+    slope = np.polyfit(np.arange(len(rms)), np.log(rms), 1)[0]
+    return float(np.exp(slope if is_reversed else -slope))
 
 
 def _link(site: Site, index, layer: Layer, found) -> None:

@@ -25,6 +25,7 @@ class Site:
     activation: Activation | None = None
     normalised: bool = False  # Whether a normalisation takes the result.
     beside_stream: bool = False  # Whether it lies beside a residual stream.
+    starts_stream: bool = False  # Whether it is the first sum of a residual stream.
     joined: bool = False  # Whether another array is added to it, or multiplies it.
     feeds: list["Site"] = dataclasses.field(default_factory=list)
     parents: list["Site"] = dataclasses.field(default_factory=list)

@@ -5,7 +5,14 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from . import _elementwise
-from ._follow import after_bias, after_shift, is_near, is_one_hot, is_passed_on
+from ._follow import (
+    after_bias,
+    after_shift,
+    is_near,
+    is_one_hot,
+    is_passed_on,
+    is_standardised,
+)
 from ._program import Op, Program, Value, split
 from ._site import Site, last_layer
 from ._softmaxes import softmaxes
@@ -113,7 +120,7 @@ def _layer(op: Op) -> Site | None:
         site = Site("conv", "", (), out, source, weight, -1, fan_in, fan_out, axis)
     elif op.name == "gather":
         site = Site("embed", "", (), out, None, weight, -1, 1, weight.aval.shape[-1])
-    elif op.name == "mul" and weight.aval.size > 1:  # A single number is no scale.
+    elif op.name == "mul" and weight.aval.size > 1 and is_standardised(op):
         site = Site("norm", "", (), out, source, weight)
     else:
         return None

@@ -29,7 +29,7 @@ def softmaxes(program: Program, linear: list[Site]) -> list[Site]:
                     found.append(site)
                 continue
         layer = next((s for s in linear if s.value is walk_back(logits, s.value)), None)
-        if layer is not None and _routes(weights):
+        if layer is not None and _routes(weights, linear):
             site = Site("router", "", (), logits, layer.source)
             site.parents, site.extra = [layer], {"weights": weights}
             found.append(site)
@@ -37,18 +37,27 @@ def softmaxes(program: Program, linear: list[Site]) -> list[Site]:
 
 
 def _softmax(op: Op) -> tuple[Value | None, Value | None]:
-    """Return logits and weights if an operation is, or starts, a softmax."""
+    """Return logits and weights if an operation is, or starts, a softmax.
+
+    One over another axis than the last neither attends nor routes: it pools.
+    """
     if op.name == "custom_jvp_call" and "softmax" in str(op.eqn.params.get("name")):
         is_log = "log" in str(op.eqn.params.get("name"))
+        sums = op.eqn.params["call_jaxpr"].jaxpr.eqns
+        is_log |= not any(_sums_last(e, op.ins[0].aval.ndim) for e in sums)
         return (None, None) if is_log else (op.ins[0], op.outs[0])
     if op.name != "exp" or op.ins[0].maker is None or op.ins[0].maker.name != "sub":
         return None, None
     users = _users(op.outs[0])
-    summed = any(user.name == "reduce_sum" for user in users)
+    summed = any(_sums_last(user.eqn, op.outs[0].aval.ndim) for user in users)
     divided = [user for user in users if user.name in ("div", "mul")]
     if not (summed and divided):
         return None, None
     return op.ins[0].maker.ins[0], divided[0].outs[0]
+
+
+def _sums_last(eqn, ndim: int) -> bool:
+    return eqn.primitive.name == "reduce_sum" and eqn.params["axes"] == (ndim - 1,)
 
 
 def _users(value: Value) -> list[Op]:
@@ -60,17 +69,19 @@ def _users(value: Value) -> list[Op]:
     return found
 
 
-def _routes(weights: Value) -> bool:
-    """Whether the weights of a softmax choose or mix, rather than enter a loss."""
+def _routes(weights: Value, linear: list[Site]) -> bool:
+    """Whether the weights of a softmax choose or mix layers, not labels of a loss."""
     if weights.aval.shape[-1] > MOST_EXPERTS:
         return False
     seen, frontier = set(), [weights]
     while frontier:
         value = frontier.pop()
         for op in value.users:
-            if op.name in ("top_k", "argmax", "sort", "dot_general", "scan"):
+            if op.name in ("top_k", "argmax", "sort", "scan"):
                 return True
-            if op.name == "mul" and all(v.is_data for v in op.ins):
+            others = [v for v in op.ins if v is not value and v.is_data]
+            mixes = op.name in ("mul", "dot_general") and others
+            if mixes and last_layer(others[0], linear) is not None:
                 return True
             through = (*PASSING, "slice", "select_n", "div", "mul")
             if op.name in through and op not in seen:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from ._program import Program, Value
 from ._site import Site, last_layer
 
+JOINS = ("add", "add_any", "sub", "mul", "dot_general", "gather", "concatenate")
+
 
 def residual_sums(program: Program, linear_bits: int, layers) -> list[Site]:
     """Sums x + f(x) with a layer in f."""
@@ -21,6 +23,7 @@ def residual_sums(program: Program, linear_bits: int, layers) -> list[Site]:
                     layer.beside_stream |= _is_own(layer.value, f, x)
                 site = Site("sum", "", (), total, x, None)
                 site.extra, site.parents = {"branch": f}, [branch]
+                site.starts_stream = not any(x.comes_from(s.value) for s in found)
                 found.append(site)
                 break
     return found
@@ -60,16 +63,16 @@ def _concatenated(program: Program) -> Iterator[tuple[Value, Value]]:
 
 
 def mark_joined(program: Program, linear) -> None:
-    """Mark the layers whose result is added to, or multiplied by, another array.
+    """Mark the layers whose result is added to, multiplies or indexes another array.
 
     The layers of a gate lie beside the array that it multiplies, if they compute the
     gate from that array.
     """
     for op in program.ops:
-        joins = op.name in ("add", "add_any", "sub", "mul") and op.outs[0].aval.ndim > 1
-        if not (joins and all(value.is_data for value in op.ins)):
+        joins = op.name in JOINS and op.outs[0].aval.ndim > 1 and len(op.ins) > 1
+        if not (joins and all(value.is_data for value in op.ins[:2])):
             continue
-        for one, other in (op.ins, op.ins[::-1]):
+        for one, other in (op.ins[:2], op.ins[1::-1]):
             layer = last_layer(one, linear)
             if layer is not None and not other.comes_from(layer.value):
                 layer.joined = True

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ NAN = math.nan
 SCALES = (1.0, 1 / 4, 1 / 16, 1 / 64)
 SHUFFLES = 16
 CALM_RISE, CALM_SPREADS = 0.1, 3.0
+MOST_EPSILON = 100.0  # Beyond it an update is like SGD's.
 
 
 @dataclasses.dataclass
@@ -27,11 +29,10 @@ class TrainingFacts:
     b1: float = NAN
     b2: float = NAN
     epsilon: float = NAN
-    updates: tuple[
-        float, ...
-    ] = ()  # RMS of each leaf's update over its own; nan: zeros.
+    # RMS of each leaf's update over its own; nan: zeros.
+    updates: tuple[float, ...] = ()
     below_epsilon: tuple[float, ...] = ()  # Share of a leaf's elements, zeros aside.
-    staleness: tuple[float, ...] = ()  # sqrt(mean(g^2 / v)) of each leaf.
+    staleness: tuple[float, ...] = ()  # sqrt(mean(g^2 / v)) of each leaf, g as in v.
     losses: tuple[float, ...] = ()  # Before each step, and after all of them.
     untrained: tuple[float, ...] = ()  # Of the same batches, without any step.
     ends: tuple[float, ...] = ()  # Mean of the last losses, at each of `SCALES`.
@@ -52,26 +53,35 @@ def moments_in(state) -> Any:
 def constants(tx, params) -> jax.Array:
     """Return b1, b2 and epsilon of an Adam-like optimizer, read off what it does.
 
-    A gradient of zeros after one step shrinks the moments by b1 and b2. The first
+    Two steps with the same gradient multiply the moments by 1 + b1 and 1 + b2. The
     update is proportional to g / (|g| + epsilon); two sizes of g give epsilon. Both
-    sizes are too small for any clipping.
+    sizes are too small for any clipping. The second step counts, since a warm-up may
+    start from a rate of 0; and the leaf with the largest epsilon, since others may be
+    frozen.
     """
     zeros = jax.tree.map(jnp.zeros_like, params)
-    like = lambda size: jax.tree.map(lambda p: jnp.full_like(p, size), params)
-    state = tx.init(zeros)
-    large, after = tx.update(like(1e-4), state, zeros, value=1.0)
-    small, _ = tx.update(like(1e-6), state, zeros, value=1.0)
-    _, last = tx.update(zeros, after, zeros, value=1.0)
-    one, two = moments_in(after), moments_in(last)
+    start = tx.init(zeros)
+
+    def two_steps(size):
+        grads = jax.tree.map(lambda p: jnp.full_like(p, size), params)
+        _, once = tx.update(grads, start, zeros, value=1.0)
+        update, twice = tx.update(grads, once, zeros, value=1.0)
+        return firsts(update), moments_in(once), moments_in(twice)
+
+    def firsts(tree):
+        own = [x.ravel()[0] for x in jax.tree.leaves(tree) if x.size]
+        return jnp.stack([x.astype(jnp.float32) for x in own])
+
+    large, one, two = two_steps(1e-4)
+    small, *_ = two_steps(1e-6)
     if one is None:
         return jnp.full(3, jnp.nan)
-    first = lambda tree: next(
-        x.ravel()[0] for x in jax.tree.leaves(tree) if x.size
-    ).astype(jnp.float32)
-    ratio = first(large) / first(small)
+    grown = lambda after, before: firsts(after)[0] / firsts(before)[0] - 1
+    ratio = large / small
     epsilon = jnp.maximum(1e-4 * (ratio - 1) / (100.0 - ratio), 0.0)
-    b1, b2 = first(two.mu) / first(one.mu), first(two.nu) / first(one.nu)
-    return jnp.stack([b1, b2, jnp.where(epsilon < 1e3, epsilon, jnp.nan)])
+    epsilon = jnp.max(jnp.where(epsilon < MOST_EPSILON, epsilon, -1.0))
+    epsilon = jnp.where(epsilon < 0, jnp.nan, epsilon)
+    return jnp.stack([grown(two.mu, one.mu), grown(two.nu, one.nu), epsilon])
 
 
 @functools.partial(jax.jit, static_argnames="tx")
@@ -83,15 +93,16 @@ def one_update(tx, params, state, grads, value):
         _taps.rms(p) > 0, _taps.rms(u) / _taps.rms(p), jnp.nan
     )
     sizes = jax.tree.leaves(jax.tree.map(ratio, updates, params))
-    return constant, sizes, *_against_moments(grads, after, constant[1], constant[2])
+    return constant, sizes, *_against_moments(state, after, constant[1], constant[2])
 
 
 def facts(
-    loss, tx, params, state, grads, value, data, steps, more, spread
+    loss, tx, params, state, grads, value, data, labels, steps, more, spread
 ) -> TrainingFacts:
     """Measure an optimizer on a gradient, and on some steps if asked.
 
-    `spread` is the standard deviation of the losses of parts of the batch.
+    `labels` is the place of the labels among the batch's arrays, None if unknown, and
+    `spread` the standard deviation of the losses of parts of the batch.
     """
     found = TrainingFacts(is_new=state is None)
     with jax.numpy_dtype_promotion("standard"):
@@ -102,40 +113,58 @@ def facts(
         updates, below, stale = (tuple(map(float, numbers)) for numbers in of_leaves)
         found.updates, found.below_epsilon, found.staleness = updates, below, stale
         if steps:
-            _take_steps(found, loss, tx, params, state, data, steps, more, spread)
+            run, scale = _take_steps(
+                found, loss, tx, params, state, data, steps, more, spread
+            )
+            if labels is not None and scale:
+                _try_labels(found, run, loss, data, labels, scale)
+        if len(found.staleness) != len(updates):  # One mask hides several leaves.
+            found.staleness = found.below_epsilon = ()
     return found
 
 
-def _against_moments(grads, after, b2, epsilon):
+def _against_moments(before, after, b2, epsilon):
     """Compare the gradient of each leaf with Adam's epsilon and second moment."""
     below = []
-    for _, size, known in _sizes(grads, after, b2):
+    for _, size, known in _sizes(before, after, b2):
         few = known & (size < epsilon)
-        below.append(jnp.sum(few) / jnp.maximum(jnp.sum(known), 1))
-    return below, _staleness(grads, after, b2)
+        below.append(jnp.where(known.size, _share(few, known), jnp.nan))
+    return below, _staleness(before, after, b2)
 
 
-def _staleness(grads, after, b2) -> list[jax.Array]:
-    """Return sqrt(mean(g^2 / v)) of each leaf."""
+def _staleness(before, after, b2) -> list[jax.Array]:
+    """Return sqrt(mean(g^2 / v)) of each leaf, nan if it has no moments."""
     found = []
-    for g, size, known in _sizes(grads, after, b2):
-        ratio = jnp.sum(jnp.where(known, jnp.square(g / size), 0.0))
-        found.append(jnp.sqrt(ratio / jnp.maximum(jnp.sum(known), 1)))
+    for square, size, known in _sizes(before, after, b2):
+        ratios = jnp.where(known, square / jnp.square(size), 0.0)
+        found.append(jnp.where(known.size, jnp.sqrt(_share(ratios, known)), jnp.nan))
     return found
 
 
-def _sizes(grads, after, b2):
-    """Return each leaf's gradient, sqrt(v) and where that is known."""
-    node = moments_in(after)
-    nus = [] if node is None else jax.tree.leaves(node.nu)
-    leaves = [g.astype(jnp.float32) for g in jax.tree.leaves(grads)]
-    if len(nus) != len(leaves):
+def _share(numbers, known) -> jax.Array:
+    return jnp.sum(numbers) / jnp.maximum(jnp.sum(known), 1)
+
+
+def _sizes(before, after, b2):
+    """Return g^2 as Adam sees it, sqrt(v) and where that is known, for each leaf.
+
+    The change of v gives g^2: what stands before Adam in a chain may have scaled g. The
+    arrays of a leaf that has no moments are empty.
+    """
+    node, last = moments_in(after), moments_in(before)
+    if node is None or last is None:
         return []
+    masked = lambda x: isinstance(x, optax.MaskedNode)
+    nus = [jax.tree.leaves(x.nu, is_leaf=masked) for x in (node, last)]
     count = jnp.asarray(getattr(node, "count", 1), jnp.float32)
     rows = []
-    for g, nu in zip(leaves, nus, strict=True):
-        nu = nu.astype(jnp.float32) / (1 - b2**count)
-        rows.append((g, jnp.where(nu > 0, jnp.sqrt(nu), 1.0), nu > 0))
+    for new, old in zip(*nus, strict=True):
+        if masked(new):
+            new = old = jnp.zeros(0)
+        new, old = new.astype(jnp.float32), old.astype(jnp.float32)
+        square = jnp.maximum(new - b2 * old, 0.0) / jnp.maximum(1 - b2, 1e-8)
+        nu = new / (1 - b2**count)
+        rows.append((square, jnp.where(nu > 0, jnp.sqrt(nu), 1.0), nu > 0))
     return rows
 
 
@@ -151,11 +180,11 @@ def take_steps(loss, tx, params, state, frozen, b2, stacked, scale, steps: int):
     def step(carry, i):
         params, state = carry
         value, grads = jax.value_and_grad(loss)(params, at(i % batches))
-        updates, state = tx.update(grads, state, params, value=value)
+        updates, after = tx.update(grads, state, params, value=value)
         updates = optax.tree.scale(scale, updates)
         params = optax.apply_updates(params, updates)
-        stale = _staleness(grads, state, b2)
-        return (params, state), (value, jnp.stack(stale) if stale else jnp.zeros(0))
+        stale = _staleness(state, after, b2)
+        return (params, after), (value, jnp.stack(stale) if stale else jnp.zeros(0))
 
     start = (params, state)
     (after, _), (losses, stale) = jax.lax.scan(step, start, jnp.arange(steps + 1))
@@ -164,7 +193,8 @@ def take_steps(loss, tx, params, state, frozen, b2, stacked, scale, steps: int):
 
 def _take_steps(
     found, loss, tx, params, state, data, steps: int, more, spread: float
-) -> None:
+) -> tuple[Callable, float]:
+    """Take steps; return the function, and the best of the calm scales, or 0."""
     frozen, batch = data
     batches = [batch, *more]
     stacked = jax.tree.map(
@@ -188,8 +218,7 @@ def _take_steps(
     if not (found.is_new or risen) and np.isfinite(runs[0]).all():
         found.calm_scale = 1.0  # In a run, a rise that is gone at the end is usual.
     best = np.where(calm, found.ends, math.inf)
-    if np.isfinite(best).any():
-        _try_labels(found, run, loss, data, SCALES[int(np.argmin(best))])
+    return run, SCALES[int(np.argmin(best))] if np.isfinite(best).any() else 0.0
 
 
 def is_calm(losses: np.ndarray, untrained: np.ndarray, spread: float) -> bool:
@@ -198,12 +227,12 @@ def is_calm(losses: np.ndarray, untrained: np.ndarray, spread: float) -> bool:
     return bool(np.isfinite(losses).all() and (losses - untrained).max() <= allowed)
 
 
-def _try_labels(found: TrainingFacts, run, loss, data, scale: float) -> None:
-    """Train on half of the examples, and shuffle the second array on both halves."""
+def _try_labels(found, run, loss, data, labels: int, scale: float) -> None:
+    """Train on half of the examples, and shuffle the labels of both halves."""
     frozen, batch = data
     leaves, structure = jax.tree.flatten(batch)
     examples = examples_in(batch)
-    if len(leaves) != 2 or examples < 32:
+    if examples < 32:
         return
     half = examples // 2
     halves = [[jnp.asarray(x)[k : 2 * half : 2] for x in leaves] for k in (0, 1)]
@@ -215,13 +244,17 @@ def _try_labels(found: TrainingFacts, run, loss, data, scale: float) -> None:
     chance = np.random.default_rng(0)
     orders = np.stack([chance.permutation(half) for _ in range(SHUFFLES)])
     for pair, name in zip(halves, ("labels_seen", "labels_unseen"), strict=True):
-        own, shuffled = _shuffled(loss, after, frozen, structure, *pair, orders)
+        given = pair[1 - labels], pair[labels], orders
+        own, shuffled = _shuffled(loss, after, frozen, structure, labels, *given)
         spread = float(np.std(shuffled))
         if math.isfinite(spread) and spread > 0:
             setattr(found, name, float((np.mean(shuffled) - own) / spread))
 
 
-@functools.partial(jax.jit, static_argnames=("loss", "structure"))
-def _shuffled(loss, params, frozen, structure, inputs, labels, orders):
-    of = lambda y: loss(params, (frozen, structure.unflatten([inputs, y])))
+@functools.partial(jax.jit, static_argnames=("loss", "structure", "place"))
+def _shuffled(loss, params, frozen, structure, place: int, inputs, labels, orders):
+    def of(y):
+        pair = (inputs, y) if place else (y, inputs)
+        return loss(params, (frozen, structure.unflatten(pair)))
+
     return of(labels), jax.lax.map(lambda order: of(labels[order]), orders)

@@ -41,7 +41,8 @@ def activation_init(
         activation: An elementwise function of an array, such as `jax.nn.gelu`.
         distribution: "normal", "truncated_normal", "uniform" or "orthogonal". An
             orthogonal kernel keeps the norm of every input, and not only their mean,
-            unless there are fewer outputs than inputs.
+            unless there are fewer outputs than inputs. Of a convolution, every window
+            is an input.
         backward: Whether gradients keep their scale, by fan_out and their own gain.
 
     Returns:
@@ -79,7 +80,8 @@ def _orthogonal(scale: float, backward: bool) -> Initializer:
 
     def init(key, shape, *args, **kwargs) -> jax.Array:
         outputs, inputs = shape[-1], math.prod(shape[:-1])
-        fan = outputs if backward else inputs
+        window = math.prod(shape[:-2])
+        fan = outputs * window if backward else inputs
         # Orthonormal rows or columns have elements of variance 1 / the longer side.
         factor = scale * math.sqrt(max(outputs, inputs) / max(fan, 1))
         return factor * orthonormal(key, shape, *args, **kwargs)

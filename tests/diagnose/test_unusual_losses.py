@@ -97,6 +97,40 @@ def test_targets_are_no_inputs():
     assert "input_size" in causes(large)
 
 
+def test_a_batch_without_examples_and_a_line_search_are_errors():
+    with pytest.raises(ValueError, match="must have examples"):
+        sg.diagnose(squared_error, PARAMS, (X[:0], Y[:0]))
+    with pytest.raises(ValueError, match="searches along a line"):
+        sg.diagnose(squared_error, PARAMS, (X, Y), optax.lbfgs())
+
+
+@pytest.mark.slow
+def test_one_example_beside_a_random_key_does_not_tell_dead_units():
+    loss = lambda p, batch: squared_error(p, (batch["x"], batch["y"]))
+    batch = {"x": X[:1], "y": Y[:1], "key": jax.random.key(0)}
+    assert causes(sg.diagnose(loss, PARAMS, batch)) == []
+
+
+@pytest.mark.slow
+def test_a_head_of_zeros_in_float16_does_not_underflow():
+    half = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float16), tree)
+    loss = lambda p, batch: squared_error(half(p), half(batch)).astype(jnp.float32)
+    *_, head = PARAMS
+    params = {**PARAMS, head: jnp.zeros_like(PARAMS[head])}
+    assert causes(sg.diagnose(loss, params, (X, Y))) == []
+    small = lambda p, batch: 1e-6 * loss(p, batch)
+    assert "underflow16" in causes(sg.diagnose(small, PARAMS, (X, Y)))
+
+
+@pytest.mark.slow
+def test_a_single_number_of_an_example_may_be_far_larger_than_others():
+    sigma = jnp.exp(-1.2 + 1.2 * jax.random.normal(jax.random.key(2), (256, 1)))
+    x = jax.random.normal(jax.random.key(3), (256, 16))
+    loss = lambda p, batch: squared_error(p, (batch[0], jnp.log(batch[1])))
+    assert float(sigma.max() / jnp.median(sigma)) > 20
+    assert causes(sg.diagnose(loss, PARAMS, (x, sigma))) == []
+
+
 @pytest.mark.slow
 def test_a_loss_without_a_layer_says_so():
     report = sg.diagnose(lambda params, _: squared_error(params, (X, Y)), PARAMS, X)
@@ -108,6 +142,9 @@ NONE = lambda: None
 
 
 UNKNOWN = lambda: {"loss_fn": squared_error, "weights": PARAMS}
+FINE = lambda: (squared_error, PARAMS, (X, Y))
+NO_BATCH = lambda: {"loss_fn": squared_error, "params": PARAMS}
+WITH_AUX = lambda: (lambda p, batch: (squared_error(p, batch), 1), PARAMS, (X, Y))
 
 
 @pytest.mark.parametrize(
@@ -117,11 +154,16 @@ UNKNOWN = lambda: {"loss_fn": squared_error, "weights": PARAMS}
         ("NONE", "must return (loss_fn, params, batch)"),
         ("UNKNOWN", "a dict with weights, which `diagnose` does not take"),
         ("squared_error", "must take no arguments, and needs params, batch"),
+        ("NO_BATCH", "missing 1 required positional argument: 'batch'"),
+        ("WITH_AUX", "must return the loss alone, a real scalar"),
+        ("FINE --steps 2", "`steps` must be 0 without `tx`"),
+        ("FINE --figure report.xyz", "--figure must end in one of"),
+        ("FINE --json .", "is a folder, not a file"),
     ],
 )
-def test_the_command_says_in_one_line_what_the_function_must_return(name, said, capsys):
+def test_the_command_says_in_one_line_what_is_wrong(name, said, capsys):
     with pytest.raises(SystemExit) as stopped:
-        main([f"{__name__}:{name}"])
+        main(f"{__name__}:{name}".split())
     assert stopped.value.code == 2
     assert said in capsys.readouterr().err
 

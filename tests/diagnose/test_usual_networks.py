@@ -177,8 +177,103 @@ def additive_mask():
     return loss, params
 
 
+def probe_of_a_stopped_trunk():
+    params = trunk(probe=dense(6, 32, 32, 1.4))
+
+    def loss(p, batch):
+        h = jax.lax.stop_gradient(after(p, jax.nn.relu(batch[0] @ p["w"])))
+        return squares(p, jax.nn.relu(h @ p["probe"]), batch)
+
+    return loss, params
+
+
+def diagonal_state_space():
+    params = {
+        "in": dense(2, 16, 32),
+        "A_log": jnp.log(jnp.arange(1.0, 17)),
+        "dt": dense(3, 32, 1),
+        "B": dense(4, 32, 16),
+        "out": dense(5, 16, 1),
+    }
+
+    def loss(p, batch):
+        u = jax.nn.silu(batch[0] @ p["in"])
+        kept = jnp.exp(jax.nn.softplus(u @ p["dt"]) * -jnp.exp(p["A_log"])[None])
+        return squares(p, (1 - kept) * (u @ p["B"]), batch)
+
+    return loss, params
+
+
+def pooling_over_positions():
+    params = {
+        "in": dense(2, 2, 32, 1.4),
+        "score": dense(3, 32, 4),
+        "out": dense(4, 128, 1),
+    }
+
+    def loss(p, batch):
+        h = jax.nn.gelu(batch[0].reshape(32, 8, 2) @ p["in"])
+        weights = jax.nn.softmax(3 * h @ p["score"], axis=1)
+        pooled = jnp.einsum("bth,btd->bhd", weights, h).reshape(32, -1)
+        return squares(p, pooled, batch)
+
+    return loss, params
+
+
+def dice():
+    params = trunk(out=dense(5, 32, 4, 3.0))
+    one_hot = jax.nn.one_hot(jnp.zeros(32, int).at[0].set(1), 4)
+
+    def loss(p, batch):
+        h = after(p, jax.nn.relu(batch[0] @ p["w"]))
+        p_class = jax.nn.softmax(h @ p["out"] + jnp.array([[9.0, 0, 0, 0]]))
+        both = jnp.sum(p_class * (one_hot + 0 * batch[1]), axis=0)
+        return 1 - jnp.mean(2 * both / (1 + jnp.sum(p_class + one_hot, axis=0)))
+
+    return loss, params
+
+
+def sampling_offsets_of_zeros():
+    params = trunk(locate=dense(6, 16, 16, 1.4), offset=jnp.zeros((16, 16)))
+
+    def loss(p, batch):
+        x = batch[0]
+        offset = jax.nn.relu(x @ p["locate"]) @ p["offset"]
+        at = jnp.clip(jnp.arange(16.0)[None] + offset, 0, 14.99)
+        low = jnp.floor(at).astype(int)
+        part = at - low
+        take = lambda i: jnp.take_along_axis(x, i, axis=1)
+        h = take(low) * (1 - part) + take(low + 1) * part
+        return squares(p, after(p, jax.nn.relu(h @ p["w"])), batch)
+
+    return loss, params
+
+
+def two_streams():
+    names = [f"{side}{i}" for side in ("encode", "decode") for i in range(3)]
+    params = {name: dense(2 + i, 16, 16) for i, name in enumerate(names)}
+    params |= {"cross": dense(9, 16, 16), "out": dense(10, 16, 1)}
+
+    def loss(p, batch):
+        streams = [0.2 * batch[0], 0.2 * batch[0][::-1]]
+        for side, h in zip(("encode", "decode"), streams, strict=True):
+            for i in range(3):
+                unit = h / jnp.sqrt(jnp.mean(h**2, axis=-1, keepdims=True) + 1e-6)
+                h = h + jnp.tanh(1.5 * unit @ p[f"{side}{i}"])
+            streams[side == "decode"] = h
+        return squares(p, streams[1] + streams[0] @ p["cross"], batch)
+
+    return loss, params
+
+
 NETWORKS = (
     temperature,
+    probe_of_a_stopped_trunk,
+    diagonal_state_space,
+    pooling_over_positions,
+    dice,
+    sampling_offsets_of_zeros,
+    two_streams,
     low_rank_adapters,
     modulation_of_zeros,
     control_of_zeros,
@@ -197,6 +292,24 @@ def test_no_alarm_is_raised_on(network):
     loss, params = network()
     report = sg.diagnose(loss, params, (X, Y, CONDITION))
     assert report.causes == (), report
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("radius", [0.7, 1.6])
+def test_a_recurrence_is_judged_in_the_order_of_its_scan(radius, reverse):
+    xs = jax.random.normal(KEYS[11], (40, 16, 8))
+    orthogonal = jax.nn.initializers.orthogonal(radius)(KEYS[12], (32, 32))
+    params = {"in": dense(2, 8, 32), "hidden": orthogonal, "out": dense(3, 32, 1)}
+
+    def loss(p, batch):
+        step = lambda h, x: (x @ p["in"] + h @ p["hidden"], None)
+        h, _ = jax.lax.scan(step, jnp.zeros((16, 32)), batch, reverse=reverse)
+        return jnp.mean((h @ p["out"]) ** 2)
+
+    causes = sg.diagnose(loss, params, xs).causes
+    expected = [("through_time", "hidden")] if radius > 1 else []
+    assert [(v.rule, v.layer) for v in causes] == expected
 
 
 @pytest.mark.slow

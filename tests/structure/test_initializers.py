@@ -155,5 +155,5 @@ def test_orthogonal_kernels_have_the_deviation_of_the_gain_in_any_shape(
     settings = {"distribution": "orthogonal", "backward": backward}
     init = structure.activation_init(jax.nn.relu, **settings)
     kernel = init(jax.random.key(0), shape, jnp.float32)
-    fan = shape[-1] if backward else np.prod(shape[:-1])
+    fan = np.prod(shape[:-2]) * shape[-1] if backward else np.prod(shape[:-1])
     assert float(jnp.std(kernel)) == pytest.approx(np.sqrt(2 / fan), rel=0.02)

@@ -10,7 +10,7 @@ FEWEST_EXAMPLES, ALIKE = 8, 0.9
 
 
 def dead_units(facts: Facts) -> Iterator[Verdict]:
-    if 0 < facts.batch.examples < FEWEST_EXAMPLES:
+    if 0 < facts.batch.longest < FEWEST_EXAMPLES:
         return
     for layer in facts.layers:
         if layer.input_rms == 0:  # What is dead comes before it.

@@ -131,12 +131,12 @@ def underflow16(facts: Facts) -> Iterator[Verdict]:
     small = [
         layer
         for layer in facts.layers
-        if layer.dtype == "float16" and 0 <= layer.gradient_rms < FLOAT16_GRADIENT
+        if layer.dtype == "float16" and 0 < layer.gradient_rms < FLOAT16_GRADIENT
     ]
     if not small:
         return
     layer = min(small, key=lambda x: x.gradient_rms)
-    factor = 2.0 ** min(15, round(math.log2(2e-3 / max(layer.gradient_rms, 2e-8))))
+    factor = 2.0 ** min(15, round(math.log2(2e-3 / layer.gradient_rms)))
     yield Verdict(
         rule="underflow16",
         severity="warning",

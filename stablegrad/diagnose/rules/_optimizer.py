@@ -15,7 +15,8 @@ UPDATE = (1e-6, 0.3)
 
 
 def _leaves(facts: Facts, numbers) -> list[tuple[str, float]]:
-    return list(zip(facts.parameters, numbers, strict=True)) if numbers else []
+    rows = zip(facts.parameters, numbers, strict=True) if numbers else []
+    return [(name, number) for name, number in rows if not math.isnan(number)]
 
 
 def rate(facts: Facts) -> Iterator[Verdict]:
@@ -103,10 +104,11 @@ def epsilon(facts: Facts) -> Iterator[Verdict]:
 
 def stale_moment(facts: Facts) -> Iterator[Verdict]:
     found = facts.training
-    if found is None or not found.staleness:
+    rows = _leaves(facts, found.staleness) if found is not None else []
+    if found is None or not rows:
         return
-    name, worst = max(_leaves(facts, found.staleness), key=lambda row: row[1])
-    middle = float(np.median(found.staleness))
+    name, worst = max(rows, key=_size)
+    middle = float(np.median([size for _, size in rows]))
     if middle <= STALE:
         return
     right = min(0.95, found.b2)

@@ -60,18 +60,21 @@ class Facts:
         """The layers and residual sums on the way to the main head.
 
         The main head has the largest gradient. Layers beside a residual stream are left
-        out, and so are branches that start with weights of zeros.
+        out, and so are branches that start with weights of zeros, and layers that no
+        gradient reaches, as behind `stop_gradient`.
         """
         kinds = ("linear", "conv", "sum")
         off = {x.name for x in self.weighted if x.gain == 0 and x.joined}
         heads = [x for x in self.weighted if x.name in x.heads]
         main = max(heads, key=lambda x: x.gradient_norm, default=None)
+        reached = any(x.gradient_norm > 0 for x in self.layers)
         return [
             x
             for x in self.layers
             if x.kind in kinds
             and not x.beside_stream
             and x.name not in off
+            and not (reached and x.gradient_norm == 0)
             and not (x.feeds and off.issuperset(x.feeds))
             and (main is None or not x.heads or main.name in x.heads)
         ]

@@ -23,7 +23,7 @@ def residual(facts: Facts) -> Iterator[Verdict]:
         usual = float(np.median(others)) if others else 1.0
         # The first branch may well outweigh what enters the stream.
         limit = BRANCH * max(1.0, BRANCH_AGAINST_PEERS / BRANCH * usual)
-        limit *= 4.0 if layer is sums[0] else 1.0
+        limit *= 4.0 if layer.starts_stream else 1.0
         if layer.branch > limit:
             found = True
             yield _branch(layer, usual)

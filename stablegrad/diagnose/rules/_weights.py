@@ -30,8 +30,12 @@ def queries_and_keys(facts: Facts) -> set[str]:
 
 def weights_large(facts: Facts) -> Iterator[Verdict]:
     weighted, asked = facts.weighted, queries_and_keys(facts)
+    embeddings = {x.leaf for x in facts.layers if x.kind == "embed"}
     for layer in weighted:
         if layer.normalised or layer.name in asked:
+            continue
+        # A head that shares an embedding may have its inputs divided by its gain.
+        if layer.leaf in embeddings and layer.rms < LARGE:
             continue
         usual, ratio = peers(layer, weighted), layer.gain / layer.right_gain
         alone = math.isnan(usual)
