@@ -108,8 +108,8 @@ def unseen_value(extra: dict[str, Any]) -> str:
         "this guard can judge the loss, but the step got no `value=`: a loss that "
         "rises or is not finite goes unseen. By name it got "
         f"{instead}. {PASS_VALUE}\n"
-        "`optax.MultiSteps(...).gradient_transformation()` drops it, which "
-        "`optax.MultiSteps` itself does not.\n"
+        "`optax.MultiSteps(...).gradient_transformation()` and `optax.lookahead` drop "
+        "it, `optax.MultiSteps` itself does not.\n"
         "Pass `value=None` to say that the loss is not to be judged."
     )
 

@@ -15,9 +15,9 @@ NEAR = 100  # Steps without an event that separate one trouble from another.
 NEXT = {
     Reason.NONFINITE_GRADIENT: "look at the batches of these steps for values that are "
     "not finite, and in the loss for a division, a log or a root of zero on the way to "
-    "this leaf; `jax.config.update('jax_debug_nans', True)` finds the operation; where "
-    "`optax.MultiSteps` is around the guard, one bad batch stays in its mean: put it "
-    "into the guard",
+    "this leaf; `jax.config.update('jax_debug_nans', True)` finds the operation, if "
+    "the compiled step returns its loss; where `optax.MultiSteps` is around the guard, "
+    "one bad batch stays in its mean: put it into the guard",
     Reason.NONFINITE_VALUE: "look at the loss: it is not finite, and the gradient is",
     Reason.NONFINITE_UPDATE: "look at the optimizer's settings and its state: it makes "
     "updates that are not finite out of a finite gradient",
@@ -29,6 +29,10 @@ NEXT = {
     Reason.GRADIENT_OVERFLOW: "lower the learning rate, or the loss scale, and bound "
     "what grows in the network before this leaf",
 }
+BROKEN_AGAIN = (
+    "parameters that were restored broke again: look for what writes to "
+    "them besides the optimizer"
+)
 NEXT[Reason.NONFINITE_STATE] = NEXT[Reason.NONFINITE_UPDATE]
 REFUSED = {
     Refusal.NO_SNAPSHOT: "there is no healthy snapshot to roll back to: restore an "
@@ -45,9 +49,12 @@ def halt_message(guard_state: GuardState) -> str:
     seen = {name: np.asarray(x).item() for name, x in numbers(guard_state).items()}
     names = decode_names(guard_state.names)
     listed = events(guard_state)
-    episode = _last_episode(listed)
+    # Without a rejected step, the roll-backs alone tell when trouble began.
+    episode = _last_episode(listed, 1 if seen["consecutive_skips"] else NEAR)
     reason, refusal = seen["skip_reason"], seen.get("roll_back_refusal", 0)
     advice = REFUSED.get(refusal) or NEXT.get(reason, "look at the steps below")
+    if reason == Reason.NONFINITE_PARAMETERS and seen.get("roll_backs"):
+        advice = BROKEN_AGAIN
     if "roll_backs" not in seen and reason != Reason.NONFINITE_PARAMETERS:
         advice = _blow_up(listed) + advice
     lines = [
@@ -60,11 +67,11 @@ def halt_message(guard_state: GuardState) -> str:
     return "\n".join(lines)
 
 
-def _last_episode(listed: list[Event]) -> list[Event]:
-    """Return the last events, back to the first step in which nothing happened."""
+def _last_episode(listed: list[Event], gap: int) -> list[Event]:
+    """Return the last events, back to `gap` steps in which nothing happened."""
     episode = listed[-1:]
     for event in reversed(listed[:-1]):
-        if event.until + 1 < episode[0].step:
+        if event.until + gap < episode[0].step:
             break
         episode.insert(0, event)
     return episode
@@ -91,7 +98,7 @@ def _what(seen: dict, episode: list[Event]) -> str:
     since = f" since step {episode[0].step}" if episode else ""
     rejected = seen["consecutive_skips"]
     if not rejected:
-        return f"there is trouble{since}, and roll_back cannot help"
+        return f"there is trouble{since} or earlier, and roll_back cannot help"
     reason = Reason(seen["skip_reason"]).name.lower().replace("_", " ")
     steps = "1 step was" if rejected == 1 else f"{rejected} steps in a row were"
     return f"{steps} rejected{since} ({reason}), and changed nothing"

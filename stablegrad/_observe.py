@@ -208,7 +208,7 @@ def raise_if_halted(state: Any) -> None:
     Raises:
         TrainingHalted: If `halt` or `roll_back` has raised the flag. The message is an
             account: what happened, since when, in which leaf, what was tried, what to
-            try next, and the last events.
+            try next, and the last events; of an ensemble, that of the first member.
         ValueError: If there is no guard in the state.
         TypeError: Inside jit.
 
@@ -229,7 +229,11 @@ def raise_if_halted(state: Any) -> None:
         flags = np.asarray(last_step_of(record).halted)
         if not flags.any():
             continue
-        if flags.ndim:
-            members = np.flatnonzero(flags).tolist()
-            raise TrainingHalted(f"training halted for ensemble members {members}.")
-        raise TrainingHalted(halt_message(guard_state))
+        if not flags.ndim:
+            raise TrainingHalted(halt_message(guard_state))
+        members = np.flatnonzero(flags).tolist()
+        first = _reading.member(guard_state, tuple(np.argwhere(flags)[0]))
+        raise TrainingHalted(
+            f"training halted for ensemble members {members}, the first of them:\n"
+            + halt_message(first)
+        )

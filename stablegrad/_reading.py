@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 import jax
+import numpy as np
 
 from . import _trees
 from ._packing import decode, on_host
@@ -52,6 +53,12 @@ def without_snapshots(state: Any) -> Any:
         return node._replace(guarded_inner=inner, snapshots=())
 
     return jax.tree.map(strip, state, is_leaf=is_guard)
+
+
+def member(guard_state: GuardState, index: tuple[int, ...]) -> GuardState:
+    """Return the state of one member of an ensemble, without inner state."""
+    bare = guard_state._replace(guarded_inner=(), snapshots=())
+    return jax.tree.map(lambda array: np.asarray(array)[index], bare)
 
 
 def record_of(guard_state: GuardState) -> tuple[Record, dict[str, Any]]:

@@ -146,8 +146,9 @@ def carried_extras(
 
 def record_structs(columns: dict[str, None]) -> Record:
     """Return the shapes and dtypes of a record with these columns."""
-    extras = {name: jnp.zeros((), dtype) for dtype, name in dtypes_and_names(columns)}
-    return jax.eval_shape(lambda: init_record(extras))
+    columns_of = dtypes_and_names(columns)
+    extras = {name: jax.ShapeDtypeStruct((), dtype) for dtype, name in columns_of}
+    return jax.eval_shape(init_record, extras)
 
 
 def _extra_vectors(extras: dict[str, Any]) -> tuple[jax.Array, jax.Array]:

@@ -118,6 +118,8 @@ def load_events(path: str | os.PathLike) -> Events:
     found = Events()
     data = Path(path).read_bytes()
     for number, line in enumerate(data.splitlines(), start=1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
         except ValueError as error:

@@ -7,8 +7,10 @@ from pathlib import Path
 def write_whole(path: Path, text: str) -> None:
     """Replace a file at once: it holds the whole old text or the whole new text.
 
-    A draft that a killed process left is overwritten by the next one.
+    A draft that a killed process left is overwritten by the next one. Of a symbolic
+    link, the file that it leads to is replaced.
     """
+    path = path.resolve()
     draft = path.with_name(f"{path.name}.tmp")
     try:
         draft.write_bytes(text.encode())

@@ -2,7 +2,7 @@
 
 import json
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,17 @@ def as_arrays(trees: Any, opt_state: Any) -> dict[str, Any]:
 
     saved = {"trees": trees, "opt_state": opt_state}
     return jax.tree_util.tree_map_with_path(convert, saved)
+
+
+def guards_in(opt_state: Any) -> list[GuardState]:
+    """Return the states of all guards; raise ValueError if one cannot be read."""
+    is_dict = lambda node: isinstance(node, Mapping) and "guarded_inner" in node
+    if _trees.nodes(opt_state, is_dict):
+        raise ValueError(
+            "`opt_state` comes from `nnx.state(optimizer)`, which has no names for a "
+            "guard's numbers: save and restore `optimizer.opt_state` instead."
+        )
+    return _reading.search(_trees.without_variables(opt_state))
 
 
 def is_healthy(trees: Any, guards: Iterable[GuardState]) -> bool:

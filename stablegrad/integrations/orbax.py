@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Self
 import jax
 import orbax.checkpoint as ocp
 
-from .. import _checks, _reading, _trees
+from .. import _checks
 from . import _checkpoint_folders as folders
 
 
@@ -110,13 +110,14 @@ class HealthyCheckpoints:
             CheckpointError: If this or the last one cannot be written, if `step` is
                 not larger than the newest, or after `close`; earlier ones stay whole.
             TypeError: If a leaf is no array or number, or `metadata` is not for JSON.
-            ValueError: If `step` is not an integer >= 0.
+            ValueError: If `step` is not an integer >= 0, or `opt_state` comes from
+                `nnx.state(optimizer)`, in which no guard can be read.
         """
         step = folders.step_number(step)
         if self._closed:
             raise self._failed(f"checkpoint {step} was not written", "it is closed")
         saved = folders.as_arrays(trees, opt_state)
-        guards = _reading.search(_trees.without_variables(opt_state))
+        guards = folders.guards_in(opt_state)
         if not folders.is_healthy(trees, guards):
             return False
         calm = all(folders.is_calm(own, self._calm_steps) for own in guards)

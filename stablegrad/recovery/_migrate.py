@@ -12,15 +12,19 @@ import optax
 from .. import _trees
 from .._checks import require_optimizer
 from .._packing import Packing, on_host
-from .._reading import search
+from .._reading import limit_names, search
+from ..engine._event_log import CODES, EventLog
 from ..engine._layout import VERSION, Rows, State, parts_of, structs_of, version_of
 from ..engine._record import Record, carried_extras, record_structs
 from ..engine._step import GuardState
 from ..engine._unwrap import unwrap
+from ..responses.roll_back._machine import RollBackState
 from ._adopt import opt_state_of
 from ._matching import filled
 from ._rebuild import rebuilt, require_finite
 from ._watched import watched_layers, watched_steps
+
+COUNTS = ("steps", "cooldown_left", "restores", "roll_backs")  # Of a `roll_back`.
 
 
 def migrate(tx: optax.GradientTransformation, params: Any, old: Any) -> Any:
@@ -125,6 +129,7 @@ def _carried(old: GuardState, new: GuardState) -> GuardState:
     kept = old_record._replace(
         **carried_extras((old.columns, old_record), (new.columns, record))
     )
+    kept = kept._replace(log=_with_causes(kept.log, limit_names(old), limit_names(new)))
     found = _known(parts_of(old.layout), old_parts)
     used: collections.Counter[Any] = collections.Counter()
 
@@ -137,7 +142,9 @@ def _carried(old: GuardState, new: GuardState) -> GuardState:
     filled_parts = []
     for part, arrays in zip(parts_of(new.layout), parts, strict=True):
         if isinstance(part, State):
-            filled_parts.append(best(part, arrays))
+            same = best(part, arrays)
+            is_roll_back = part.name == "roll_back"
+            filled_parts.append(_with_counts(arrays, old) if is_roll_back else same)
             continue
         rows = [best(own, own_rows) for own, own_rows in _split(part, arrays)]
         joined = [jnp.concatenate(leaves) for leaves in zip(*rows, strict=True)]
@@ -147,6 +154,32 @@ def _carried(old: GuardState, new: GuardState) -> GuardState:
         layers=watched_layers(old, new),
         history=watched_steps(old, new),
     )
+
+
+def _with_counts(fresh: list, old: GuardState) -> list:
+    """Return the fresh state of a `roll_back` with the counts of the old one, if any.
+
+    Ages and norms are those of its snapshots, which start anew.
+    """
+    _, (_, parts) = _unpacked(old)
+    same = [
+        arrays
+        for part, arrays in zip(parts_of(old.layout), parts, strict=True)
+        if isinstance(part, State) and part.name == "roll_back"
+    ]
+    if not same:
+        return fresh
+    before, now = RollBackState(*same[0]), RollBackState(*fresh)
+    return list(now._replace(**{name: getattr(before, name) for name in COUNTS}))
+
+
+def _with_causes(log: EventLog, old: tuple[str, ...], new: tuple[str, ...]) -> EventLog:
+    """Return a log whose causes are places among the new limits, -1 if gone."""
+    places = [new.index(name) if name in new else -1 for name in old]
+    column = CODES.index("cause")
+    causes = log.codes[..., column]
+    moved = jnp.asarray([*places, -1], jnp.int32)[causes]  # The last is that of -1.
+    return log._replace(codes=jnp.asarray(log.codes).at[..., column].set(moved))
 
 
 def _unpacked(guard: GuardState) -> tuple[Packing, tuple[Record, list[list]]]:

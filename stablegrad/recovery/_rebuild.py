@@ -56,7 +56,8 @@ def _snapshot(fresh, inner, numbers: Packed):
     def place(new, old):
         new = jnp.array(new)
         traced = isinstance(old, Tracer) or isinstance(new, Tracer)
-        return new if traced else jax.device_put(new, old.sharding)
+        # Committed snapshots beside uncommitted parameters would compile a step anew.
+        return new if traced or not old.committed else jax.device_put(new, old.sharding)
 
     return jax.tree.map(place, now, fresh)
 

@@ -113,7 +113,8 @@ class Replay:
     def _examples(self) -> list[str]:
         if not self.examples:
             return []
-        middle = np.nanmedian([one.grad_norm for one in self.examples])
+        norms = [x.grad_norm for x in self.examples if not np.isnan(x.grad_norm)]
+        middle = np.median(norms) if norms else np.nan
         lines = [f"of {len(self.examples)} examples, median gradient norm {middle:.3g}"]
         for one in self.examples[:_SHOWN]:
             lines.append(

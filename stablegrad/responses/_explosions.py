@@ -38,7 +38,7 @@ class ExplosionState(NamedTuple):
     scale_at_cut: jax.Array  # float32, in [min_scale, 1]: just after the last cut.
     regrown_steps: jax.Array  # int32: calm steps of regrowth since then, saturating.
     hold_left: jax.Array  # int32, >= 0: calm steps before it regrows.
-    explosion_run: jax.Array  # int32: explosions in a row, none lower than the last.
+    explosion_run: jax.Array  # int32: taken explosions in a row, none fading.
     may_cut: jax.Array  # bool: a step was taken since the last cut.
     excess_at_cut: jax.Array  # float32 (thresholds,): `excess` at the last cut.
     last_height: jax.Array  # float32 (thresholds,): `height` of the last explosion.
@@ -114,7 +114,8 @@ def after_step(
         hold_left=jnp.where(confirmed, settings.hold_steps, held).astype(jnp.int32),
         explosion_run=jnp.where(
             seen.exploded,
-            _run(state, seen),
+            # A refused step is tried again at the same parameters: no further evidence.
+            jnp.where(taken, _run(state, seen), state.explosion_run),
             jnp.where(seen.unknown, state.explosion_run, 0),
         ),
         may_cut=taken | (state.may_cut & ~cuts),

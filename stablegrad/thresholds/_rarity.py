@@ -171,10 +171,10 @@ def _rule(settings: tuple):
         longer = jnp.maximum(run, 1).astype(jnp.float32)
         run_mean = state.run_mean + (value - state.run_mean) / longer
         most = jnp.where(is_log, MOST_OCTAVES, MOST_SPREADS * spread)
-        # The first change of a constant signal has no spread that could bound it.
-        constant = ~is_log & (state.spread <= 0)
-        free = (before < jnp.where(is_log, 2, FIRST_COUNTED)) | constant
+        free = before < jnp.where(is_log, 2, FIRST_COUNTED)
         most = jnp.where(free, jnp.inf, most)
+        # As long as a signal is constant, nothing is known of its spread.
+        constant = ~is_log & (state.spread <= 0) & (distance == 0)
         near = jnp.clip(distance, -most, most)
         w = jnp.maximum(LEVEL_WEIGHT, 1 / (before + 1))
         most_run = jnp.maximum(patience, LASTING)
@@ -189,7 +189,7 @@ def _rule(settings: tuple):
             jnp.min(rare, axis=-1),
             jnp.where(unusual, run_mean, 0.0),
             jnp.where(lasting, 0, run),
-            increment(state.seen),
+            jnp.where(constant, 1, increment(state.seen)),
         )
 
     return init, limit, update

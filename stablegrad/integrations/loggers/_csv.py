@@ -28,18 +28,24 @@ class CSV:
     def __init__(self, path: str | os.PathLike):
         """Read the header of an existing file."""
         self._path = Path(path)
-        self._names = ["step"]
-        if self._path.exists() and self._path.stat().st_size:
-            with self._path.open(newline="", encoding="utf-8") as file:
-                self._names = next(csv.reader(file))
-            if self._names[:1] != ["step"]:
-                raise ValueError(
-                    f"{path} is another table, left as it is: its first columns are "
-                    f"{self._names[:3]}, not 'step'."
-                )
+        self._names = self._header()
+
+    def _header(self) -> list[str]:
+        """Return the names in the file, to which another writer may have added."""
+        if not (self._path.exists() and self._path.stat().st_size):
+            return ["step"]
+        with self._path.open(newline="", encoding="utf-8") as file:
+            names = next(csv.reader(file))
+        if names[:1] != ["step"]:
+            raise ValueError(
+                f"{self._path} is another table, left as it is: its first columns are "
+                f"{names[:3]}, not 'step'."
+            )
+        return names
 
     def write(self, step: int, numbers: Mapping[str, float | int]) -> None:
         """Append one row."""
+        self._names = self._header()
         new = [name for name in numbers if name not in self._names]
         if new or not self._path.exists():
             self._widen(new)

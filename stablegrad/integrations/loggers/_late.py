@@ -92,19 +92,29 @@ class Late:
         for array in jax.tree.leaves((packed, own)):
             if isinstance(array, jax.Array):
                 array.copy_to_host_async()
-        self.flush()
-        self._waiting = _Waiting(step, columns, packed, own)
+        last, self._waiting = self._waiting, _Waiting(step, columns, packed, own)
+        self._write(last)
 
     def flush(self) -> None:
         """Write what is set aside; it waits for that step."""
-        if self._waiting is None:
+        last, self._waiting = self._waiting, None
+        self._write(last)
+
+    def _write(self, waiting: _Waiting | None) -> None:
+        """Write to all writers, then raise the first error of one."""
+        if waiting is None:
             return
-        waiting, self._waiting = self._waiting, None
         numbers = _unpacked(waiting.columns, waiting.packed)
         own = {name: _on_host(number) for name, number in waiting.own.items()}
         told = {**own, **select_scalars(numbers, self._every), **own}
+        errors = []
         for writer in self._writers:
-            writer.write(waiting.step, told)
+            try:
+                writer.write(waiting.step, told)
+            except Exception as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
     def __enter__(self) -> Self:
         """Return itself."""

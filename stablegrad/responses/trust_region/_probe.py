@@ -56,7 +56,7 @@ class Look(NamedTuple):
     known: jax.Array  # bool: whether both are finite, and more than rounding.
     blind: jax.Array  # bool: whether the promise is within the loss's rounding error.
     accepted: jax.Array  # bool: whether that part may be taken.
-    mismatch: jax.Array  # bool: r stays the same however near, or the loss is another.
+    mismatch: jax.Array  # bool: gradient, loss or direction do not fit each other.
     looks: jax.Array  # int32: forward passes, 1 unless shortened.
 
 
@@ -99,7 +99,16 @@ def _taken(attempt: Attempt, scale):
     return map(change, params, steps)
 
 
-def look(attempt: Attempt, kind: str, scale, rise, accept, aim, is_early=False) -> Look:
+def look(
+    attempt: Attempt,
+    kind: str,
+    scale,
+    rise,
+    accept,
+    aim,
+    is_early=False,
+    is_first=False,
+) -> Look:
     """Look along `scale` times the step, and nearer until it may be taken.
 
     A part may be taken if the loss stays finite, rises by at most `rise` and, where the
@@ -108,7 +117,8 @@ def look(attempt: Attempt, kind: str, scale, rise, accept, aim, is_early=False) 
     which is a mismatch. If an early step may not be taken whole, the next look is at
     the parameters themselves. If half of the change is found there, the function does
     not repeat the loss: an offset. Later steps are not tested for it, since a loss may
-    have fallen to its rounding errors.
+    have fallen to its rounding errors. A first step that raises the loss as its slope
+    promises goes uphill on purpose, as gradient ascent does: this is a mismatch, too.
     """
     step = attempt.step()
     attempt = attempt._replace(step=lambda: step)
@@ -149,6 +159,8 @@ def look(attempt: Attempt, kind: str, scale, rise, accept, aim, is_early=False) 
     blind = part * jnp.abs(slope) <= seen
     known = jnp.isfinite(excess) & jnp.isfinite(promised) & ~blind
     mismatch = offset | (~accepted & (alike >= ALIKE) & known & (slope < 0))
+    straight = jnp.abs(excess) <= part * slope / 2
+    mismatch |= is_first & known & (slope > 0) & straight
     return Look(part, excess, part * slope, known, blind, accepted, mismatch, looks)
 
 

@@ -71,7 +71,9 @@ def trust_region(
     Gradients must be those of `value`, neither scaled nor summed. The first probes
     detect gradients more than 1.5 times too large, and, where they find a step harmful,
     a `value_fn` that does not repeat the loss: most of the rise is at the parameters
-    themselves, too. `trust_mismatch` is then set, and the trust region rests for good.
+    themselves, too. The first step also tells gradient ascent, which raises the loss as
+    its gradient promises. `trust_mismatch` is then set, and the trust region rests for
+    good. To maximise, pass the negative as the loss, with its own gradient.
 
     Args:
         every: Steps between probes, >= 1: each costs one forward pass.
@@ -144,8 +146,8 @@ def _trust_region(every, probe, required) -> Response:
             first = state.probes_known == 0
             rise = longest_rise(state, attempt.loss)
             limit = jnp.where(first, ACCEPT, jnp.inf)
-            early = state.steps_tried < DENSE
-            found = look(attempt, probe, held, rise, limit, ACCEPT / 2, early)
+            when = state.steps_tried < DENSE, state.steps_tried == 0
+            found = look(attempt, probe, held, rise, limit, ACCEPT / 2, *when)
             after, alarm = after_probe(state, found, held * length, length, every)
             part = jnp.where(found.accepted, found.part, 0.0)
             part = jnp.where(found.mismatch, 1.0, part)
