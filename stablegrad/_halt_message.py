@@ -116,7 +116,8 @@ def _where(seen: dict, episode: list[Event], names: tuple[str, ...]) -> str:
 
 def _tried(seen: dict) -> str:
     cuts, backs = seen["backed_off_steps"], seen.get("roll_backs", 0)
-    parts = [f"{seen['skipped_steps']} steps skipped since the start"]
+    skipped = seen["skipped_steps"]
+    parts = [f"{skipped} {'step' if skipped == 1 else 'steps'} skipped since the start"]
     if cuts:
         parts.append(f"the learning rate cut {_times(cuts)}, to {seen['lr_scale']:.3g}")
     if backs:

@@ -15,6 +15,7 @@ from ..engine._record import totals_of
 from ..engine._step import GuardState
 
 FORMAT = 1
+GUARD_KEYS = {"numbers", "names"}  # Of a guard's arrays in a dict.
 MARK = "stablegrad.json"  # The file that marks a folder as one of checkpoints.
 
 
@@ -83,7 +84,7 @@ def as_arrays(trees: Any, opt_state: Any) -> dict[str, Any]:
 
 def guards_in(opt_state: Any) -> list[GuardState]:
     """Return the states of all guards; raise ValueError if one cannot be read."""
-    is_dict = lambda node: isinstance(node, Mapping) and "guarded_inner" in node
+    is_dict = lambda node: isinstance(node, Mapping) and GUARD_KEYS <= node.keys()
     if _trees.nodes(opt_state, is_dict):
         raise ValueError(
             "`opt_state` comes from `nnx.state(optimizer)`, which has no names for a "

@@ -204,6 +204,17 @@ def test_events_go_to_json_and_back(tmp_path):
     )
 
 
+def test_a_symbolic_link_stays_one_and_blank_lines_are_skipped(tmp_path):
+    target, link = tmp_path / "there.jsonl", tmp_path / "events.jsonl"
+    target.touch()
+    link.symlink_to(target)
+    state = run([(np.nan, 1, 3)])
+    sg.save_events(state, link)
+    assert link.is_symlink()
+    target.write_text(target.read_text() + "\n  \n")
+    assert [e.step for e in sg.load_events(link)] == [0]
+
+
 BROKEN = (
     ("not JSON", b'{"step": 1, "kind"'),
     ("not JSON", b"\xff\xfe\x00"),

@@ -119,6 +119,25 @@ def test_each_step_is_written_when_the_next_one_is_logged():
     assert math.isinf(memory.rows[2][1]["grad_norm"])
 
 
+class Failing:
+    """A writer whose service is down."""
+
+    def write(self, step, numbers):
+        raise OSError(f"no connection at step {step}")
+
+
+def test_a_writer_that_fails_takes_no_step_from_the_others():
+    memory, state = Memory(), state_after(1.0)
+    log = loggers.Late(Failing(), memory)
+    log(0, state)
+    for i in (1, 2):
+        with pytest.raises(OSError, match=f"at step {i - 1}"):
+            log(i, state)
+    with pytest.raises(OSError, match="at step 2"):
+        log.flush()
+    assert [step for step, _ in memory.rows] == [0, 1, 2]
+
+
 OWN = {  # Numbers of a user, and what is written of them.
     "beyond int32": (2**40, 2**40),
     "beyond int64": (2**70, 2**70),
@@ -227,6 +246,18 @@ def test_a_table_gets_new_columns_and_goes_on_after_a_restart(tmp_path):
         ["1", "", "nan", "inf"],
         ["2", "3", "", ""],
     ]
+
+
+def test_two_writers_of_one_table_see_each_other_s_columns(tmp_path):
+    path = tmp_path / "run.csv"
+    one, other = loggers.CSV(path), loggers.CSV(path)
+    one.write(0, {"a": 1})
+    other.write(1, {"b": 2})
+    one.write(2, {"a": 3})
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["a"] for row in rows] == ["1", "", "3"]
+    assert [row["b"] for row in rows] == ["", "2", ""]
 
 
 @pytest.mark.parametrize("text", ["x,y\n1,2\n", "\n\n", "\nstep,x\n"])

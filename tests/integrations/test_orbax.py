@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import stablegrad as sg
 from stablegrad.integrations.orbax import CheckpointError, HealthyCheckpoints
@@ -61,6 +62,24 @@ def same(one, other):
 def files_of(folder):
     found = {p: p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
     return {str(path.relative_to(folder)): data for path, data in found.items()}
+
+
+def test_the_state_of_an_nnx_optimizer_is_an_error_and_its_opt_state_is_read(tmp_path):
+    model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    tx = sg.guard(optax.sgd(0.1), sg.skip(), sg.halt(after=1))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    with HealthyCheckpoints(tmp_path / "new") as checkpoints:
+        with pytest.raises(ValueError, match=r"restore `optimizer\.opt_state`"):
+            checkpoints.save(0, nnx.state(model), nnx.state(optimizer))
+        assert checkpoints.save(0, nnx.state(model), optimizer.opt_state)
+        bad = jax.tree.map(lambda p: p * jnp.nan, nnx.state(model, nnx.Param))
+        optimizer.update(model, bad, value=1.0)
+        assert not checkpoints.save(1, nnx.state(model), optimizer.opt_state)
+        found = checkpoints.restore(nnx.state(model), optimizer.opt_state)
+    optimizer.opt_state = found.opt_state
+    good = jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param))
+    optimizer.update(model, good, value=1.0)
+    assert sg.metrics(optimizer)["guarded_steps"] == 1
 
 
 def test_a_run_restored_amid_a_spike_goes_on_bit_for_bit(tmp_path):

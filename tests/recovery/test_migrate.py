@@ -255,6 +255,49 @@ def test_what_orbax_restores_without_a_target_is_migrated(old, tmp_path):
     chex.assert_trees_all_equal(moved, sg.migrate(second(), params, state))
 
 
+def three_events(tx):
+    """A state with a high norm, then a high loss, then a gradient that is nan."""
+    params, state = PARAMS, tx.init(PARAMS)
+    for scale, value in ((1.0, 1.0), (1e3, 1.0), (1.0, 1e3), (np.nan, 1.0)):
+        grads = jax.tree.map(lambda p, scale=scale: jnp.full_like(p, scale), params)
+        params, state = sg.apply(tx, grads, state, params, value=value)
+    return params, state
+
+
+def watching(*signals):
+    limits = [sg.fixed(50.0, of=of) for of in signals]
+    return sg.guard(INNER, sg.skip(sg.nonfinite(), *limits), sg.halt(after=1))
+
+
+@pytest.mark.parametrize(
+    "signals", [("value", "grad_norm"), ("value",), ()], ids=["swapped", "less", "none"]
+)
+def test_events_keep_the_signals_that_the_new_guard_has_too(signals):
+    params, state = three_events(watching("grad_norm", "value"))
+    moved = sg.migrate(watching(*signals), params, state)
+    assert [e.signal for e in sg.events(state)[:2]] == ["grad_norm", "value"]
+    kept = [name if name in signals else "" for name in ("grad_norm", "value")]
+    assert [e.signal for e in sg.events(moved)[:2]] == kept
+    with pytest.raises(sg.TrainingHalted, match="nonfinite gradient"):
+        sg.raise_if_halted(moved)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("keep", [2, 3])
+def test_counts_of_roll_backs_are_carried_and_one_program_goes_on(keep):
+    make = lambda keep: sg.guard(INNER, sg.skip(), sg.roll_back(keep=keep))
+    tx, poisoned = make(2), {**PARAMS, "b": jnp.full(2, jnp.nan)}
+    state = tx.init(PARAMS)
+    params, state = sg.apply(tx, poisoned, state, poisoned, value=1.0)
+    new = make(keep)
+    moved = sg.migrate(new, params, state)
+    step = jax.jit(lambda p, s: sg.apply(new, PARAMS, s, p, value=1.0))
+    for _ in range(3):
+        params, moved = step(params, moved)
+    assert sg.metrics(moved)["roll_backs"] == 1
+    assert step._cache_size() == 1
+
+
 def nnx_training(tx):
     """A model and an optimizer that has taken a step."""
     model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))

@@ -184,6 +184,18 @@ def test_a_single_bad_batch_costs_nothing_with_two_to_confirm():
     np.testing.assert_array_equal(seen["lr_scale"], 1.0)
 
 
+def test_a_refused_step_does_not_confirm_a_rise():
+    values = np.r_[np.ones(5), np.full(4, 9.0), np.arange(8.5, 6.5, -0.5), np.ones(5)]
+    norms = np.where(np.arange(values.size) // 4 == 1, 1e3, 1.0)
+    norms[4], norms[8] = 1.0, 1e3
+    skip = sg.skip(sg.fixed(10.0))
+    seen, _, _ = run(norms, values, skip, confirm_steps=3)
+    assert seen["skipped"].sum() == 4
+    np.testing.assert_array_equal(seen["lr_scale"], 1.0)
+    seen, _, _ = run(np.ones(values.size), values, skip, confirm_steps=3)
+    assert seen["lr_scale"].min() == 0.5
+
+
 @pytest.mark.slow
 def test_a_rise_that_fades_is_not_confirmed():
     values = [1.0, 9.0, 8.0, 7.0, 6.0, 1.0, 1.0, 8.0, 8.0, 9.0]

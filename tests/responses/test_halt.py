@@ -69,10 +69,59 @@ def test_the_exception_names_the_members_of_an_ensemble():
     grads = {"w": jnp.ones((3, 2)).at[1, 0].set(jnp.nan)}
     state = jax.vmap(tx.init)(params)
     updates, state = jax.jit(jax.vmap(tx.update))(grads, state, params)
-    with pytest.raises(sg.TrainingHalted, match=r"ensemble members \[1\]"):
+    with pytest.raises(sg.TrainingHalted, match=r"ensemble members \[1\]") as stopped:
         sg.raise_if_halted(state)
+    alone = jax.jit(tx.update)({"w": grads["w"][1]}, tx.init({"w": jnp.zeros(2)}))[1]
+    with pytest.raises(sg.TrainingHalted) as single:
+        sg.raise_if_halted(alone)
+    assert str(stopped.value).endswith(f"the first of them:\n{single.value}")
+    assert "since step 0 (nonfinite gradient)" in str(single.value)
     chex.assert_tree_all_finite(updates)
     np.testing.assert_allclose(updates["w"][0], -0.1)
+
+
+def message_of(tx, norms, values, poison=False):
+    """What is said of a run whose losses are `values`, by `apply`."""
+
+    def one(carry, xs):
+        params, state = carry
+        grads = {"w": xs[0] * jnp.array([0.6, 0.8])}
+        broken = {"w": jnp.full(2, jnp.inf)}
+        choose = lambda tree: jax.tree.map(
+            lambda x, bad: jnp.where(poison & (xs[1] > 9), bad, x), tree, broken
+        )
+        grads, params = choose(grads), choose(params)
+        return sg.apply(tx, grads, state, params, value=xs[1]), None
+
+    rows = jnp.float32(norms), jnp.float32(values)
+    scan = lambda rows: jax.lax.scan(one, (PARAMS, tx.init(PARAMS)), rows)[0]
+    with pytest.raises(sg.TrainingHalted) as stopped:
+        sg.raise_if_halted(jax.jit(scan)(rows)[1])
+    return str(stopped.value)
+
+
+@pytest.mark.slow
+def test_trouble_that_roll_back_could_not_end_is_dated_from_the_first_of_them():
+    back = sg.roll_back(
+        sg.fixed(10.0, of="value"),
+        after=3,
+        every=8,
+        hold_steps=2,
+        cooldown_steps=2,
+        limit=2,
+    )
+    values = np.where(np.arange(39) < 30, 1.0, 100.0)
+    text = message_of(sg.guard(optax.sgd(1e-2), sg.skip(), back), np.ones(39), values)
+    assert "there is trouble since step 32 or earlier" in text
+    assert "tried: 2 steps skipped since the start, rolled back 2 times" in text
+
+
+@pytest.mark.slow
+def test_parameters_that_break_again_after_each_roll_back_are_said_to():
+    tx = sg.stabilize(optax.adam(1e-2), sg.roll_back())
+    values = np.where(np.arange(60) < 30, 1.0, 10.0)
+    text = message_of(tx, np.ones(60), values, poison=True)
+    assert "that were restored broke again" in text and "with `roll_back()`" not in text
 
 
 @pytest.mark.slow

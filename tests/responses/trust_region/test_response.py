@@ -441,6 +441,30 @@ def test_a_function_that_does_not_repeat_the_loss_is_told_and_limits_nothing(nam
     assert sg.events(state) == []
 
 
+@pytest.mark.parametrize(
+    "inner", [optax.sgd(0.1), optax.adam(0.1)], ids=["sgd", "adam"]
+)
+def test_gradient_ascent_is_told_and_not_limited(inner):
+    climbs = optax.chain(inner, optax.scale(-1.0))
+    reward = lambda p: -quadratic(p)
+
+    def ascent(tx, **extra):
+        def step(carry, _):
+            params, state = carry
+            value, grads = jax.value_and_grad(reward)(params)
+            own = {"value": value, "value_fn": reward} if extra else {}
+            updates, state = tx.update(grads, state, params, **own)
+            return (optax.apply_updates(params, updates), state), None
+
+        start = START, tx.init(START)
+        return jax.jit(lambda: jax.lax.scan(step, start, length=20)[0])()
+
+    expected, _ = ascent(climbs)
+    params, state = ascent(sg.guard(climbs, sg.trust_region()), told=True)
+    np.testing.assert_allclose(params, expected, rtol=1e-5)
+    assert reward(params) > reward(START) and sg.metrics(state)["trust_mismatch"]
+
+
 def test_once_the_loss_is_fine_again_training_goes_on():
     _, found = sgd_runs([0.05], rise=undefined(5))
     assert found["last"] < 1e-3
