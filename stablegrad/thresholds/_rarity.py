@@ -74,9 +74,10 @@ def rarity(
     times the limit, and those up to the hundredth up to twice the limit.
 
     Other signals can be negative, so y_t = x_t. Their level m and their mean absolute
-    distance s from it are running means, in which a residual counts as at most 8 s,
-    except at the first change of a signal that was constant. Of a run of unusual
-    values, only the first one changes s. From the 50th value on,
+    distance s from it are running means, in which a residual counts as at most 8 s. Of
+    a run of unusual values, only the first one changes s. Of a signal that is constant,
+    such as the loss of 0 while a replay buffer fills, only the last value counts. From
+    the 50th value on,
 
         r_t = log2 max(x_t - m, 0) / s;    limit_{t+1} = m + margin * s * 2^reach
 
@@ -173,7 +174,7 @@ def _rule(settings: tuple):
         most = jnp.where(is_log, MOST_OCTAVES, MOST_SPREADS * spread)
         free = before < jnp.where(is_log, 2, FIRST_COUNTED)
         most = jnp.where(free, jnp.inf, most)
-        # As long as a signal is constant, nothing is known of its spread.
+        # Of a signal that is constant, the spread is not known yet.
         constant = ~is_log & (state.spread <= 0) & (distance == 0)
         near = jnp.clip(distance, -most, most)
         w = jnp.maximum(LEVEL_WEIGHT, 1 / (before + 1))

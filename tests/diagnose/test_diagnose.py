@@ -50,6 +50,7 @@ def rms(x):
     return float(np.sqrt(np.mean(np.square(np.asarray(x, np.float64)))))
 
 
+@pytest.mark.slow
 def test_values_and_gradients_of_each_layer_match_a_float64_oracle():
     """By hand: forward, and back through tanh and the weights."""
     params = plain_params()

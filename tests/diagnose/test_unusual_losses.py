@@ -97,6 +97,7 @@ def test_targets_are_no_inputs():
     assert "input_size" in causes(large)
 
 
+@pytest.mark.slow
 def test_a_batch_without_examples_and_a_line_search_are_errors():
     with pytest.raises(ValueError, match="must have examples"):
         sg.diagnose(squared_error, PARAMS, (X[:0], Y[:0]))

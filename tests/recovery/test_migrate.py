@@ -92,6 +92,7 @@ def test_a_cut_of_the_learning_rate_stays(old):
     assert sg.metrics(moved)["lr_scale"] == sg.metrics(state)["lr_scale"] == 0.5
 
 
+@pytest.mark.slow
 def test_snapshots_begin_with_what_was_carried_over(old):
     params, state = old
     moved = sg.migrate(second(), params, state)
@@ -194,6 +195,7 @@ def test_what_flax_restores_keeps_the_order_of_the_gradients_before():
     assert any(jnp.any(leaf > 0) for leaf in state.layers.previous_gradient)
 
 
+@pytest.mark.slow
 def test_a_guard_inside_a_chain_is_found(old):
     params, state = old
     tx = optax.chain(second(), optax.identity())
@@ -201,6 +203,7 @@ def test_a_guard_inside_a_chain_is_found(old):
     assert sg.metrics(moved)["skipped_steps"] == 1
 
 
+@pytest.mark.slow
 def test_the_state_of_other_responses_is_an_error_that_names_migrate(old):
     params, state = old
     with pytest.raises(ValueError, match=r"stablegrad\.migrate\(tx, params, state\)"):
@@ -307,6 +310,7 @@ def nnx_training(tx):
     return model, optimizer
 
 
+@pytest.mark.slow
 def test_what_flax_restores_without_a_target_is_migrated(old):
     params, state = old
     restored = serialization.msgpack_restore(serialization.to_bytes(state))

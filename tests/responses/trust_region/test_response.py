@@ -305,6 +305,7 @@ def test_no_step_is_longer_than_the_optimizer_wanted_in_any_element(probe):
     assert (taken[~fine] == 0).all()
 
 
+@pytest.mark.slow
 @BOTH
 def test_no_step_is_longer_than_the_radius_of_before_probed_or_not(probe):
     _, found, _ = mixed(probe)
@@ -441,6 +442,7 @@ def test_a_function_that_does_not_repeat_the_loss_is_told_and_limits_nothing(nam
     assert sg.events(state) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "inner", [optax.sgd(0.1), optax.adam(0.1)], ids=["sgd", "adam"]
 )
