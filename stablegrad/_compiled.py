@@ -30,8 +30,8 @@ def compiled(
         check_leaves: Raises if a state belongs to another tree than that of the step.
         check_extra: Raises if an extra argument that is concrete is a wrong one.
     """
-    program: Any = None
-    constants: dict[str, Any] = {}  # Those of the program, by name.
+    # A program and its constants by name, as one tuple: threads may share an update.
+    kept: tuple[Any, dict[str, Any]] = (None, {})
 
     def compiled_update(updates, state, params=None, **extra) -> Any:
         check_state(state)
@@ -46,16 +46,17 @@ def compiled(
         arguments = (updates, state, params, extra)
         if any(isinstance(x, Tracer) for x in jax.tree.leaves(arguments)):
             return update(updates, state, params, **extra)
-        nonlocal program, constants
+        nonlocal kept
+        program, constants = kept
         traced = {name: x for name, x in extra.items() if _is_numeric(x)}
         others = {name: x for name, x in extra.items() if name not in traced}
         if program is None or not _same(others, constants):
-            constants = others
             program = jax.jit(
                 lambda updates, state, params, traced: update(
                     updates, state, params, **traced, **others
                 )
             )
+            kept = program, others
         return program(updates, state, params, traced)
 
     return compiled_update

@@ -84,7 +84,7 @@ def as_arrays(trees: Any, opt_state: Any) -> dict[str, Any]:
 
 def guards_in(opt_state: Any) -> list[GuardState]:
     """Return the states of all guards; raise ValueError if one cannot be read."""
-    is_dict = lambda node: isinstance(node, Mapping) and GUARD_KEYS <= node.keys()
+    is_dict = lambda node: isinstance(node, Mapping) and node.keys() >= GUARD_KEYS
     if _trees.nodes(opt_state, is_dict):
         raise ValueError(
             "`opt_state` comes from `nnx.state(optimizer)`, which has no names for a "
