@@ -249,6 +249,23 @@ def sampling_offsets_of_zeros():
     return loss, params
 
 
+def tied_embedding():
+    params = {"embedding": jax.random.normal(KEYS[2], (50, 64))}
+    params |= {f"w{i}": dense(3 + i, 64, 64) for i in range(3)}
+
+    def loss(p, batch):
+        tokens = jnp.argsort(batch[0], axis=1) % 50
+        h = p["embedding"][tokens]
+        for i in range(3):
+            unit = h / jnp.sqrt(jnp.mean(h**2, axis=-1, keepdims=True) + 1e-6)
+            h = h + jax.nn.gelu(unit @ p[f"w{i}"])
+        unit = h / jnp.sqrt(jnp.mean(h**2, axis=-1, keepdims=True) + 1e-6)
+        logits = unit * 64**-0.5 @ p["embedding"].T
+        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens).mean()
+
+    return loss, params
+
+
 def two_streams():
     names = [f"{side}{i}" for side in ("encode", "decode") for i in range(3)]
     params = {name: dense(2 + i, 16, 16) for i, name in enumerate(names)}
@@ -273,6 +290,7 @@ NETWORKS = (
     pooling_over_positions,
     dice,
     sampling_offsets_of_zeros,
+    tied_embedding,
     two_streams,
     low_rank_adapters,
     modulation_of_zeros,
