@@ -206,14 +206,14 @@ def diagonal_state_space():
 
 def pooling_over_positions():
     params = {
-        "in": dense(2, 2, 32, 1.4),
+        "in": dense(2, 1, 32, 1.4),
         "score": dense(3, 32, 4),
         "out": dense(4, 128, 1),
     }
 
     def loss(p, batch):
-        h = jax.nn.gelu(batch[0].reshape(32, 8, 2) @ p["in"])
-        weights = jax.nn.softmax(3 * h @ p["score"], axis=1)
+        h = jax.nn.gelu(batch[0].reshape(32, 16, 1) @ p["in"])
+        weights = jax.nn.softmax(h @ p["score"], axis=1)
         pooled = jnp.einsum("bth,btd->bhd", weights, h).reshape(32, -1)
         return squares(p, pooled, batch)
 
@@ -272,7 +272,7 @@ def two_streams():
     params |= {"cross": dense(9, 16, 16), "out": dense(10, 16, 1)}
 
     def loss(p, batch):
-        streams = [0.2 * batch[0], 0.2 * batch[0][::-1]]
+        streams = [0.1 * batch[0], 0.1 * batch[0][::-1]]
         for side, h in zip(("encode", "decode"), streams, strict=True):
             for i in range(3):
                 unit = h / jnp.sqrt(jnp.mean(h**2, axis=-1, keepdims=True) + 1e-6)
