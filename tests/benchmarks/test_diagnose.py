@@ -1,6 +1,7 @@
 """Smoke test of the benchmark of planted faults."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 import jax
@@ -24,7 +25,7 @@ def test_three_faults_of_one_network_are_found(benchmark_of_faults, tmp_path):
     asked = ["--network", "mlp_tanh", "--cases", "3", "--out", str(out)]
     with jax.numpy_rank_promotion("allow"):  # As users run it.
         assert benchmark_of_faults.main(asked) == 0
-    text = out.read_text()
+    text = re.sub(" +", " ", out.read_text())
     assert "| right cause, all faults: 95% | 3 of 3, 100% | yes |" in text
     assert "| right layer, all faults: 95% | 3 of 3, 100% | yes |" in text
 

@@ -44,5 +44,6 @@ def test_a_few_schedules_make_both_tables(tmp_path, capsys):
     # The preset, and with `roll_back`; each without vmap, too; and one more limit.
     assert len(rows) == 5
     for row in rows:
-        assert row.split("|")[3:6] == [" 100.0 % "] * 3, row
+        cells = [cell.strip() for cell in row.split("|")]
+        assert cells[3:6] == ["100.0 %"] * 3, row
     assert text in capsys.readouterr().out
