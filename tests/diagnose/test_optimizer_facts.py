@@ -35,10 +35,9 @@ def causes(report):
     return [verdict.rule for verdict in report.causes if verdict.severity != "note"]
 
 
-@pytest.mark.parametrize("scale", [1.0, 1e3])
-def test_a_clip_before_adam_makes_no_moment_stale(scale):
+def test_a_clip_before_adam_makes_no_moment_stale():
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
-    report = sg.diagnose(squared_error, PARAMS, (X, scale * Y), tx)
+    report = sg.diagnose(squared_error, PARAMS, (X, 1e3 * Y), tx)
     assert causes(report) == []
     assert report.facts.training.staleness == pytest.approx([1.0] * 4, rel=1e-3)
 

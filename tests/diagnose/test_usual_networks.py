@@ -313,16 +313,15 @@ def test_no_alarm_is_raised_on(network):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("radius", [0.7, 1.6])
-def test_a_recurrence_is_judged_in_the_order_of_its_scan(radius, reverse):
+def test_a_recurrence_is_judged_in_the_order_of_its_scan(radius):
     xs = jax.random.normal(KEYS[11], (40, 16, 8))
     orthogonal = jax.nn.initializers.orthogonal(radius)(KEYS[12], (32, 32))
     params = {"in": dense(2, 8, 32), "hidden": orthogonal, "out": dense(3, 32, 1)}
 
     def loss(p, batch):
         step = lambda h, x: (x @ p["in"] + h @ p["hidden"], None)
-        h, _ = jax.lax.scan(step, jnp.zeros((16, 32)), batch, reverse=reverse)
+        h, _ = jax.lax.scan(step, jnp.zeros((16, 32)), batch, reverse=True)
         return jnp.mean((h @ p["out"]) ** 2)
 
     causes = sg.diagnose(loss, params, xs).causes
