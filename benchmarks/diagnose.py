@@ -2,7 +2,7 @@
 
     command:   pip install -e ".[test]" && python benchmarks/diagnose.py
     hardware:  any; written for two CPU cores
-    time:      about forty minutes on two CPU cores, --quick three
+    time:      about forty minutes on two CPU cores, --quick three minutes
     expected:  right cause and right layer for at least 95 % of the faults, no alarm on
                a healthy network
 
