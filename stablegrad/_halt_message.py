@@ -53,7 +53,8 @@ def halt_message(guard_state: GuardState) -> str:
     episode = _last_episode(listed, 1 if seen["consecutive_skips"] else NEAR)
     reason, refusal = seen["skip_reason"], seen.get("roll_back_refusal", 0)
     advice = REFUSED.get(refusal) or NEXT.get(reason, "look at the steps below")
-    if reason == Reason.NONFINITE_PARAMETERS and seen.get("roll_backs"):
+    restored = not refusal and seen.get("roll_backs", 0) > 0
+    if restored and reason == Reason.NONFINITE_PARAMETERS:
         advice = BROKEN_AGAIN
     if "roll_backs" not in seen and reason != Reason.NONFINITE_PARAMETERS:
         advice = _blow_up(listed) + advice

@@ -24,6 +24,7 @@ from ._matching import filled
 from ._rebuild import rebuilt, require_finite
 from ._watched import watched_layers, watched_steps
 
+ROLL_BACK = "roll_back"
 COUNTS = ("steps", "cooldown_left", "restores", "roll_backs")  # Of a `roll_back`.
 
 
@@ -142,9 +143,9 @@ def _carried(old: GuardState, new: GuardState) -> GuardState:
     filled_parts = []
     for part, arrays in zip(parts_of(new.layout), parts, strict=True):
         if isinstance(part, State):
-            same = best(part, arrays)
-            is_roll_back = part.name == "roll_back"
-            filled_parts.append(_with_counts(arrays, old) if is_roll_back else same)
+            same = best(_key_of(part), arrays)
+            is_roll_back = part.name == ROLL_BACK
+            filled_parts.append(_with_counts(arrays, same) if is_roll_back else same)
             continue
         rows = [best(own, own_rows) for own, own_rows in _split(part, arrays)]
         joined = [jnp.concatenate(leaves) for leaves in zip(*rows, strict=True)]
@@ -156,20 +157,17 @@ def _carried(old: GuardState, new: GuardState) -> GuardState:
     )
 
 
-def _with_counts(fresh: list, old: GuardState) -> list:
-    """Return the fresh state of a `roll_back` with the counts of the old one, if any.
+def _key_of(part: State) -> State | str:
+    """Return what a state is carried by; a `roll_back` by name, for any `keep`."""
+    return ROLL_BACK if part.name == ROLL_BACK else part
+
+
+def _with_counts(fresh: list, old: list) -> list:
+    """Return the fresh state of a `roll_back` with the counts of an old one.
 
     Ages and norms are those of its snapshots, which start anew.
     """
-    _, (_, parts) = _unpacked(old)
-    same = [
-        arrays
-        for part, arrays in zip(parts_of(old.layout), parts, strict=True)
-        if isinstance(part, State) and part.name == "roll_back"
-    ]
-    if not same:
-        return fresh
-    before, now = RollBackState(*same[0]), RollBackState(*fresh)
+    before, now = RollBackState(*old), RollBackState(*fresh)
     return list(now._replace(**{name: getattr(before, name) for name in COUNTS}))
 
 
@@ -189,13 +187,12 @@ def _unpacked(guard: GuardState) -> tuple[Packing, tuple[Record, list[list]]]:
     return packing, packing.unpack(on_host(guard.numbers))
 
 
-def _known(described, parts) -> dict[State | Rows, list]:
+def _known(described, parts) -> dict[State | Rows | str, list]:
     """Return the arrays of each part by what it is, several of a kind in order."""
-    found: dict[State | Rows, list] = {}
+    found: dict[State | Rows | str, list] = {}
     for part, arrays in zip(described, parts, strict=True):
         if isinstance(part, State):
-            if part.name != "roll_back":  # Its ages are those of its snapshots.
-                found.setdefault(part, []).append(arrays)
+            found.setdefault(_key_of(part), []).append(arrays)
         else:
             for own, rows in _split(part, arrays):
                 found.setdefault(own, []).append(rows)
