@@ -125,6 +125,20 @@ def test_parameters_that_break_again_after_each_roll_back_are_said_to():
 
 
 @pytest.mark.slow
+def test_a_roll_back_that_needs_apply_says_so_after_others_that_did_not():
+    high = sg.fixed(10.0, of="value")
+    back = sg.roll_back(high, after=1, every=8, hold_steps=2, cooldown_steps=0)
+    tx = sg.guard(optax.sgd(0.1), sg.skip(), back)
+    update = jax.jit(lambda g, s, p, loss: tx.update(g, s, p, value=loss))
+    _, state = update(PARAMS, tx.init(PARAMS), PARAMS, 100.0)
+    assert sg.metrics(state)["roll_backs"] == 1
+    broken = {"w": jnp.full(2, jnp.nan)}
+    _, state = update(broken, state, broken, 1.0)
+    with pytest.raises(sg.TrainingHalted, match=r"back to it: use `stablegrad\.apply`"):
+        sg.raise_if_halted(state)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("calm, blamed", [(5, True), (99, True), (100, False)])
 def test_the_account_blames_a_blow_up_shortly_before_the_halt(calm, blamed):
     # A spike at step 1, calm steps, then nothing that is finite.
