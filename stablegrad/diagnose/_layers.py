@@ -76,9 +76,9 @@ def assemble(instrument: Instrument, sites: Sequence[Site], stats, back, names):
         lengths = [op.eqn.params["length"] for op in around]
         counts = [n if s else 1 for n, s in zip(lengths, site.sliced, strict=True)]
         for index in np.ndindex(*counts):
-            picked = _Picked(instrument, stats, back, site, index)
             timed = [op for op, s in zip(around, site.sliced, strict=True) if not s]
-            picked.is_reversed = bool(timed) and timed[-1].eqn.params["reverse"]
+            backwards = bool(timed) and timed[-1].eqn.params["reverse"]
+            picked = _Picked(instrument, stats, back, site, index, backwards)
             order = (
                 tuple(x for pair in zip(site.path, index, strict=False) for x in pair)
                 + site.path[len(index) :]
@@ -108,11 +108,10 @@ def _first_key(instrument: Instrument, site: Site, stats) -> str:
 class _Picked:
     """The numbers of one site, of one iteration over layers and all of time."""
 
-    is_reversed = False  # Whether the innermost scan over time runs backwards.
-
-    def __init__(self, instrument, stats, back, site: Site, index):
+    def __init__(self, instrument, stats, back, site: Site, index, is_reversed: bool):
         self._instrument, self._stats, self._back = instrument, stats, back
         self._site, self.index = site, index
+        self.is_reversed = is_reversed  # Of the innermost scan over time.
 
     def _at(self, what: str, table) -> Any:
         key = key_of(self._site, what)
