@@ -82,7 +82,7 @@ def require_host(asker: str, tree) -> None:
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree)):
         raise TypeError(
             f"`{asker}` reads numbers on the host, so it cannot run inside jit. Return "
-            f"the state from the compiled function, and call `{asker}` outside."
+            f"what it reads from the compiled function, and call `{asker}` outside."
         )
 
 

@@ -35,7 +35,8 @@ def clip_by_ema(
     Args:
         ratio: Tolerated multiple of the mean, > 1. None: 2; 1.05 if published.
         decay: Weight d of the past, in [0, 1).
-        warmup_steps: Steps that set the first mean, >= 1. None: 25; 100 if published.
+        warmup_steps: Steps that set the first mean, >= 1. None: 25; 100 if published,
+            where it is >= 2, and one step less sets the mean, as in the paper.
         per: The groups that are clipped separately, as for `fixed`.
         published: Whether to follow the recurrence of the paper exactly.
         max_norm: Limit on ||G|| during the warm-up, > 0. Only with `published`.
@@ -72,7 +73,7 @@ def _published(ratio, decay, warmup_steps: int, per: Granularity, max_norm) -> N
     require("ratio", ratio, "> 1", lambda x: 1 < x < float("inf"))
     require("decay", decay, "in [0, 1)", lambda x: 0 <= x < 1)
     require("max_norm", max_norm, "> 0", lambda x: 0 < x < float("inf"))
-    require_count("warmup_steps", warmup_steps)
+    require_count("warmup_steps", warmup_steps, 2)
 
     def init(groups: int):
         return jnp.zeros((groups,), jnp.float32), jnp.zeros((groups,), jnp.int32)

@@ -74,7 +74,8 @@ def clip_by_second_moment(
     require("threshold", threshold, "> 1", lambda x: 1 < x < float("inf"))
     require("decay", decay, "in (0, 1)", lambda x: 0 < x < 1)
     period = (500 if published else 0) if reset_every is None else reset_every
-    rewarmup = (150 if published else 0) if rewarmup_steps is None else rewarmup_steps
+    usual = 150 if published and inner is not None else 0
+    rewarmup = usual if rewarmup_steps is None else rewarmup_steps
     require_count("reset_every", period, 0)
     require_count("rewarmup_steps", rewarmup, 0)
     if inner is not None:
@@ -193,7 +194,7 @@ def _published(
         if own_moment:
             moment = _moments.track(moment, clipped, decay)
         out, inner = optimizer.update(clipped, inner, params, **extra)
-        if rewarmup and not own_moment:
+        if rewarmup and period:
             warmth = Scales(_moments.warmth(age, rewarmup)).where(number >= period)
             out = scale_leaves(out, warmth, updates)
         measured, norm = measure(updates), measure(clipped).norm

@@ -104,8 +104,8 @@ def critical_learning_rate(
     _checks.require("best_loss", best_loss, "finite", math.isfinite)
     _checks.require_count("steps", steps, 0)
     _checks.require("curvature", curvature, f"one of {METHODS}", lambda x: x in METHODS)
-    loss, trained, frozen = _loss.problem(loss_fn, params)
     asker = "critical_learning_rate"
+    loss, trained, frozen = _loss.problem(asker, loss_fn, params)
     optimizer, rate = _loss.optimizer_and_rate(tx, asker, trained, learning_rate)
     data = [(frozen, one) for one in (batch, *_listed_batches(more_batches, batch))]
     with jax.default_matmul_precision("highest"):

@@ -56,7 +56,7 @@ class Loss:
 
 
 def problem(
-    loss_fn: Callable, params, *, widen: bool = True
+    asker: str, loss_fn: Callable, params, *, widen: bool = True
 ) -> tuple[Loss, Any, tuple]:
     """Separate the leaves that an optimizer updates from all others.
 
@@ -64,6 +64,7 @@ def problem(
     None for the other leaves; and the frozen arrays, which the loss takes beside the
     batch.
     """
+    _trees.require_host(asker, params)
     as_trained = _widened if widen else jnp.asarray
     if not callable(loss_fn):
         kind = type(loss_fn).__name__

@@ -144,8 +144,8 @@ def learning_rate_range_test(
     _checks.require_count("steps", steps, 20)
     _checks.require("smoothing", smoothing, "in [0, 1)", lambda x: 0 <= x < 1)
     _checks.require("blow_up", blow_up, "finite and > 1", lambda x: 1 < x < math.inf)
-    loss, trained, frozen = _loss.problem(loss_fn, params)
     asker = "learning_rate_range_test"
+    loss, trained, frozen = _loss.problem(asker, loss_fn, params)
     optimizer, built = _loss.optimizer_and_rate(tx, asker, trained, learning_rate)
     is_batch = isinstance(batches, tuple | dict) or hasattr(batches, "dtype")
     if is_batch or not isinstance(batches, Iterable):

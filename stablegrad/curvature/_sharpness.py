@@ -137,7 +137,7 @@ def sharpness(
         _checks.require(name, value, "finite and >= 0", lambda x: 0 <= x < math.inf)
     if tx is None and state is not None:
         raise ValueError("`state` must come with its `tx`, got `tx=None`.")
-    loss, trained, frozen = _loss.problem(loss_fn, params)
+    loss, trained, frozen = _loss.problem("sharpness", loss_fn, params)
     data = (frozen, batch)
     optimizer = None
     averages = Decays(float(momentum or 0.0), 0.0, averaged=False)

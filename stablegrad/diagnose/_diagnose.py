@@ -98,7 +98,7 @@ def diagnose(
             )
     if any(0 in np.shape(leaf) for leaf in jax.tree.leaves(batch)):
         raise ValueError(f"`batch` must have examples, its shapes are {shapes(batch)}.")
-    loss, trained, frozen = _loss.problem(loss_fn, params, widen=False)
+    loss, trained, frozen = _loss.problem("diagnose", loss_fn, params, widen=False)
     data = (frozen, batch)
     names = _trees.leaf_names(trained)
     described, structure = jax.tree.flatten(

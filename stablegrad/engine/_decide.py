@@ -146,6 +146,8 @@ def loss_of(extra: dict[str, Any], axes: MappedAxes) -> jax.Array | None:
 
 def _scalar(threshold: Threshold, step: StepContext) -> jax.Array | None:
     """Return the signal of a threshold that watches no norm; None if it is absent."""
+    if step.extra.get(threshold.unless) is not None:
+        return None
     if callable(threshold.of):
         value = threshold.of(step.updates, step.params, step.extra)
         return step.axes.mean(scalar_signal(signal_name(threshold.of), value))

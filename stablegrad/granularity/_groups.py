@@ -82,8 +82,8 @@ def units(
         A value for `per=` of a threshold. A nan affects the norm of its own unit only.
 
     Raises:
-        ValueError: When the optimizer is initialised, if a layout is unknown; the
-            message shows what to pass.
+        ValueError: When the optimizer is initialised, if a layout is unknown, where the
+            message shows what to pass, or if no path has the name `exclude`.
 
     Example:
         >>> import optax
@@ -147,6 +147,11 @@ def group_names(per: Granularity, tree) -> tuple[str, ...]:
 def _unit_groups(settings: Units, tree, leaves) -> Grouping:
     axis, stacked, exclude = settings
     axes = _units.unit_axes(tree, axis, stacked)
+    known = {name for path, _ in leaves for name in _trees.path_name(path).split(".")}
+    part = "part of the path to some parameter, or a function (path, leaf) -> bool"
+    named = lambda x: isinstance(x, str) and (x in known or not leaves)
+    matches = lambda x: x is None or callable(x) or named(x)
+    _checks.require("exclude", exclude, part, matches)
     first, shapes, count = [], [], 0
     for (path, leaf), spanned in zip(leaves, axes, strict=True):
         sizes = enumerate(np.shape(leaf))

@@ -60,19 +60,20 @@ def stabilize(
     A gradient whose norm is rare is shrunk to what is usual. A step is refused only if
     gradient or loss is not finite, or if the norm is `refuse_factor` times beyond the
     usual. Whatever comes again and again becomes usual: a batch of another kind, a new
-    task, a loss term. If the loss is far above its usual spread and does not fall
-    for three steps in a row, the learning rate is cut once. It is fully restored after
-    20 + `regrow_steps` calm steps. A high finite loss never causes a step to be
-    refused.
+    task, a loss term. If no `value_fn=` is passed, and the loss is far above its usual
+    spread and does not fall for three steps in a row, the learning rate is cut once. It
+    is fully restored after 20 + `regrow_steps` calm steps. A high finite loss never
+    causes a step to be refused.
 
     Without `value=` non-finite losses are not seen, and the learning rate is never
     backed off; a warning says so once, unless `value=None` is passed. Without
     `value_fn=` (see `trust_region`) no step is probed. With it, steps that are too long
     are shortened before they are taken: every step evaluates the update once more, and
     every fourth step (every eighth while none is shortened) a third time, with a
-    forward pass. Beside an `inner` with a line search, which has checked its step, this
-    is inactive. With another `per` than "global", each group is shrunk to what is usual
-    of its own, and none is refused for its size.
+    forward pass. The learning rate is then never backed off: a rise of the loss alone
+    does not tell a high rate from new data. Beside an `inner` with a line search, which
+    has checked its step, no step is shortened. With another `per` than "global",
+    each group is shrunk to what is usual of its own, and none is refused for its size.
 
     Args:
         inner: The optimizer, any optax transformation.
@@ -136,7 +137,7 @@ def stabilize(
             max_consecutive=max_consecutive,
         ),
         back_off(
-            optional(risen),
+            optional(risen, unless="value_fn"),
             factor=factor,
             confirm_steps=3,
             hold_steps=20,

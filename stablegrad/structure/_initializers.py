@@ -8,6 +8,7 @@ import math
 from typing import Literal, NamedTuple, get_args
 
 import jax
+import jax.numpy as jnp
 from jax.nn.initializers import Initializer
 
 from .._checks import require, require_count
@@ -78,13 +79,15 @@ def _orthogonal(scale: float, backward: bool) -> Initializer:
     """Return an initialiser of orthogonal kernels, std(W) = scale / sqrt(fan)."""
     orthonormal = jax.nn.initializers.orthogonal()
 
-    def init(key, shape, *args, **kwargs) -> jax.Array:
+    def init(key, shape, dtype=jnp.float32, **kwargs) -> jax.Array:
         outputs, inputs = shape[-1], math.prod(shape[:-1])
         window = math.prod(shape[:-2])
         fan = outputs * window if backward else inputs
         # Orthonormal rows or columns have elements of variance 1 / the longer side.
         factor = scale * math.sqrt(max(outputs, inputs) / max(fan, 1))
-        return factor * orthonormal(key, shape, *args, **kwargs)
+        # The QR decomposition has no 16-bit floats.
+        wide = jnp.promote_types(dtype, jnp.float32)
+        return (factor * orthonormal(key, shape, wide, **kwargs)).astype(dtype)
 
     return init
 

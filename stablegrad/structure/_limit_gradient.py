@@ -83,13 +83,16 @@ def _backward(axes, max_norm, gradient):
     parts = gradient.astype(wide)
     largest = jnp.max(jnp.abs(parts), axis=axes, keepdims=True, initial=0.0)
     measurable = jnp.isfinite(largest) & (largest > 0)
-    # Divided by the largest element, so that no square overflows or vanishes.
-    unit = parts / jnp.where(measurable, largest, 1.0)
+    # Divided by the largest element, so that no square overflows or vanishes; by less
+    # near the largest float, whose reciprocal would be rounded to zero.
+    divisor = jnp.minimum(largest, np.finfo(wide).max / 256)
+    divisor = jnp.where(measurable, divisor, 1.0)
+    unit = parts / divisor
     norm = jnp.sqrt(jnp.sum(unit * unit, axis=axes, keepdims=True))
     norm = jnp.where(measurable, norm, 1.0)
     share = max_norm.astype(wide) / norm
     limited = (unit * share).astype(gradient.dtype)
-    kept = jnp.where(measurable & (largest > share), limited, gradient)
+    kept = jnp.where(measurable & (divisor > share), limited, gradient)
     return kept, jnp.zeros_like(max_norm)
 
 

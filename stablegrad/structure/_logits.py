@@ -33,6 +33,7 @@ def soft_cap(logits: jax.Array, cap: float | jax.Array) -> jax.Array:
         Logits of the same shape and dtype. A nan stays nan, an inf becomes the cap.
 
     Raises:
+        TypeError: If `logits` are not floating-point.
         ValueError: If a concrete `cap` is not finite and > 0.
 
     Example:
@@ -45,6 +46,8 @@ def soft_cap(logits: jax.Array, cap: float | jax.Array) -> jax.Array:
         Gemma 2 (2024), https://arxiv.org/abs/2408.00118.
     """
     require("cap", cap, "finite and > 0", lambda x: 0 < x < math.inf)
+    if not jnp.issubdtype(logits.dtype, jnp.floating):
+        raise TypeError(f"`logits` must be floating-point, got {logits.dtype}.")
     wide = np.promote_types(logits.dtype, np.float32)  # float16 may not hold the cap.
     cap = jnp.asarray(cap, wide)
     return (cap * jnp.tanh(logits.astype(wide) / cap)).astype(logits.dtype)

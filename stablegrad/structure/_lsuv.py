@@ -57,6 +57,7 @@ def lsuv(
     """
     require("tolerance", tolerance, "> 0", lambda x: x > 0)
     require_count("max_iterations", max_iterations)
+    _trees.require_host("lsuv", params)
     order: list[str] = []
 
     @jax.jit

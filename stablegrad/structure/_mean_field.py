@@ -66,7 +66,8 @@ def gain(activation: Activation, *, q: float = 1.0, backward: bool = False) -> f
     Returns:
         The gain, a Python number, also within `jax.jit`. Its relative error is about
         1e-6; that of the backward gain of activations whose slope jumps elsewhere than
-        at 0, such as hard tanh, is below 1 %.
+        at 0, such as hard tanh, is below 1 %, as is that of oscillations of up to ten
+        periods a deviation.
 
     Raises:
         TypeError: If `activation` cannot be called.
@@ -233,10 +234,12 @@ def _moments(activation: Activation, q: float) -> tuple[float, float]:
         at = jnp.asarray(math.sqrt(float(q)) * nodes, jnp.float32)
         values, slopes = jax.jvp(activation, (at,), (jnp.ones_like(at),))
         found = [np.asarray(x, np.float64) for x in (values, slopes)]
-    if found[0].shape != nodes.shape:
+        half = np.asarray(activation(at[::2]), np.float64)
+    whole = found[0]
+    if whole.shape != nodes.shape or not np.allclose(half, whole[::2], equal_nan=True):
         raise ValueError(
-            f"{_name(activation)} must be elementwise; it maps shape {nodes.shape} to "
-            f"{found[0].shape}."
+            f"{_name(activation)} must be elementwise: a function of each element "
+            "alone, of the shape of its argument."
         )
     squares, slopes = (float(np.sum(weights * x * x)) for x in found)
     if not (math.isfinite(squares) and math.isfinite(slopes)):

@@ -56,7 +56,7 @@ class ScaledResidual(linen.Module):
         """Return an array of the shape and dtype of `x`."""
         start = linen.initializers.constant(self.scale_init)
         scale = self.param("scale", start, ())
-        return x + scale.astype(x.dtype) * self.branch(x)
+        return x + (scale * self.branch(x)).astype(x.dtype)
 
 
 class PreNormBlock(linen.Module):

@@ -60,7 +60,7 @@ class ScaledResidual(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return an array of the shape and dtype of `x`."""
-        return x + self.scale[...].astype(x.dtype) * self.branch(x)
+        return x + (self.scale[...] * self.branch(x)).astype(x.dtype)
 
 
 class PreNormBlock(nnx.Module):

@@ -105,7 +105,7 @@ def compare(
     positive = lambda x: len(x) > 0 and all(0 < rate < np.inf for rate in x)
     _checks.require("learning_rates", rates, "finite rates > 0", positive)
     given: Any = seeds
-    if not np.ndim(given):
+    if not isinstance(given, Iterable) or getattr(given, "ndim", 1) == 0:
         _checks.require_steps("seeds", given)
         given = range(int(given))
     seeds = tuple(map(int, given))

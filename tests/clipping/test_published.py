@@ -141,6 +141,25 @@ def test_spam(period, warmup):
     np.testing.assert_allclose(alone, clipped, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
+def test_updates_of_spam_grow_after_a_reset_only_and_with_or_without_an_inner():
+    def outputs(**settings):
+        tx = sg.clip_by_second_moment(published=True, rewarmup_steps=3, **settings)
+        return np.asarray(run(tx, np.ones((12, 11)))[0])[:, 0]
+
+    np.testing.assert_array_equal(outputs(reset_every=0), 1.0)
+    never = outputs(reset_every=0, inner=optax.adam(1.0))
+    np.testing.assert_allclose(never, -1.0, rtol=1e-4)
+    ramp = 1 - 0.99 * (1 + np.cos(np.pi * np.arange(3) / 4)) / 2
+    grown = [1, 1, 1, 1, *ramp, 1, 1, *ramp]  # Reset at steps 5 and 10.
+    np.testing.assert_allclose(outputs(reset_every=5), grown, rtol=1e-4)
+
+
+def test_the_published_adagc_has_a_step_to_set_its_mean():
+    with pytest.raises(ValueError, match="`warmup_steps` must be an integer >= 2"):
+        sg.clip_by_ema(published=True, warmup_steps=1)
+
+
 @pytest.mark.parametrize("period", core([0, 100, 1000], 100))
 def test_adaclip_of_stable_spam(period):
     out, _ = run(sg.clip_by_max(published=True, reset_every=period), FLAT)

@@ -35,6 +35,12 @@ def test_both_ends_of_an_indefinite_spectrum_with_their_signs():
     assert with_momentum.stable_rate == pytest.approx(3.8 / 3, rel=EXACT)
 
 
+def test_within_jit_it_says_where_it_can_run():
+    measure = lambda params: sg.sharpness(quadratic, params, jnp.ones(3))
+    with pytest.raises(TypeError, match="`sharpness` reads numbers on the host"):
+        jax.jit(measure)(jnp.ones(3))
+
+
 @pytest.mark.slow
 def test_a_large_residual_asks_for_half_as_many_iterations_more():
     batch = jnp.linspace(-1.0, 1.0, 100)

@@ -12,7 +12,9 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 from helpers.marking import core
 
+import stablegrad as sg
 from stablegrad._trees import leaf_names
+from stablegrad.granularity._groups import group
 from stablegrad.granularity._units import unit_axes
 
 KEY = jax.random.key(0)
@@ -620,6 +622,15 @@ def test_an_error_names_the_parameter_its_shape_and_the_stack():
 def test_an_axis_that_a_leaf_lacks_is_an_error(wrong):
     with pytest.raises(ValueError, match="`axis` must be different axes of `a.w`"):
         unit_axes(shaped({"a": {"w": (3, 4)}}), axis=wrong)
+
+
+@pytest.mark.parametrize("wrong", ["haed", "head.w", ["head"], 3])
+def test_a_name_to_exclude_that_is_in_no_path_is_an_error(wrong):
+    tree = shaped({"head": {"w": (3, 4)}})
+    with pytest.raises(ValueError, match="`exclude` must be part of the path to some"):
+        group(sg.units(exclude=wrong), tree)
+    assert group(sg.units(exclude="head"), tree).count == 0
+    assert group(sg.units(exclude="head"), {}).count == 0  # All leaves are masked.
 
 
 @pytest.mark.parametrize("wrong", ["layer", "w", 0.5, True])

@@ -227,6 +227,35 @@ def test_one_lasting_rise_of_the_loss_costs_one_cut_and_the_rate_comes_back(fact
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("probed", [False, True])
+def test_a_term_that_grows_costs_no_cut_where_steps_are_probed(probed):
+    truth = jax.random.normal(jax.random.key(1), (8,))
+    tx = sg.stabilize(optax.sgd(0.05))
+
+    def step(carry, i):
+        params, state = carry
+        key = jax.random.key(i)
+
+        def loss_fn(params):
+            x = jax.random.normal(key, (32, 8))
+            noise = 0.1 * jax.random.normal(jax.random.fold_in(key, 1), (32,))
+            term = jnp.clip((i - 1000) / 5, 0.0, 3.0)
+            return jnp.mean((x @ (params - truth) + noise) ** 2) + term
+
+        loss, grads = jax.value_and_grad(loss_fn)(params)
+        extra = {"value_fn": loss_fn} if probed else {}
+        carry = sg.apply(tx, grads, state, params, value=loss, **extra)
+        return carry, (loss, sg.metrics(carry[1])["lr_scale"])
+
+    start = jnp.zeros(8), tx.init(jnp.zeros(8))
+    run = jax.jit(lambda carry: jax.lax.scan(step, carry, jnp.arange(1500)))
+    (_, state), (losses, scale) = run(start)
+    assert losses[990:1000].mean() < 0.02 and losses[-10:].mean() < 3.02
+    assert sg.metrics(state)["backed_off_steps"] == (0 if probed else 1)
+    assert scale[1000:].min() == (1.0 if probed else 0.5) and scale[-1] == 1
+
+
+@pytest.mark.slow
 def test_a_loss_that_has_risen_and_falls_costs_no_cut():
     norms, values = healthy(700)
     values[300:] += 50 * np.exp(-np.arange(400) / 30)

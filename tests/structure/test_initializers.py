@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -144,6 +145,8 @@ def test_lsuv_names_what_is_no_leaf():
     outputs = lambda params: {"kernel": params["z"]["kernel"]}
     with pytest.raises(ValueError, match=r"names \['kernel'\], which are not leaves"):
         structure.lsuv(outputs, lsuv_params(1.0))
+    with pytest.raises(TypeError, match="cannot run inside jit.*call `lsuv` outside"):
+        jax.jit(lambda params: structure.lsuv(outputs, params))(lsuv_params(1.0))
 
 
 @pytest.mark.slow
@@ -157,3 +160,5 @@ def test_orthogonal_kernels_have_the_deviation_of_the_gain_in_any_shape(
     kernel = init(jax.random.key(0), shape, jnp.float32)
     fan = np.prod(shape[:-2]) * shape[-1] if backward else np.prod(shape[:-1])
     assert float(jnp.std(kernel)) == pytest.approx(np.sqrt(2 / fan), rel=0.02)
+    half = init(jax.random.key(0), shape, jnp.bfloat16)
+    chex.assert_trees_all_equal(half, kernel.astype(jnp.bfloat16))

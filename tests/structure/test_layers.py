@@ -18,17 +18,17 @@ WIDTH = 8
 X = jax.random.normal(jax.random.key(0), (4, WIDTH))
 
 
-def applied(kind, name, **settings):
+def applied(kind, name, x=X, **settings):
     """Outputs of a block around a dense layer, and those of the layer and its norm."""
     if kind == "nnx":
         rngs = nnx.Rngs(0)
         branch, norm = nnx.Linear(WIDTH, WIDTH, rngs=rngs), nnx.LayerNorm(8, rngs=rngs)
         parts = (branch,) if name == "ScaledResidual" else (branch, norm)
-        return getattr(nnx_layers, name)(*parts, **settings)(X), branch, norm
+        return getattr(nnx_layers, name)(*parts, **settings)(x), branch, norm
     branch, norm = linen.Dense(WIDTH), linen.LayerNorm()
     parts = (branch,) if name == "ScaledResidual" else (branch, norm)
     block = getattr(linen_layers, name)(*parts, **settings)
-    y, variables = block.init_with_output(jax.random.key(0), X)
+    y, variables = block.init_with_output(jax.random.key(0), x)
     params = variables["params"]
     alone = lambda x: branch.apply({"params": params["branch"]}, x)
     normed = lambda x: norm.apply({"params": params["norm"]}, x)
@@ -41,6 +41,8 @@ def test_blocks_are_their_formulas(kind):
     np.testing.assert_array_equal(y, X)  # SkipInit starts as the identity.
     y, branch, _ = applied(kind, "ScaledResidual", scale_init=0.5)
     np.testing.assert_allclose(y, X + 0.5 * branch(X), rtol=1e-5)
+    half, _, _ = applied(kind, "ScaledResidual", X.astype(jnp.bfloat16))
+    assert half.dtype == jnp.bfloat16
     y, branch, norm = applied(kind, "PreNormBlock")
     np.testing.assert_allclose(y, X + branch(norm(X)), rtol=1e-5)
     y, branch, norm = applied(kind, "DeepNormBlock", layers=12)

@@ -61,6 +61,17 @@ def test_a_limit_of_zero_stops_the_gradient():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("size", [2.0**126, 1e38, 3e38])
+def test_gradients_near_the_largest_float_are_limited_jitted_or_not(size, dtype):
+    gradient = jnp.full((2, 3), 1.0, dtype).at[0, 0].set(size)
+    pull = lambda g: jax.vjp(lambda x: sg.limit_gradient(x, 5.0), g)[1](g)[0]
+    for found in pull(gradient), jax.jit(pull)(gradient):
+        assert float(found[0, 0]) == pytest.approx(5.0, rel=1e-2)
+        np.testing.assert_allclose(found[1].astype(jnp.float32), 1.0, rtol=1e-2)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
 def test_a_nonfinite_part_passes_as_it_is_and_touches_no_other(bad):
     gradient = jnp.full(SHAPE, 10.0).at[2, 1, 0].set(bad)

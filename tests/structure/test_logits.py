@@ -246,6 +246,8 @@ def test_dropout_of_weights_and_wrong_numbers_are_told():
     ):
         with pytest.raises(ValueError, match=r"must be (finite and )?>"):
             call()
+    with pytest.raises(TypeError, match="`logits` must be floating-point, got int32"):
+        soft_cap(jnp.arange(3), 2.0)
 
 
 @pytest.mark.slow

@@ -144,6 +144,7 @@ def test_a_gain_is_a_number_within_jit_too():
     [
         (lambda: gain("relu"), TypeError, "must be an elementwise function"),
         (lambda: gain(jnp.sum), ValueError, "must be elementwise"),
+        (lambda: gain(jax.nn.softmax), ValueError, "must be elementwise"),
         (lambda: gain(jnp.zeros_like), ValueError, "0 or constant"),
         (lambda: gain(jnp.ones_like, backward=True), ValueError, "0 or constant"),
         (lambda: gain(lambda x: x / 0), ValueError, "not finite at q = 1"),

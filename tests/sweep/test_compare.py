@@ -330,6 +330,8 @@ def test_guards_tell_what_they_skipped_and_the_plateau_sees_the_validation_loss(
 def test_one_rate_and_a_number_of_seeds_may_be_numpys():
     seen = compare("sgd", learning_rates=np.float64(0.1), seeds=np.int64(2))
     assert seen.row("sgd").rates == (0.1,) and seen.seeds == (0, 1)
+    seen = compare("sgd", learning_rates=0.1, seeds=(seed for seed in (2, 5)))
+    assert seen.seeds == (2, 5)
 
 
 @pytest.mark.slow
