@@ -94,6 +94,14 @@ def varying(leaf: jax.Array, names: frozenset) -> jax.Array:
     return lax.pvary(leaf, missing)  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def varying_like(tree: Any, other: Any) -> Any:
+    """Mark arrays as varying over the axes over which those of `other` vary."""
+    if not manual_axes():
+        return tree
+    mark = lambda leaf, like: varying(leaf, varies_over(like))
+    return jax.tree.map(mark, tree, other)
+
+
 def varying_like_next(turn: Callable[[Any], Any], carry: Any) -> Any:
     """Mark a loop's first carry as varying over the axes over which the next one does.
 
@@ -101,31 +109,33 @@ def varying_like_next(turn: Callable[[Any], Any], carry: Any) -> Any:
     """
     if not manual_axes():
         return carry
-    mark = lambda leaf, struct: varying(leaf, varies_over(struct))
-    return jax.tree.map(mark, carry, jax.eval_shape(turn, carry))
+    return varying_like(carry, jax.eval_shape(turn, carry))
 
 
-def warn_of_replicas(value: Any, updates: Any) -> None:
-    """Warn if replicas may decide apart: a loss that differs between mapped devices.
+def warn_of_replicas(what: str, number: Any, updates: Any, *, blind=True) -> None:
+    """Warn if replicas may decide apart: a number differs between mapped devices.
 
-    Called for a guard without `axis_name=`. Where JAX tracks what varies, the loss must
-    vary over no axis that the gradients do not vary over. Where it does not, replicas
-    and ensemble members look the same.
+    Called where no `axis_name=` is given. Where JAX tracks what varies, the number, or
+    its type, must vary over no axis that the gradients do not vary over. Where it does
+    not, replicas and ensemble members look the same: the warning comes if `blind`.
     """
     axes = manual_axes()
-    if value is None or not axes:
+    if number is None or not axes:
         return
     if _tracked(axes[0]):
         own = [varies_over(jnp.asarray(leaf)) for leaf in jax.tree.leaves(updates)]
-        apart = varies_over(jnp.asarray(value)) - frozenset().union(*own)
-        if not apart:
+        is_type = isinstance(number, jax.ShapeDtypeStruct)
+        number = number if is_type else jnp.asarray(number)
+        if not varies_over(number) - frozenset().union(*own):
             return
+    elif not blind:
+        return
     warnings.warn(
-        f"`value=` may differ between the devices of the mapped axes {axes}, and this "
-        "guard has no `axis_name=`: replicas of one model could then make different "
-        "decisions. Pass `axis_name=` (with `averaged_gradients=True` if gradients are "
-        "already averaged over it), or average the loss with `jax.lax.pmean`. For an "
-        "ensemble with one model a device, ignore this warning.",
+        f"{what} may differ between the devices of the mapped axes {axes}, and no "
+        "`axis_name=` is given: replicas of one model could then make different "
+        "decisions. Average it with `jax.lax.pmean`, or pass `axis_name=` to the guard "
+        "(with `averaged_gradients=True` if gradients are already averaged over it). "
+        "For an ensemble with one model a device, ignore this warning.",
         stacklevel=4,
     )
 

@@ -123,8 +123,9 @@ def is_healthy(state: Any, *trees: Any, params: Any = None) -> jax.Array:
     members = jnp.shape(halted[0])
 
     def any_bad(leaf):
-        rest = tuple(range(len(members), leaf.ndim))
-        return jnp.any(~jnp.isfinite(leaf), axis=rest)
+        own = leaf.shape[: len(members)] == members  # Else all members share it.
+        rest = tuple(range(len(members) if own else 0, leaf.ndim))
+        return jnp.broadcast_to(jnp.any(~jnp.isfinite(leaf), axis=rest), members)
 
     bad = [any_bad(leaf) for leaf in _trees.inexact_leaves((*trees, params))]
     return ~jnp.any(jnp.stack([*map(jnp.asarray, halted), *bad]), axis=0)
@@ -157,7 +158,7 @@ def keep_if_skipped(state: Any, old: Any, new: Any) -> Any:
 
     Raises:
         ValueError: If there is no guard in the state, or if the trees differ in
-            structure, shapes or dtypes.
+            structure, shapes or dtypes; of an ensemble, if an array has not its axes.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -191,7 +192,13 @@ def keep_if_skipped(state: Any, old: Any, new: Any) -> Any:
     def choose(before, after):
         if before is after or not _trees.is_array(after):
             return after
-        extra = np.ndim(after) - skipped.ndim
+        members, extra = skipped.shape, np.ndim(after) - skipped.ndim
+        if np.shape(after)[: len(members)] != members:
+            raise ValueError(
+                f"an array of shape {np.shape(after)} has no leading axes for the "
+                f"members of the ensemble, {members}: what they share cannot be kept "
+                "for one of them."
+            )
         flag = skipped.reshape(skipped.shape + (1,) * extra)
         return jnp.where(flag | newly_broken(after, before), before, after)
 

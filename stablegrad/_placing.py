@@ -18,6 +18,10 @@ def placed_like(tree, params):
     a state that is not committed to the device of committed parameters. Nothing is
     placed under tracing, or if the parameters are not arrays.
     """
+    axes = jax.sharding.get_abstract_mesh().axis_types
+    explicit = AxisType.Explicit in axes and AxisType.Manual not in axes
+    if explicit and any(isinstance(x, Tracer) for x in jax.tree.leaves(params)):
+        return jax.tree.map(_of_full_rank, tree)
     arrays = [x for x in jax.tree.leaves(params) if _is_concrete(x)]
     meshes = [x.sharding.mesh for x in arrays if isinstance(x.sharding, NamedSharding)]
     if meshes:
@@ -28,6 +32,25 @@ def placed_like(tree, params):
         return tree
     (device,) = devices
     return jax.tree.map(lambda leaf: _committed(leaf, device), tree)
+
+
+def replicated(tree):
+    """Keep a step's arrays on every device of a mesh, if all its axes are automatic.
+
+    The compiler would divide what it computes of parts. Nothing is done without
+    `jax.set_mesh`.
+    """
+    axes = jax.sharding.get_abstract_mesh().axis_types
+    if not axes or set(axes) != {AxisType.Auto}:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, PartitionSpec())
+
+
+def _of_full_rank(leaf):
+    """Give a replicated array the spec that it comes back with from a step."""
+    if any(axis is not None for axis in jax.typeof(leaf).sharding.spec):
+        return leaf
+    return jax.sharding.reshard(leaf, PartitionSpec(*(None,) * leaf.ndim))
 
 
 def _is_concrete(leaf) -> bool:

@@ -348,6 +348,16 @@ def test_health_of_an_ensemble_is_told_by_member():
         sg.raise_if_halted(state)
 
 
+def test_what_members_share_is_healthy_for_all_or_none_and_cannot_be_kept_for_one():
+    params, state = ensemble([[1.0, 1.0, 1.0], [1.0, np.nan, 1.0]])
+    for shape in ((), (5,), (5, 3)):
+        shared = jnp.ones(shape)
+        assert sg.is_healthy(state, params, shared).tolist() == [True] * 3
+        assert sg.is_healthy(state, params, shared / 0).tolist() == [False] * 3
+        with pytest.raises(ValueError, match=r"members of the ensemble, \(3,\)"):
+            sg.keep_if_skipped(state, shared, shared + 1)
+
+
 @pytest.mark.parametrize("name", ["raise_if_halted", "events", "scalars"])
 def test_a_reader_of_the_host_says_so_inside_jit(name):
     with pytest.raises(TypeError, match=f"`{name}` reads numbers on the host"):

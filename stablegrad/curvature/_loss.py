@@ -114,7 +114,13 @@ def optimizer_and_rate(tx, asker: str, params, learning_rate: float | None):
                 "`learning_rate` must be left out where `tx` is a function of the rate,"
                 f" got {learning_rate:.6g}."
             )
-        tx, learning_rate = tx(1.0), 1.0
+        one, two = (optimizer(tx(rate), asker) for rate in (1.0, 2.0))
+        if _first_steps_are_alike(one, two, params):
+            raise ValueError(
+                "`tx` must be a function of the learning rate, and its update must "
+                "depend on it: that of the rates 1 and 2 is the same."
+            )
+        tx, learning_rate = one, 1.0
     tx = optimizer(tx, asker)
     # Under `jax.jit` nothing else of the state is computed.
     rates = [float(r) for r in jax.jit(lambda x: _rates(tx.init(x)))(params)]
@@ -139,6 +145,20 @@ def optimizer_and_rate(tx, asker: str, params, learning_rate: float | None):
             "use the rate in the state."
         )
     return tx, rates[0] if learning_rate is None else learning_rate
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _first_steps_are_alike(one, two, params) -> jax.Array:
+    """Return whether two optimizers move the parameters, and by the same."""
+    grads = jax.tree.map(jnp.ones_like, params)
+    value = jnp.ones((), jnp.float32)
+    steps = [
+        tx.update(grads, tx.init(params), params, value=value)[0] for tx in (one, two)
+    ]
+    pairs = list(zip(*map(jax.tree.leaves, steps), strict=True))
+    alike = [jnp.all(first == second) for first, second in pairs]
+    moves = [jnp.any(first != 0) for first, _ in pairs]
+    return jnp.all(jnp.stack(alike)) & jnp.any(jnp.stack(moves))
 
 
 def _rates(state) -> list[jax.Array]:

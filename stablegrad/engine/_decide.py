@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 
 from .. import _checks, _trees
-from .._mapped_axes import MappedAxes
+from .._mapped_axes import MappedAxes, warn_of_replicas
 from .._norms import Measurement, measure
 from ..granularity._group_norms import group_norms
 from ..granularity._groups import group
@@ -150,6 +150,14 @@ def _scalar(threshold: Threshold, step: StepContext) -> jax.Array | None:
         return None
     if callable(threshold.of):
         value = threshold.of(step.updates, step.params, step.extra)
+        if not step.axes.names:  # A loss of one's own has been warned of.
+            blind = bool(step.extra) and step.extra.get("value") is None
+            warn_of_replicas(
+                f"the signal `{signal_name(threshold.of)}`",
+                value,
+                step.updates,
+                blind=blind,
+            )
         return step.axes.mean(scalar_signal(signal_name(threshold.of), value))
     if step.extra.get("value") is not None:
         return step.axes.mean(scalar_signal("value", step.extra["value"]))

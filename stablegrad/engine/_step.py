@@ -12,7 +12,7 @@ from .. import _checks, _trees
 from .._mapped_axes import MappedAxes, warn_of_replicas
 from .._norms import Measurement, measure
 from .._packing import Packed, Packing
-from .._placing import placed_like
+from .._placing import placed_like, replicated
 from ..responses._base import Response
 from ..responses._layers import LayerNumbers
 from ..responses._reasons import first_reason, gradient_reason
@@ -142,7 +142,7 @@ class GuardedStep:
         self, updates, state: GuardState, params, extra, writes_params: bool
     ) -> tuple[Any, GuardState]:
         if not self._axes.names:
-            warn_of_replicas(extra.get("value"), updates)
+            warn_of_replicas("`value=`", extra.get("value"), updates)
         self._warn_once(extra)
         like = updates if params is None else params
         updates = _trees.floating_like(updates, like)
@@ -212,11 +212,11 @@ class GuardedStep:
             backed_off=cut,
             rolled_back=rolled.rolled_back,
         )
-        numbers = packing.pack(
-            (_record.after_step(record, outcome), settled, rolled.written.statistics)
-        )
-        return rolled.written.result, GuardState(
-            rolled.written.guarded_inner,
+        written = rolled.written
+        numbers = _record.after_step(record, outcome), settled, written.statistics
+        numbers = replicated(packing.pack(numbers))
+        return written.result, GuardState(
+            written.guarded_inner,
             # A derivative of later steps goes through the optimizer's state alone.
             lax.stop_gradient(numbers),
             state.columns,

@@ -5,7 +5,9 @@ from typing import Any
 import jax
 import optax
 
+from .. import _trees
 from .._checks import require, require_steps
+from .._mapped_axes import warn_of_replicas
 from .._scales import scale_leaves, uniform
 from ..thresholds._signals import scalar_signal
 from ._evaluations import (
@@ -113,9 +115,15 @@ def reduce_on_plateau(
         return init_plateau(rule, settings())
 
     def update_fn(updates, state, params=None, **extra) -> Any:
-        state = state._replace(plateau_settings=settings())
+        fresh = init_plateau(rule, settings())
+        state = state._replace(plateau_settings=fresh.plateau_settings)
+        # A state of zeros, as after a reset by `optax.tree.zeros_like`, is a fresh one.
+        was, new = state.plateau_readings, fresh.plateau_readings
+        reset = (was.plateau_scale == 0) & ~was.plateau_judged
+        state = state._replace(plateau_readings=_trees.select(reset, new, was))
         if metric is not None and extra.get(metric) is not None:
             (value,) = scalar_signal(metric, extra[metric])
+            warn_of_replicas(f"`{metric}=`", value, updates)
             state = evaluate(state, value)
         scale = state.plateau_readings.plateau_scale
         return scale_leaves(updates, uniform(scale), updates), state

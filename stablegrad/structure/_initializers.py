@@ -79,15 +79,16 @@ def _orthogonal(scale: float, backward: bool) -> Initializer:
     """Return an initialiser of orthogonal kernels, std(W) = scale / sqrt(fan)."""
     orthonormal = jax.nn.initializers.orthogonal()
 
-    def init(key, shape, dtype=jnp.float32, **kwargs) -> jax.Array:
+    def init(key, shape, dtype=None, *args, **kwargs) -> jax.Array:
         outputs, inputs = shape[-1], math.prod(shape[:-1])
         window = math.prod(shape[:-2])
         fan = outputs * window if backward else inputs
         # Orthonormal rows or columns have elements of variance 1 / the longer side.
         factor = scale * math.sqrt(max(outputs, inputs) / max(fan, 1))
         # The QR decomposition has no 16-bit floats.
+        dtype = jnp.result_type(float) if dtype is None else dtype
         wide = jnp.promote_types(dtype, jnp.float32)
-        return (factor * orthonormal(key, shape, wide, **kwargs)).astype(dtype)
+        return (factor * orthonormal(key, shape, wide, *args, **kwargs)).astype(dtype)
 
     return init
 

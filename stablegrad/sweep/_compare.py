@@ -104,8 +104,9 @@ def compare(
     rates = tuple(map(float, rates))
     positive = lambda x: len(x) > 0 and all(0 < rate < np.inf for rate in x)
     _checks.require("learning_rates", rates, "finite rates > 0", positive)
+    several = isinstance(seeds, Iterable) and getattr(seeds, "ndim", 1) > 0
     given: Any = seeds
-    if not isinstance(given, Iterable) or getattr(given, "ndim", 1) == 0:
+    if not several:
         _checks.require_steps("seeds", given)
         given = range(int(given))
     seeds = tuple(map(int, given))

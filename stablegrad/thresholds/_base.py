@@ -46,7 +46,7 @@ class Threshold(NamedTuple):
     limit: Callable[[Any, Scope], jax.Array]  # float32 (groups,); inf while unarmed.
     update: Callable[[Any, jax.Array, jax.Array], Any]  # state, signal, exceeded.
     required: bool = True  # Whether a step without the signal is an error.
-    unless: str | None = None  # An argument of the step with which it is not judged.
+    unless: str = ""  # An argument of the step with which it is not judged.
     of_params: bool = False  # Whether the limit depends on the parameters' norms.
     learns_all: bool = False  # Whether it also learns from nan, inf and zero.
     family: Family | None = None
@@ -109,7 +109,7 @@ def learn(threshold: Threshold, state, judgement: Judgement):
     return where_groups(judgement.teaches, cast_like(new, state), state)
 
 
-def optional(threshold: Threshold, unless: str | None = None) -> Threshold:
+def optional(threshold: Threshold, unless: str = "") -> Threshold:
     """Return a threshold that ignores steps without its signal instead of raising.
 
     It also ignores steps to which the argument `unless` is passed.

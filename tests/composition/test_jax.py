@@ -132,6 +132,7 @@ def quadratic_step(tx, params, state, with_value=True):
 
 STRICT = {
     "stabilize": lambda: sg.stabilize(optax.sgd(0.1)),
+    "roll_back": lambda: sg.stabilize(optax.sgd(0.1), sg.roll_back()),
     "clip_by_zscore": sg.clip_by_zscore,
     "clip_by_ema": sg.clip_by_ema,
     "clip_by_percentile": sg.clip_by_percentile,

@@ -48,11 +48,18 @@ def test_get_finds_what_is_in_force_beside_snapshots():
     "make",
     [
         lambda: sg.stabilize(optax.adam(0.1)),
+        lambda: sg.stabilize(optax.adam(0.1), sg.roll_back()),
         sg.clip_by_max,
         sg.clip_update_rms,
         sg.clip_by_second_moment,
     ],
-    ids=["stabilize", "clip_by_max", "clip_update_rms", "clip_by_second_moment"],
+    ids=[
+        "stabilize",
+        "roll_back",
+        "clip_by_max",
+        "clip_update_rms",
+        "clip_by_second_moment",
+    ],
 )
 def test_init_takes_a_shape_dtype_struct(make):
     shape = jax.ShapeDtypeStruct((8, 4), jnp.float32)
@@ -60,6 +67,17 @@ def test_init_takes_a_shape_dtype_struct(make):
     assert jax.tree.structure(abstract) == jax.tree.structure(concrete)
     described = lambda tree: [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
     assert described(abstract) == described(concrete)
+
+
+@pytest.mark.slow
+def test_a_plateau_set_to_zeros_starts_anew():
+    tx = sg.reduce_on_plateau(0.5, patience=0)
+    state = optax.tree.zeros_like(tx.init(PARAMS))
+    seen = []
+    for value in (2.0, 1.0, 1.0):  # Better, better, not better.
+        updates, state = tx.update(PARAMS, state, PARAMS, value=value)
+        seen.append(float(updates["b"][0] / PARAMS["b"][0]))
+    assert seen == [1.0, 1.0, 0.5]
 
 
 @pytest.mark.slow

@@ -237,6 +237,14 @@ def test_an_optimizer_that_does_not_tell_its_rate_is_an_error(rate):
         critical(tx=optax.adamw(rate))
 
 
+@pytest.mark.parametrize(
+    "tx", [lambda rate: optax.adamw(1e-3), lambda rate: optax.sgd(0.1, momentum=0.9)]
+)
+def test_a_function_that_ignores_the_rate_is_an_error(tx):
+    with pytest.raises(ValueError, match="must be a function of the learning rate"):
+        critical(tx=tx)
+
+
 def test_a_function_of_the_rate_leaves_no_rate_to_tell():
     with pytest.raises(ValueError, match="`learning_rate` must be left out .* got 0.1"):
         critical(tx=optax.sgd, learning_rate=0.1)
@@ -409,7 +417,7 @@ def test_a_function_of_the_rate_is_called_anew_each_time():
     loss = lambda params, batch: jnp.sum(batch * params**2)
     for _ in range(2):
         sg.critical_learning_rate(loss, jnp.ones(2), jnp.ones(2), make)
-    assert built == [1.0, 1.0]
+    assert built == [1.0, 2.0] * 2
 
 
 @pytest.mark.slow

@@ -115,6 +115,46 @@ def test_a_loss_of_each_device_without_axis_name_is_warned_of_once(mapping):
     np.testing.assert_array_equal(second, first)
 
 
+LOCAL_READERS = {  # What reads a number of the device's own, and how it is called.
+    "`value_fn=`": (
+        sg.stabilize(optax.sgd(1.0)),
+        lambda loss: {
+            "value": lax.pmean(loss, AXIS),
+            "value_fn": lambda params: loss + params.sum(),
+        },
+    ),
+    "the signal ": (
+        sg.guard(optax.sgd(1.0), sg.skip(sg.fixed(2.0, of=lambda g, p, x: x["own"]))),
+        lambda loss: {"own": loss},
+    ),
+    "`value=`": (
+        optax.chain(optax.sgd(1.0), sg.reduce_on_plateau()),
+        lambda loss: {"value": loss},
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mapping", MAPPINGS)
+@pytest.mark.parametrize("name", LOCAL_READERS)
+def test_whatever_reads_a_number_of_each_device_is_warned_of(name, mapping):
+    if mapping == "pmap" and not pmap_is_a_mesh():
+        pytest.skip("this JAX does not tell that a trace is under `pmap`")
+    tx, extra = LOCAL_READERS[name]
+
+    def step(share, loss):
+        params, grads = 0 * share.reshape(4), lax.pmean(share.reshape(4), AXIS)
+        # Of each device's own, as is a state that is stacked.
+        state = jax.tree.map(lambda x: x + params[0].astype(x.dtype), tx.init(params))
+        given = extra(loss.reshape(()))
+        return tx.update(grads, state, params, **given)[0][None]
+
+    blind = mapping != "tracked" and name == "`value_fn=`"  # Warned of by its value.
+    expected = "`value=`" if blind else name
+    with pytest.warns(UserWarning, match=f"{expected}.* may differ.*axis_name"):
+        over_devices(step, mapping)(SHARES, np.ones(DEVICES, np.float32))
+
+
 def test_an_averaged_loss_needs_no_warning_where_jax_tells_that_it_is_averaged():
     step = averaging(guard_of())
     tracked = over_devices(

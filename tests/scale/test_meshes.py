@@ -129,6 +129,32 @@ def test_an_optimizer_of_flax_starts_where_the_parameters_are():
     assert {leaf.sharding.mesh for leaf in leaves} == {where["w"].mesh}
 
 
+@pytest.mark.slow
+def test_a_state_of_a_compiled_init_is_that_of_a_step_on_explicit_axes():
+    where, tx = places("fsdp", EXPLICIT), OPTIMIZERS["guard"]()
+    with under(where, SETS_MESH):
+        params = jax.device_put(tree("small", 0), where)
+        step = jax.jit(tx.update)
+        state = jax.jit(tx.init)(params)
+        for _ in range(2):
+            _, state = step(params, state, params)
+        assert step._cache_size() == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["fsdp", "tensor"])
+def test_statistics_of_units_stay_whole_on_automatic_axes(layout):
+    where, tx = places(layout, AUTO), sg.stabilize(optax.adamw(1e-3), per="unit")
+    with under(where, SETS_MESH):
+        params = jax.device_put(tree("small", 0), where)
+        step = jax.jit(lambda state: tx.update(params, state, params, value=1.0)[1])
+        state = tx.init(params)
+        for _ in range(2):
+            state = step(state)
+            assert all(numbers.is_fully_replicated for numbers in state.numbers)
+        assert step._cache_size() == 1
+
+
 def test_a_state_of_one_device_stays_uncommitted():
     state = OPTIMIZERS["guard"]().init(tree("small", 0))
     assert not any(leaf.committed for leaf in jax.tree.leaves(state))

@@ -130,6 +130,31 @@ def test_under_shard_map_all_shards_go_back_together(tracked, split):
 
 
 @pytest.mark.slow
+def test_a_state_of_each_device_goes_back_where_jax_tracks_what_varies():
+    """Every device has a row of the state, as replicas do that are stacked."""
+    tx, params = guarded(axis_name=SHARD, averaged_gradients=True), start()
+    rows = lambda tree: jax.tree.map(lambda x: jnp.stack([x] * DEVICES), tree)
+    step = step_with(tx)
+
+    def local(params, state, value):
+        own = jax.tree.map(lambda x: x[0], (params, state))
+        params, state, seen = step(*own, value)
+        seen = {name: seen[name] for name in COUNTS}
+        return jax.tree.map(lambda x: x[None], (params, state, seen))
+
+    each = mapped(local, in_specs=(P(SHARD), P(SHARD), P()), out_specs=P(SHARD))
+    carry = rows((params, tx.init(params)))
+    for t in range(NAN):
+        *carry, seen = each(*carry, np.float32(100.0 if t in HIGH else 1.0))
+        for name in COUNTS:
+            expected = [alone()[t].seen[name]] * DEVICES
+            np.testing.assert_array_equal(seen[name], expected, name)
+    for shard in range(DEVICES):
+        own = jax.tree.map(lambda x, shard=shard: x[shard], carry[0])
+        chex.assert_trees_all_close(own, alone()[NAN - 1].params, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, sets_mesh, through, memory",
     [

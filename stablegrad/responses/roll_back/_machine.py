@@ -139,7 +139,8 @@ def plan(
     judged = (before > 0) & jnp.any(held) & (state.restores < settings.limit)
     # A warm-up takes parameters away from zero with the square of time.
     steps = increment(state.steps)
-    later = steps.astype(jnp.float32) / jnp.maximum(steps - ages[newest], 1)
+    later = jnp.maximum(steps - ages[newest], 1).astype(jnp.float32)
+    later = steps.astype(jnp.float32) / later
     largest = jnp.asarray(MOST_GROWTH, jnp.float32) * jnp.square(later) * before
     largest = jnp.where(judged, largest, jnp.inf)
     planned = Plan(

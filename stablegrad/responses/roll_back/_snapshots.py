@@ -13,7 +13,7 @@ import optax
 from jax import lax
 
 from ... import _trees
-from ..._mapped_axes import LOCAL, MappedAxes, varying_like_next
+from ..._mapped_axes import LOCAL, MappedAxes, varying_like, varying_like_next
 from ..._norms import measure, vanishing_sums
 from ..._packing import Packed
 from ._machine import (
@@ -47,7 +47,10 @@ class Written(NamedTuple):
 
 def init_snapshots(first: Snapshot, keep: int, memory: str) -> tuple[Snapshot, ...]:
     """Return `keep` copies of the first snapshot, each with buffers of its own."""
-    first = unnamed(first)
+    # Parameters may be shapes alone, as for `optax.adam`.
+    is_shape = lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct)
+    array = lambda x: jnp.zeros(x.shape, x.dtype) if is_shape(x) else x
+    first = jax.tree.map(array, unnamed(first))
     copy = lambda: _trees.distinct(_trees.strongly_typed(first))
     return tuple(_put(copy(), memory) for _ in range(keep))
 
@@ -135,7 +138,7 @@ def _once(pred: jax.Array, function: Callable, carry):
 
     def turn(carry):
         pred, rest = carry
-        return pred & False, function(rest)
+        return pred & False, varying_like(function(rest), rest)
 
     first = varying_like_next(turn, (pred, carry))
     return lax.while_loop(lambda carry: carry[0], turn, first)[1]
