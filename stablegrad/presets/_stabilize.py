@@ -43,7 +43,7 @@ def stabilize(
     """Guard an optimizer with default responses.
 
     It builds the guard below. Rules that need `value=` or `value_fn=` are inactive if
-    the argument is not passed.
+    the argument is not passed, and `back_off` if `value_fn=` is.
 
         guard(inner,
               clip(rarity(share, window=window, per=per)),

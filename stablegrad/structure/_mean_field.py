@@ -65,9 +65,8 @@ def gain(activation: Activation, *, q: float = 1.0, backward: bool = False) -> f
 
     Returns:
         The gain, a Python number, also within `jax.jit`. Its relative error is about
-        1e-6; that of the backward gain of activations whose slope jumps elsewhere than
-        at 0, such as hard tanh, is below 1 %, as is that of oscillations of up to ten
-        periods a deviation.
+        1e-6, and below 1 % for oscillations of up to ten periods a deviation, and for
+        the backward gain if the slope jumps elsewhere than at 0, as of hard tanh.
 
     Raises:
         TypeError: If `activation` cannot be called.
