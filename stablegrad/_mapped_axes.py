@@ -38,8 +38,14 @@ class MappedAxes(NamedTuple):
         return lax.pmean(self._varying(number), self.names) if self.names else number
 
     def total(self, counts: jax.Array) -> jax.Array:
-        """Add up integer counts over the axes, so that all devices report alike."""
-        return lax.psum(self._varying(counts), self.names) if self.names else counts
+        """Add up integer counts over the axes, so that all devices report alike.
+
+        Of averaged gradients every device has the same, and the largest count is taken.
+        """
+        if not self.names:
+            return counts
+        join = lax.pmax if self.averaged else lax.psum
+        return join(self._varying(counts), self.names)
 
     def _shards(self, leaves: list) -> list[int]:
         """Count the devices over which each leaf is split.

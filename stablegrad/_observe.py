@@ -37,16 +37,16 @@ def metrics(state: Any) -> dict[str, jax.Array]:
         - `loss_value`: what was passed as `value=`, nan if nothing was.
         - `lr_scale`: factor on the learning rate, in [0, 1].
         - `skipped`, `skip_reason`: whether, and why as a `Reason` (0: taken).
-        - `first_bad_leaf`: first floating-point leaf with a nan, inf or overflow, else
-          the first that kept an element out, -1 if none; `largest_leaf`: of the leaf
-          with the largest gradient norm; `events` names it.
+        - `first_bad_leaf`: index of the first floating-point leaf with a nan, inf or
+          overflow, else of the first that kept an element out, -1 if none;
+          `largest_leaf`: that of the largest gradient norm. `events` has their names.
         - `kept_out_elements`: elements of update and state that were not finite.
         - `halted`: whether the run is stuck; `nonfinite_run`: steps that were not
           finite since one was last taken, if there is a `halt`.
-        - `back_off_scale`: of `lr_scale`, what `back_off` asks for.
+        - `back_off_scale`: the part of `lr_scale` that comes from `back_off`.
         - `trust_radius`, `trust_ratio`, `trust_target`, `trust_scale`, `trust_probes`,
           `trust_cuts`: of a `trust_region`; the radius is inf while it does not bind.
-          `trust_mismatch`: it rests, as `value_fn` or gradients do not fit `value`.
+          `trust_mismatch`: it is off, as `value_fn` or gradients do not fit `value`.
         - `rolled_back`, `roll_backs`, `roll_back_refusal`, `snapshots`, `snapshot_age`:
           of a `roll_back`, which documents them.
         - `layer_health_checks`, `layer_health_excess`, and for each layer
@@ -61,9 +61,9 @@ def metrics(state: Any) -> dict[str, jax.Array]:
         Of several guards the names are prefixed `guard_0_`, `guard_1_`, and so on. Each
         `clip_by_...` of a chain adds `<its name>_raw_norm`, `_clipped_norm`, `_limit`,
         `_scale` (the smallest factor), and since `init` `_clipped_steps` and
-        `_dropped_steps` (not finite, hence zeros); a second one of the same name is
-        `<its name>_2_...`. An explosion-aware schedule adds `schedule_lr_scale`,
-        `schedule_rate`, `schedule_position`, `schedule_cuts` and
+        `_dropped_steps` (not finite; zeros unless published); a second one of the same
+        name is `<its name>_2_...`. An explosion-aware schedule adds
+        `schedule_lr_scale`, `schedule_rate`, `schedule_position`, `schedule_cuts` and
         `schedule_dropped_steps`; a plateau `plateau_scale`, `plateau_best` (nan: none
         yet), `plateau_bad_evaluations`, `plateau_evaluations`, `plateau_cuts` and
         `plateau_ignored_metrics`; a second one is `schedule_2_...`, `plateau_2_...`.

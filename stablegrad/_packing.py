@@ -26,7 +26,7 @@ class Packing:
     def __init__(self, structs: Any):
         """Lay out the columns of arrays, or of their shapes and dtypes."""
         leaves, self._structure = jax.tree.flatten(structs)
-        self._columns = []  # (is float, dtype, trailing shape, start, stop)
+        self._columns = []  # (0: float32, 1: int32; dtype, shape, start, stop)
         self.widths = [0, 0]  # Columns of either array.
         for leaf in leaves:
             kind = 0 if leaf.dtype == np.float32 else 1

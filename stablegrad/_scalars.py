@@ -25,7 +25,8 @@ DEFAULT_NAMES = (
     "consecutive_skips",
 )
 # Numbers of a response, by what the name of some metric begins with if there is one.
-CLIPS = "(clip_(?!by_|update_rms)|back_off_).*_limit"
+CLIPS = "(clip_(?!by_|update_rms|logits)|back_off_).*_limit"
+HALTS = "(nonfinite_run|roll_backs)"
 OF_RESPONSES = {
     "clipped_steps": CLIPS,
     "clip_scale": CLIPS,
@@ -33,8 +34,9 @@ OF_RESPONSES = {
     "backed_off_steps": "back_off_.*_limit",
     "back_off_scale": "back_off_.*_limit",
     "shortened_steps": "trust_radius",
-    "halted": "nonfinite_run",
-    "halted_steps": "nonfinite_run",
+    "warned_steps": "layer_health_checks",
+    "halted": HALTS,
+    "halted_steps": HALTS,
 }
 GUARD = re.compile(r"guard_\d+_")
 

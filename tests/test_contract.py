@@ -257,7 +257,11 @@ def test_one_that_is_built_within_a_trace_can_be_used_after_it(name):
         chex.assert_trees_all_close(found, expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", core(TRANSFORMATIONS, "clip_by_norm"))
+# Not the guard of all responses, which takes a minute: `stabilize` stands for it.
+UNJITTED = [name for name in TRANSFORMATIONS if name != "guard"]
+
+
+@pytest.mark.parametrize("name", core(UNJITTED, "clip_by_norm"))
 def test_works_the_same_without_jit(name):
     tx, params = made(name), jax.tree.map(lambda x: 6 * x, PARAMS)
     update, _ = compiled(name)

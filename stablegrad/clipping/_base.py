@@ -175,7 +175,8 @@ def clip_norms(name: str, clip: NormClip) -> optax.GradientTransformationExtraAr
             norm = scaled_groups_norm(grouping, measured, norms, done.factors)
         scale = scales.smallest()
         numbers = (done.statistics, measured, norm, done.limit, scale)
-        return Clipped(clipped, *numbers, finite=finite)
+        told = {"finite": finite, "overflows": not clip.published}
+        return Clipped(clipped, *numbers, **told)
 
     start = lambda tree: clip.init(group(clip.per, tree).count)
     return transformation(name, ClippingState, start, step)

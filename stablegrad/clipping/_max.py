@@ -21,7 +21,7 @@ NAME = "clip_by_max"
 
 
 def clip_by_max(
-    ratio: float | jax.Array = 2.0,
+    ratio: float | jax.Array | None = None,
     *,
     decay: float | jax.Array | None = None,
     reset_every: int | None = None,
@@ -36,7 +36,8 @@ def clip_by_max(
     element just above m becomes smaller than those just below it.
 
     Args:
-        ratio: Tolerated multiple of the usual maximum, > 1. 1 if published.
+        ratio: Tolerated multiple of the usual maximum, > 1. None: 2. Not with
+            `published`, where it is 1.
         decay: Weight of the past, in [0, 1). None: 0.98; 0.999 if published.
         reset_every: Steps between resets of the moments, which restart the bias
             correction, >= 0; 0 for never. Only with `published`; None: 1000.
@@ -60,8 +61,10 @@ def clip_by_max(
     if published:
         reset_every = 1000 if reset_every is None else reset_every
         require_count("reset_every", reset_every, 0)
+        require("ratio", ratio, "None as published", lambda x: x is None)
         return _published(0.999 if decay is None else decay, reset_every)
     only_published(clip_by_max, reset_every=reset_every)
+    ratio = 2.0 if ratio is None else ratio
     decay = 0.98 if decay is None else decay
     return _clamp_to(ema_ratio(ratio, decay=decay, per="leaf"))
 
@@ -114,6 +117,8 @@ def _published(decay, reset_every: int) -> optax.GradientTransformationExtraArgs
         if reset_every:
             steps = jnp.where(total % reset_every == 0, 1, steps)
         norm, scale = measure(clipped).norm, jnp.min(shrink, initial=1.0)
-        return Clipped(clipped, (running, steps, total), measured, norm, limit, scale)
+        statistics = (running, steps, total)
+        numbers = (statistics, measured, norm, limit, scale)
+        return Clipped(clipped, *numbers, overflows=False)
 
     return transformation(NAME, ClippingState, start, step)

@@ -46,7 +46,8 @@ def clip_by_second_moment(
         inner: An optimizer with moments `mu` and `nu`, such as `optax.adam`, that takes
             the clipped gradient. Its `nu` is then the second moment, and a reset clears
             its moments. None: the clip keeps a second moment of its own.
-        decay: Weight d of the past, in (0, 1); that of `inner` if there is one.
+        decay: Weight d of the past, in (0, 1). With an `inner`, pass its own, such as
+            `b2` of Adam: it is not read from it.
         reset_every: Steps between resets, >= 0; 0 for never. None: 0; 500 if published.
         reset_on_spike: Whether to reset after a step of which clipping leaves less than
             half of the norm. Not with `published`.

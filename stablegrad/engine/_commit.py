@@ -97,6 +97,7 @@ def commit(
             lambda *_: (kept_out, jnp.zeros((), bool)),
             *operands,
         )
+        breaks = step.axes.total(breaks.astype(jnp.int32)) > 0  # On any device.
         broken = jnp.where(breaks, jnp.int32(Reason.NONFINITE_STATE), 0)
         reason = first_reason((reason, broken))
 

@@ -1,6 +1,6 @@
 """The guard: how one step runs.
 
-    measure -> decide -> commit -> learn -> record
+    measure -> decide -> look ahead -> commit -> learn -> roll back -> record
 
     measure   one sum of squares a leaf                                  (`_norms`)
     decide    signals against limits, judgements to one verdict        (`_decide`)
@@ -79,7 +79,7 @@ def guard(
             which gradients and parameters are sharded. Norms are those of all shards,
             losses are averaged, and every device decides alike. A leaf that does not
             vary over the axis counts once, where `shard_map` tracks that (`check_vma`);
-            otherwise every leaf counts as a shard. None: a device sees everything.
+            otherwise every leaf counts as a shard. None: arrays are whole.
         averaged_gradients: Whether gradients are already averaged over `axis_name`, so
             that every device holds the whole of them. Then only the loss is averaged.
         record_norms: Last steps, >= 0, of which the guard keeps the gradient norm of

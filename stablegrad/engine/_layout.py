@@ -4,10 +4,10 @@ A state carries it as the keys of a dict without arrays. Therefore a guard with 
 responses can read a checkpoint, and a state that does not match its guard is detected
 before its numbers are misread.
 
-    000 version 2
-    001 state skip int32                             leaves of a response's state
-    002 statistics float32.110 float32 int32         leaves of a family, of one group
-    003 rows rarity grad_norm global 1               its thresholds, and their groups
+    0 version 2
+    1 state skip int32                               leaves of a response's state
+    2 statistics float32.110 float32 int32           leaves of a family, of one group
+    3 rows rarity grad_norm global 1                 its thresholds, and their groups
 """
 
 import re

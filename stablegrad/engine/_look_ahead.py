@@ -83,6 +83,10 @@ def decide_on_update(
     scales = update_scales(decision)
     length = scaled_norm(measured, scales, update, step.like)
     if looks:
+        if watched:  # Of what would be written, without elements that are kept out.
+            rest = finite_part(update, step.like)
+            written = measure(rest, step.like, step.axes)
+            length = scaled_norm(written, scales, rest, step.like)
         ahead = look_ahead(
             {i: responses[i] for i in looking},
             states,

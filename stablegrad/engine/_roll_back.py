@@ -134,11 +134,14 @@ class RollBack:
         return reason
 
 
-def trouble_of(step: StepContext, reason: jax.Array, counts: jax.Array) -> Trouble:
-    """Return what went wrong, from the reason and the counts of the commit."""
+def trouble_of(step: StepContext, reason: jax.Array, kept_out: jax.Array) -> Trouble:
+    """Return what went wrong, by the reason and what this device has kept out."""
+    counts = step.axes.total(kept_out)
     total, taken = jnp.sum(counts), reason == 0
     size = sum(leaf.size for leaf in _trees.inexact_leaves(step.like))
-    stuck = taken & (total - counts[-1] >= size) & (size > 0)
+    moves = jnp.sum(kept_out[:-1]) < size
+    nothing_moves = step.axes.total(moves.astype(jnp.int32)) == 0
+    stuck = taken & nothing_moves & (size > 0)
     poisoned = is_nonfinite(reason) & (total > 0)
     reason = jnp.where(stuck, int(Reason.NONFINITE_UPDATE), reason)
     reason = jnp.where(poisoned, int(Reason.NONFINITE_PARAMETERS), reason)

@@ -174,7 +174,7 @@ class GuardedStep:
             checked_now(gradient, before.guarded_steps, last.kept_out_elements),
             writes_params,
         )
-        trouble = trouble_of(step, done.reason, self._axes.total(done.kept_out))
+        trouble = trouble_of(step, done.reason, done.kept_out)
         changed = (scale.smallest() < 1) | (trouble.kept_out > 0)
         changed &= trouble.reason == 0
         cut = verdict.lr_scale < last.back_off_scale

@@ -10,12 +10,12 @@ from typing import Any
 
 from .._checks import require
 from .._events import Event, Events, event_key, events
+from ..engine._event_log import NUMBERS
 from ..engine._record import EventKind
 from ._files import write_whole
 
 KINDS = tuple(kind.name.lower() for kind in EventKind)
 
-NUMBERS = ("grad_norm", "loss", "lr_scale", "value", "limit")
 OF_BATCHES = ("nonfinite_gradient", "nonfinite_value", "gradient_overflow")  # Reasons.
 FORGOTTEN = "events_forgotten"  # The field of a line that is not an event.
 

@@ -125,6 +125,13 @@ def stabilize(
             DeprecationWarning,
             stacklevel=2,
         )
+    if exact_updates is not None:
+        warnings.warn(
+            "`exact_updates` has no effect: norms are always exact. It will be removed "
+            "in 0.3.0.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
     refused = rarity(share, window=window, margin=refuse_factor)
     risen = rarity(share, window=window, margin=loss_margin, of="value")
     return guard(
@@ -150,5 +157,4 @@ def stabilize(
         axis_name=axis_name,
         averaged_gradients=averaged_gradients,
         record_norms=record_norms,
-        exact_updates=exact_updates,
     )

@@ -49,7 +49,6 @@ def layer_health(
         checked, nor is a ratio that is not finite or zero.
 
     Raises:
-        TypeError: If `per` is no granularity.
         ValueError: If a concrete argument is out of range, `per` is units, or a step
             comes without `params`.
 

@@ -54,7 +54,7 @@ def soft_cap(logits: jax.Array, cap: float | jax.Array) -> jax.Array:
 
 
 def z_loss(logits: jax.Array, coefficient: float | jax.Array = 1e-4) -> jax.Array:
-    """Return what to add to a cross-entropy so that its logits do not drift.
+    """Return the z-loss, a penalty that keeps log Z near 0.
 
         coefficient (log sum exp z)^2,    its gradient: 2 coefficient log(Z) softmax(z)
 
@@ -95,7 +95,7 @@ def normalize_qk(
     Args:
         query: Shape (..., depth d of a head).
         key: The same.
-        eps: What keeps a zero vector zero, > 0.
+        eps: Added to the mean square before the root, > 0.
 
     Returns:
         Both, in their own dtypes; computed in float32.
@@ -132,7 +132,7 @@ def attend(
     cap: float | None = None,
     qk_norm: bool = False,
 ) -> Attended:
-    """Attend, with bounded logits, and tell the largest logit of every head.
+    """Compute attention with bounded logits, and return the largest of every head.
 
         z = q.k / sqrt(d);    z <- cap tanh(z / cap);    output = softmax(z) v
 

@@ -79,7 +79,7 @@ def rarity(
     such as the loss of 0 while a replay buffer fills, only the last value counts. From
     the 50th value on,
 
-        r_t = log2 max(x_t - m, 0) / s;    limit_{t+1} = m + margin * s * 2^reach
+        r_t = log2(max(x_t - m, 0) / s);    limit_{t+1} = m + margin * s * 2^reach
 
     Args:
         share: Expected share of healthy steps above the limit, in (0, 1), whatever

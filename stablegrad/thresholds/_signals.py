@@ -43,9 +43,15 @@ def is_outgoing(of: Signal) -> bool:
 
 
 def signal_name(of: Signal) -> str:
-    """Return a word for the signal, for the names of metrics and for messages."""
-    name = of if isinstance(of, str) else getattr(of, "__name__", "signal")
-    return name if name.isidentifier() else "signal"
+    """Return a word for the signal, for the names of metrics and for messages.
+
+    A function whose name would be read as a standard signal is called "signal".
+    """
+    if isinstance(of, str):
+        return of
+    name = getattr(of, "__name__", "signal")
+    taken = any(f"_{name}".endswith(f"_{standard}") for standard in NAMES)
+    return name if name.isidentifier() and not taken else "signal"
 
 
 def scalar_signal(name: str, value) -> jax.Array:

@@ -155,6 +155,22 @@ def test_updates_of_spam_grow_after_a_reset_only_and_with_or_without_an_inner():
     np.testing.assert_allclose(outputs(reset_every=5), grown, rtol=1e-4)
 
 
+def test_a_published_clip_of_a_large_norm_is_counted_as_a_clip():
+    tx = sg.clip_by_zscore(published=True)
+    grads = {"w": jnp.full(4, 1e18)}
+    updates, state = jax.jit(tx.update)(grads, tx.init(grads))
+    seen = sg.metrics(state)
+    assert seen["clip_by_zscore_dropped_steps"] == 0
+    assert seen["clip_by_zscore_clipped_steps"] == 1
+    np.testing.assert_allclose(jnp.linalg.norm(updates["w"]), 1.0, rtol=1e-5)
+    np.testing.assert_allclose(seen["clip_by_zscore_clipped_norm"], 1.0, rtol=1e-5)
+
+
+def test_a_published_adaclip_has_no_ratio():
+    with pytest.raises(ValueError, match="`ratio` must be None as published, got 3.0"):
+        sg.clip_by_max(3.0, published=True)
+
+
 def test_the_published_adagc_has_a_step_to_set_its_mean():
     with pytest.raises(ValueError, match="`warmup_steps` must be an integer >= 2"):
         sg.clip_by_ema(published=True, warmup_steps=1)

@@ -48,6 +48,7 @@ def outer_loss(tx, params, y):
     return loss_fn(params, y) + 0.1 * jnp.sum(params["w"] ** 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", core(GUARDED, "stabilize"))
 def test_the_derivative_through_healthy_steps_is_that_of_the_optimizer(name):
     # One task of the batch is solved: the norm of its gradient has no slope.

@@ -225,6 +225,7 @@ def test_chi_is_that_of_mean_field_theory_at_width_512(name):
     assert report.causes == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "factor, rule", [(12.0, "weights_large"), (0.05, "weights_small")]
 )

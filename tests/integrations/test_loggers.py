@@ -71,7 +71,8 @@ def test_ten_scalars_are_told_unasked_and_all_on_request():
     assert all(name in sg.scalars.__doc__ for name in DEFAULT)
     everything = sg.scalars(state, every=True)
     absent = {"clip_zscore_grad_norm_limit", "skip_nonfinite_grad_norm_limit"}  # inf
-    absent |= {"shortened_steps", "halted", "halted_steps"}  # No response for them.
+    # No response for them.
+    absent |= {"shortened_steps", "halted", "halted_steps", "warned_steps"}
     assert set(sg.metrics(state)) - set(everything) == absent
     assert everything["clip_fixed_grad_norm_limit"] == 2
 
@@ -89,6 +90,8 @@ def test_numbers_of_responses_that_a_guard_does_not_have_are_left_out():
     everything = sg.scalars(state, every=True)
     assert {"halted", "shortened_steps", "trust_ratio"} < set(everything)
     assert "trust_radius" not in everything  # inf: it does not bind.
+    tx = sg.guard(optax.sgd(0.1), sg.skip(), sg.roll_back())  # It halts, too.
+    assert {"halted", "halted_steps"} < set(sg.scalars(tx.init(PARAMS), every=True))
     # Two guards, and a clip of a chain, whose names begin like a response's.
     tx = optax.chain(sg.clip_by_norm(1.0), sg.guard(sg.guard(optax.sgd(0.1))))
     told = sg.scalars(tx.update(GRADS, tx.init(PARAMS), PARAMS)[1])

@@ -103,6 +103,7 @@ def test_an_outlier_hides_the_next_as_published_and_not_by_default():
     assert decisions(repaired, norms, values)[0][[200, 230]].tolist() == [True, True]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", core(RULES, "olmo"))
 def test_a_lasting_shift_is_taken_within_100_steps_by_default(rule):
     norms = np.random.default_rng(0).lognormal(0, 0.1, STEPS)

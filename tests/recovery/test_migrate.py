@@ -272,6 +272,7 @@ def watching(*signals):
     return sg.guard(INNER, sg.skip(sg.nonfinite(), *limits), sg.halt(after=1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "signals", [("value", "grad_norm"), ("value",), ()], ids=["swapped", "less", "none"]
 )

@@ -127,6 +127,7 @@ def test_what_comes_out_otherwise_each_time_is_not_deterministic():
     assert "xla_gpu_deterministic_ops" in str(found)
 
 
+@pytest.mark.slow
 def test_the_last_bit_of_one_parameter_counts():
     before = start()
     after = STEP_WITH(copy_of(before), BATCH, 0.0)

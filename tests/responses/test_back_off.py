@@ -100,6 +100,7 @@ def test_a_run_of_rejected_steps_cuts_once():
     assert sg.metrics(state)["backed_off_steps"] == 1
 
 
+@pytest.mark.slow
 def test_a_slow_regrowth_is_not_lost_to_rounding():
     # One step of it is less than float32 can add to 1.
     rule = sg.back_off(sg.nonfinite(), factor=0.99, hold_steps=0, regrow_steps=10**6)

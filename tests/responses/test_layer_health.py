@@ -65,6 +65,7 @@ def oracle(grads, every):
     return np.array(rows), checked
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", core([1, 4], 4))
 def test_signals_are_those_of_the_last_check_leaf_by_leaf(every):
     grads = gradients(8)

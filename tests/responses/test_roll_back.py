@@ -293,6 +293,7 @@ def test_trouble_that_comes_back_goes_further_back_and_then_halts():
         sg.raise_if_halted(state)
 
 
+@pytest.mark.slow
 def test_a_halt_for_too_many_roll_backs_ends_with_the_trouble():
     rows, state = run(DEEP, OLDER, values=dict.fromkeys(range(18, 36), 100.0))
     assert rows[35][2]["halted"] and not rows[36][2]["halted"]

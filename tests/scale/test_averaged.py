@@ -101,6 +101,20 @@ def pmap_is_a_mesh():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mapping", MAPPINGS)
+def test_elements_that_are_kept_out_of_averaged_updates_count_once(mapping):
+    broken = lambda leaf: -leaf.at[0].set(jnp.nan)
+    inner = optax.stateless_with_tree_map(lambda g, p: broken(g))
+    tx = sg.guard(inner, axis_name=AXIS, averaged_gradients=True)
+    losses = np.ones(DEVICES, np.float32)
+    updates, seen = over_devices(averaging(tx), mapping)(SHARES, losses)
+    expected = [0.0, *-SHARES.mean(0)[1:]]
+    np.testing.assert_allclose(updates, [expected] * DEVICES, rtol=1e-5)
+    np.testing.assert_array_equal(seen["kept_out_elements"], [1] * DEVICES)
+    assert not seen["skipped"].any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mapping", MAPPINGS)
 def test_a_loss_of_each_device_without_axis_name_is_warned_of_once(mapping):
     if mapping == "pmap" and not pmap_is_a_mesh():
         pytest.skip("this JAX does not tell that a trace is under `pmap`")

@@ -2,7 +2,9 @@
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from helpers.thresholding import limits, lognormal, said
 
@@ -144,3 +146,16 @@ def test_unknown_signals_and_granularities_are_named(name):
 
 def test_a_negative_limit_is_allowed_where_the_signal_can_be_negative():
     assert sg.fixed(-1.0, of="value").of == "value"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["max_grad_norm", "value", "my_value"])
+def test_a_function_named_like_a_standard_signal_is_not_taken_for_it(name):
+    of = lambda updates, params, extra: extra["own"]
+    of.__name__ = name
+    tx = sg.guard(optax.sgd(0.1), sg.skip(sg.fixed(1.0, of=of)))
+    params = jnp.ones(2)
+    _, state = tx.update(params, tx.init(params), params, own=jnp.float32(2.0))
+    assert "skip_fixed_signal_limit" in sg.metrics(state)
+    (event,) = sg.events(state)
+    assert event.signal == "skip_fixed_signal" and event.value == 2

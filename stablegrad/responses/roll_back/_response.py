@@ -42,17 +42,17 @@ def roll_back(
     | `limit` times without a new snapshot | it halts | nothing: a person must look |
 
     A snapshot is a copy of parameters, inner state and the thresholds' statistics after
-    a step. One is taken every `every` steps, from the first 20 calm ones on: none of
-    the last `hold_steps` steps had an event (a bad step, or a cut of the learning
-    rate). It is discarded if an event follows within `hold_steps`. The parameters given
-    to `init` are the first one. What is not finite is never kept nor restored: if it is
-    time for a snapshot and parameters or moments are not finite, the newest one is
-    restored, so parameters that hold an inf on purpose cannot be rolled back. The same
-    is done if parameters are far beyond those of the newest snapshot, theta_s, or
-    moments beyond the largest of all snapshots, m_s: a finite fault may saturate a
-    network without showing in the loss. k = (t / t_s)^2, with the steps t since `init`,
-    allows for a warm-up from parameters of zero. Growth that comes back after `limit`
-    roll-backs is kept, as is growth from the parameters of `init` or from zero.
+    a step. One is taken every `every` steps, if none of the last `hold_steps` steps had
+    an event (a bad step, or a cut of the learning rate). It is discarded if an event
+    follows within `hold_steps`. The parameters given to `init` are the first one. What
+    is not finite is never kept nor restored: if it is time for a snapshot, and
+    parameters or moments are not finite, the newest one is restored, so parameters that
+    hold an inf on purpose cannot be rolled back. The same is done if parameters are far
+    beyond those of the newest snapshot, theta_s, or moments beyond the largest of all
+    snapshots, m_s: a finite fault may saturate a network without showing in the loss. k
+    = (t / t_s)^2, with the steps t since `init`, allows for a warm-up from parameters
+    of zero. Growth that comes back after `limit` roll-backs is kept, as is growth from
+    the parameters of `init` or from zero.
 
     Through `stablegrad.apply`, and through `integrations.nnx.update` for Flax NNX,
     parameters and inner state are restored bit for bit. Through `update` the updates

@@ -812,6 +812,18 @@ def test_the_factors_of_back_off_and_trust_region_multiply():
     assert params @ params < START @ START
 
 
+@pytest.mark.slow
+def test_an_element_that_is_kept_out_does_not_stop_the_others_under_a_limit():
+    broken = optax.stateless_with_tree_map(lambda g, p: (-0.1 * g).at[0].set(jnp.nan))
+    clip = sg.clip(sg.fixed(1.0, of="update_norm"))
+    tx, params = sg.guard(broken, clip, sg.trust_region()), START
+    extra = {"value": quadratic(params), "value_fn": quadratic}
+    grads = jax.grad(quadratic)(params)
+    updates, state = tx.update(grads, tx.init(params), params, **extra)
+    assert updates[0] == 0 and (updates[1:] != 0).all()
+    assert sg.metrics(state)["kept_out_elements"] == 1
+
+
 def test_a_skipped_step_leaves_parameters_and_radius():
     _, found = sgd_runs([20.0], grads=steps_where(6, np.nan, 1.0))
     np.testing.assert_array_equal(found["params"][0, 7], found["params"][0, 6])
