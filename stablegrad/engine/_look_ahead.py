@@ -16,8 +16,8 @@ from .. import _checks, _trees
 from .._mapped_axes import MappedAxes, manual_axes, warn_of_replicas
 from .._norms import measure
 from .._scales import Scales, scale_leaves, scaled_norm, uniform
-from ..responses._base import Foresight, Response, Verdict
-from ..responses._layers import LayerHealth, Sight
+from ..responses._base import ProbeResult, Response, Verdict
+from ..responses._layers import LayerHealth, LayerInputs
 from ..responses._reasons import first_reason
 from ..responses.trust_region._probe import Attempt
 from . import _decide
@@ -31,7 +31,7 @@ class Decision(NamedTuple):
 
     judgements: PerThreshold
     verdict: Verdict
-    ahead: Foresight
+    ahead: ProbeResult
     # Norms of the update, before and after it is scaled; None: nothing measured it.
     update_norms: tuple[jax.Array, jax.Array] | None
 
@@ -108,7 +108,7 @@ def update_scales(decision: Decision) -> Scales:
     return scales.times(verdict.lr_scale * decision.ahead.step_scale)
 
 
-def sight_of(inner, step, inner_state, gradient, decision) -> Sight:
+def layer_inputs(inner, step, inner_state, gradient, decision) -> LayerInputs:
     """Return what `layer_health` can see of a step."""
     if step.params is None:
         raise _checks.missing_params("`layer_health`")
@@ -119,7 +119,7 @@ def sight_of(inner, step, inner_state, gradient, decision) -> Sight:
         made, _ = inner(incoming, inner_state, step.params)
         return scale_leaves(made, update_scales(decision), step.like)
 
-    return Sight(
+    return LayerInputs(
         gradient=step.updates,
         measured=gradient,
         update=update,
@@ -130,9 +130,9 @@ def sight_of(inner, step, inner_state, gradient, decision) -> Sight:
     )
 
 
-def unprobed(states: tuple) -> Foresight:
+def unprobed(states: tuple) -> ProbeResult:
     """Return the result when no response probes the step."""
-    return Foresight(jnp.ones((), jnp.float32), jnp.zeros((), bool), states)
+    return ProbeResult(jnp.ones((), jnp.float32), jnp.zeros((), bool), states)
 
 
 def look_ahead(
@@ -141,7 +141,7 @@ def look_ahead(
     update: Callable[[], Any],
     length,
     step: StepContext,
-) -> Foresight:
+) -> ProbeResult:
     """Ask the given responses, by their index in the guard, and join what they ask for.
 
     Scales multiply, and `state` holds every response's state. `update()` evaluates the
@@ -165,7 +165,7 @@ def look_ahead(
             step.axes,
         )
         found = response.look_ahead(ahead.state[i], attempt)
-        ahead = Foresight(
+        ahead = ProbeResult(
             ahead.step_scale * found.step_scale,
             ahead.alarm | found.alarm,
             (*ahead.state[:i], found.state, *ahead.state[i + 1 :]),

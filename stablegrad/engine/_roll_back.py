@@ -12,7 +12,7 @@ from ..responses._base import Response, any_true
 from ..responses._reasons import Reason, is_nonfinite, reason_code
 from ..responses.roll_back._machine import (
     RollBackSettings,
-    Seen,
+    StepFlags,
     after_exchange,
     plan,
 )
@@ -35,7 +35,7 @@ class Trouble(NamedTuple):
     leaf: jax.Array  # int32: first leaf with either, -1 if none.
 
 
-class Rolled(NamedTuple):
+class RollBackResult(NamedTuple):
     """A step after the roll-back, if there was one."""
 
     written: Written
@@ -77,7 +77,7 @@ class RollBack:
         states: tuple,
         judgements: list[tuple[Judgement, ...]],
         writes_params: bool,
-    ) -> Rolled:
+    ) -> RollBackResult:
         """Take a snapshot, or restore one, if either is due.
 
         `cut` tells whether `back_off` cut the learning rate, and `writes_params`
@@ -86,15 +86,15 @@ class RollBack:
         reason = trouble.reason
         if self._response is None:
             no = jnp.zeros((), bool)
-            return Rolled(written, snapshots, reason, states, no)
+            return RollBackResult(written, snapshots, reason, states, no)
         if step.params is None:
             raise _checks.missing_params("`roll_back`")
         own = judgements[self._place]
         above = any_true(own, "exceeded") | any_true(own, "nonfinite")
         bad = (reason > 0) | above | (trouble.kept_out > 0)
-        seen = Seen(bad, bad | cut, trouble.poisoned)
+        flags = StepFlags(bad, bad | cut, trouble.poisoned)
         settings = self._settings
-        planned, before = plan(settings, states[self._place], seen)
+        planned, before = plan(settings, states[self._place], flags)
         packing = Packing(written.statistics)
         packed = written._replace(statistics=packing.pack(written.statistics))
         params = None if writes_params else step.params
@@ -106,7 +106,7 @@ class RollBack:
         why = jnp.where(done.grown, int(Reason.PARAMETER_NORM), why)
         states = (*states[: self._place], after, *states[self._place + 1 :])
         statistics = packing.unpack(moved.statistics)
-        return Rolled(
+        return RollBackResult(
             moved._replace(statistics=statistics),
             snapshots,
             jnp.where(done.restored, why, reason),

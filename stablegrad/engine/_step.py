@@ -27,8 +27,8 @@ from ._line_search import forget_value
 from ._look_ahead import (
     Decision,
     decide_on_update,
+    layer_inputs,
     only_layers,
-    sight_of,
     update_scales,
 )
 from ._outcome import outcome_of
@@ -160,10 +160,10 @@ class GuardedStep:
         verdict = decision.verdict
         layers, warning = state.layers, NO_WARNING
         if self._layers and layers:
-            sight = sight_of(inner, step, state.guarded_inner, gradient, decision)
+            inputs = layer_inputs(inner, step, state.guarded_inner, gradient, decision)
             # In step with an inner `MultiSteps`, which a skipped step does not advance.
             taken = before.guarded_steps - before.skipped_steps
-            layers, *warning = self._layers.after_step(layers, taken, sight)
+            layers, *warning = self._layers.after_step(layers, taken, inputs)
         scale = update_scales(decision)
         done = commit(
             inner,

@@ -93,7 +93,7 @@ def guards_in(opt_state: Any) -> list[GuardState]:
     return _reading.search(_trees.without_variables(opt_state))
 
 
-def is_healthy(trees: Any, guards: Iterable[GuardState]) -> bool:
+def may_be_saved(trees: Any, guards: Iterable[GuardState]) -> bool:
     """Return whether all of `trees` is finite and no guard has halted."""
     finite = [jnp.all(jnp.isfinite(x)) for x in _trees.inexact_leaves(trees)]
     halted = any(np.any(_reading.last_step(own).halted) for own in guards)

@@ -118,7 +118,7 @@ class HealthyCheckpoints:
             raise self._failed(f"checkpoint {step} was not written", "it is closed")
         saved = folders.as_arrays(trees, opt_state)
         guards = folders.guards_in(opt_state)
-        if not folders.is_healthy(trees, guards):
+        if not folders.may_be_saved(trees, guards):
             return False
         calm = all(folders.is_calm(own, self._calm_steps) for own in guards)
         own = folders.as_json(metadata)

@@ -60,8 +60,18 @@ def settings_of(*numbers) -> PlateauSettings:
 def init_plateau(rule: tuple[str, ...], settings: PlateauSettings) -> PlateauState:
     """Return the state before the first evaluation."""
     zero, none = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
-    no, one = jnp.zeros((), bool), jnp.ones((), jnp.float32)
-    readings = PlateauReadings(one, zero, no, none, none, none, none, none, zero, none)
+    readings = PlateauReadings(
+        plateau_scale=jnp.ones((), jnp.float32),
+        plateau_best=zero,
+        plateau_judged=jnp.zeros((), bool),
+        plateau_bad_evaluations=none,
+        plateau_cooldown_left=none,
+        plateau_evaluations=none,
+        plateau_cuts=none,
+        plateau_ignored_metrics=none,
+        plateau_window_mean=zero,
+        plateau_window_values=none,
+    )
     return PlateauState(layout(rule), *distinct((settings, readings)))
 
 

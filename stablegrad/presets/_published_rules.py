@@ -9,6 +9,9 @@ from ..thresholds._base import Scope, Threshold
 from ..thresholds._signals import Signal
 from ..thresholds._statistics import write
 
+DECAY = 0.99  # Weight of the past in the means of `accepted_mean`.
+LEAST_ACCEPTED = 500  # Accepted steps before deviations limit anything.
+
 
 class WindowState(NamedTuple):
     """State of `window_mean`."""
@@ -61,12 +64,7 @@ def window_mean(
     return Threshold("window_mean", of, "global", init, limit, update, learns_all=True)
 
 
-def accepted_mean(
-    multiplier: float | jax.Array,
-    deviations: bool,
-    decay: float = 0.99,
-    min_count: int = 500,
-) -> Threshold:
+def accepted_mean(multiplier: float | jax.Array, deviations: bool) -> Threshold:
     """Return a threshold on the mean of accepted norms, or on their deviation."""
 
     def init(groups: int) -> AcceptedState:
@@ -79,14 +77,14 @@ def accepted_mean(
         drops_from = multiplier * mean
         if deviations:
             spread = jnp.sqrt(state.accepted_square - jnp.square(mean))
-            armed = state.accepted_steps >= min_count
+            armed = state.accepted_steps >= LEAST_ACCEPTED
             drops_from = jnp.where(armed, mean + multiplier * spread, 1e10)
         return jnp.nextafter(drops_from, jnp.float32(-jnp.inf))
 
     def update(state: AcceptedState, signal, exceeded) -> AcceptedState:
         accepted = jnp.isfinite(signal) & ~exceeded
         count = state.accepted_steps.astype(jnp.float32)
-        weight = decay * (1 - decay**count) / (1 - decay ** (count + 1))
+        weight = DECAY * (1 - DECAY**count) / (1 - DECAY ** (count + 1))
         value = jnp.where(accepted, signal, 0.0)
         mean = weight * state.accepted_mean + (1 - weight) * value
         square = weight * state.accepted_square + (1 - weight) * jnp.square(value)

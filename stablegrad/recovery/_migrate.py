@@ -68,17 +68,18 @@ def migrate(tx: optax.GradientTransformation, params: Any, old: Any) -> Any:
     require_finite("migrate", params)
     fresh = tx.init(params)
     old = _as_guards(_trees.without_variables(opt_state_of(old)))
-    sources = iter(search(old))
-    if not search(old):
+    guards, wanted = search(old), search(fresh)
+    if not guards:
         raise ValueError(
             "`migrate` needs the state of a guard, and there is none in it. For the "
             "state of a bare optimizer, call `stablegrad.adopt(tx, params, state)`."
         )
-    if len(search(old)) != len(search(fresh)):
+    if len(guards) != len(wanted):
         raise ValueError(
-            f"`migrate` got a state with {len(search(old))} guards for an optimizer "
-            f"with {len(search(fresh))}."
+            f"`migrate` got a state with {len(guards)} guards for an optimizer with "
+            f"{len(wanted)}."
         )
+    sources = iter(guards)
     given = filled(unwrap(fresh), unwrap(old), "migrate")
     return rebuilt(fresh, given, lambda guard: _carried(next(sources), guard), params)
 

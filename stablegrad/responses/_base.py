@@ -29,7 +29,7 @@ class Verdict(NamedTuple):
     reason: jax.Array  # int32, (): why the step must not be taken; 0 takes it.
 
 
-class Foresight(NamedTuple):
+class ProbeResult(NamedTuple):
     """The request of a response that probes the loss along the step."""
 
     step_scale: jax.Array  # float32 in [0, 1], (): on the step.
@@ -50,7 +50,7 @@ class Response(NamedTuple):
     settle: Callable[[Any, tuple[Judgement, ...], jax.Array], Any] = lambda *x: x[0]
     halts: Callable[[Any], jax.Array] = lambda state: jnp.zeros((), bool)
     # state, attempt -> foresight; only responses that probe the step have one.
-    look_ahead: Callable[[Any, Attempt], Foresight] | None = None
+    look_ahead: Callable[[Any, Attempt], ProbeResult] | None = None
     needs_value_fn: bool = False  # Whether a step without `value_fn=` is an error.
     # state -> name: rank-0 array, what `metrics` shows of the response.
     readings: Callable[[Any], dict[str, jax.Array]] = lambda state: {}

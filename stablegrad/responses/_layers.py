@@ -41,7 +41,7 @@ class LayerHealthState(NamedTuple):
     statistics: RarityState
 
 
-class Sight(NamedTuple):
+class LayerInputs(NamedTuple):
     """What can be seen of a step before it is taken."""
 
     gradient: Any
@@ -80,36 +80,36 @@ class LayerHealth(NamedTuple):
         )
 
     def after_step(
-        self, layers: LayerNumbers, steps, sight: Sight
+        self, layers: LayerNumbers, steps, inputs: LayerInputs
     ) -> tuple[LayerNumbers, jax.Array, jax.Array]:
         """Return the next state, whether there is a warning, and the worst leaf.
 
         `steps` is the number of steps that were taken before this one.
         """
-        groups = group(self.per, sight.like).count
+        groups = group(self.per, inputs.like).count
         if not groups:
             return layers, jnp.zeros((), bool), jnp.full((), -1, jnp.int32)
         place = steps % self.every  # The last of `every` steps is checked.
-        due = (place == self.every - 1) & sight.taken
+        due = (place == self.every - 1) & inputs.taken
         bits = lax.cond(
-            due, lambda: self._checked(layers, sight), lambda: layers.check_bits
+            due, lambda: self._checked(layers, inputs), lambda: layers.check_bits
         )
         now = _from_bits(bits, groups, len(self.signals))
         previous = layers.previous_gradient
         if previous:
-            leaves = _trees.inexact_leaves(sight.gradient, sight.like)
+            leaves = _trees.inexact_leaves(inputs.gradient, inputs.like)
             new = [x.astype(o.dtype) for x, o in zip(leaves, previous, strict=True)]
-            kept = sight.measured.finite & ((steps + 2) % self.every == 0)
+            kept = inputs.measured.finite & ((steps + 2) % self.every == 0)
             previous = lax.cond(kept, lambda: new, lambda: previous)
         layers = layers._replace(check_bits=bits, previous_gradient=previous)
         return layers, due & (now.excess > 0), now.worst_leaf
 
-    def _checked(self, layers: LayerNumbers, sight: Sight) -> jax.Array:
+    def _checked(self, layers: LayerNumbers, inputs: LayerInputs) -> jax.Array:
         """Return the bits after a check."""
-        grouping = group(self.per, sight.like)
+        grouping = group(self.per, inputs.like)
         state = _from_bits(layers.check_bits, grouping.count, len(self.signals))
         _, limit, learn = self._rule(grouping.count)
-        signals = self._measured(grouping, layers.previous_gradient, sight)
+        signals = self._measured(grouping, layers.previous_gradient, inputs)
         ratios = signals[: grouping.count]
         known = jnp.isfinite(ratios) & (ratios > 0)
         limits = limit(state.statistics, None)
@@ -125,19 +125,21 @@ class LayerHealth(NamedTuple):
         )
         return _to_bits(after)
 
-    def _measured(self, grouping: Grouping, previous, sight: Sight) -> jax.Array:
+    def _measured(self, grouping: Grouping, previous, inputs: LayerInputs) -> jax.Array:
         """Return all signals, (rows,)."""
 
         def norms(tree):
-            leaves = _trees.inexact_leaves(tree, sight.like)
-            return group_norms(grouping, measure(tree, sight.like, sight.axes), leaves)
+            leaves = _trees.inexact_leaves(tree, inputs.like)
+            return group_norms(
+                grouping, measure(tree, inputs.like, inputs.axes), leaves
+            )
 
-        leaves = _trees.inexact_leaves(sight.gradient, sight.like)
-        grads = group_norms(grouping, sight.measured, leaves)
-        rows = [norms(sight.update()) / norms(sight.params), grads]
+        leaves = _trees.inexact_leaves(inputs.gradient, inputs.like)
+        grads = group_norms(grouping, inputs.measured, leaves)
+        rows = [norms(inputs.update()) / norms(inputs.params), grads]
         if self.cosine:
-            dots = sight.axes.totals(leaf_dots(leaves, previous), leaves)
-            earlier = sight.axes.totals(leaf_dots(previous, previous), leaves)
+            dots = inputs.axes.totals(leaf_dots(leaves, previous), leaves)
+            earlier = inputs.axes.totals(leaf_dots(previous, previous), leaves)
             lengths = grads * jnp.sqrt(sums_by_group(grouping, earlier))
             rows.append(sums_by_group(grouping, dots) / lengths)
         return jnp.concatenate(rows)

@@ -60,7 +60,7 @@ class RollBackState(NamedTuple):
     refusal: jax.Array  # int32: a `Refusal`, of the last step.
 
 
-class Seen(NamedTuple):
+class StepFlags(NamedTuple):
     """What a roll-back is told of a step; rank-0 bools."""
 
     bad: jax.Array  # Rejected, above a threshold, or with elements kept out.
@@ -72,9 +72,19 @@ def init_state(settings: RollBackSettings) -> RollBackState:
     """Return the state before the first step: the parameters of `init` are held."""
     none = jnp.zeros((), jnp.int32)
     ages = jnp.full((settings.keep,), -1, jnp.int32).at[0].set(0)
-    yes, no = jnp.ones((), bool), jnp.zeros((), bool)
-    norms = jnp.zeros((settings.keep, 2), jnp.float32)
-    return RollBackState(ages, norms, yes, none, none, none, none, none, none, no, none)
+    return RollBackState(
+        ages=ages,
+        norms=jnp.zeros((settings.keep, 2), jnp.float32),
+        from_init=jnp.ones((), bool),
+        bad_run=none,
+        steps=none,
+        calm_run=none,
+        cooldown_left=none,
+        restores=none,
+        roll_backs=none,
+        rolled_back=jnp.zeros((), bool),
+        refusal=none,
+    )
 
 
 class Plan(NamedTuple):
@@ -105,24 +115,24 @@ class Exchanged(NamedTuple):
 
 
 def plan(
-    settings: RollBackSettings, state: RollBackState, seen: Seen
+    settings: RollBackSettings, state: RollBackState, flags: StepFlags
 ) -> tuple[Plan, RollBackState]:
     """Return the plan of a step, and the state before its outcome."""
     ages = jnp.where(state.ages >= 0, increment(state.ages), state.ages)
     # A snapshot so soon before an event may already hold what led to it.
-    doubtful = seen.event & (ages <= settings.hold_steps) & ~state.from_init
+    doubtful = flags.event & (ages <= settings.hold_steps) & ~state.from_init
     ages = jnp.where(doubtful, -1, ages)
     held = ages >= 0
-    bad_run = jnp.where(seen.bad, increment(state.bad_run), 0)
-    calm_run = jnp.where(seen.event, 0, increment(state.calm_run))
+    bad_run = jnp.where(flags.bad, increment(state.bad_run), 0)
+    calm_run = jnp.where(flags.event, 0, increment(state.calm_run))
     lasting = (bad_run >= settings.after) & (state.cooldown_left == 0)
-    wanted = lasting | seen.poisoned
-    limited = (state.restores >= settings.limit) & ~seen.poisoned
+    wanted = lasting | flags.poisoned
+    limited = (state.restores >= settings.limit) & ~flags.poisoned
     refusal = jnp.where(limited, int(Refusal.LIMIT), 0)
     refusal = jnp.where(jnp.any(held), refusal, int(Refusal.NO_SNAPSHOT))
     # Parameters that are not finite do not discredit the newest snapshot; trouble that
     # comes back after a roll-back does.
-    nth = jnp.where(seen.poisoned, 0, jnp.minimum(state.restores, jnp.sum(held) - 1))
+    nth = jnp.where(flags.poisoned, 0, jnp.minimum(state.restores, jnp.sum(held) - 1))
     slot = jnp.argmax(jnp.cumsum(held) == nth + 1)
     old = state.from_init | (ages[0] < 0) | (ages[0] >= settings.every)
     due = (calm_run > settings.hold_steps) & old
@@ -130,7 +140,7 @@ def plan(
     action = jnp.where(
         wanted,
         jnp.where(refusal == 0, RESTORE + slot, NOTHING),
-        jnp.where(due & ~seen.event, take, NOTHING),
+        jnp.where(due & ~flags.event, take, NOTHING),
     )
     newest = jnp.argmax(held)
     instead = jnp.where(jnp.any(held), RESTORE + newest, NOTHING)
@@ -147,7 +157,7 @@ def plan(
         action.astype(jnp.int32),
         instead.astype(jnp.int32),
         largest,
-        (action >= RESTORE) & ~seen.poisoned,
+        (action >= RESTORE) & ~flags.poisoned,
     )
     return planned, state._replace(
         ages=ages,

@@ -54,9 +54,22 @@ def init_radius() -> TrustRegionState:
     """Return the state before the first step, without a limit."""
     number = lambda x: jnp.full((), x, jnp.float32)
     none, zero = jnp.zeros((), jnp.int32), number(0.0)
-    shown = (number(NEVER), zero, number(1.0), none, none, jnp.zeros((), bool))
-    averages = (number(FIRST_TARGET), zero, zero, zero)
-    return TrustRegionState(*shown, *averages, init_progress(), none, none, none)
+    return TrustRegionState(
+        trust_radius=number(NEVER),
+        trust_ratio=zero,
+        trust_scale=number(1.0),
+        trust_probes=none,
+        trust_cuts=none,
+        trust_mismatch=jnp.zeros((), bool),
+        trust_target=number(FIRST_TARGET),
+        own_length=zero,
+        mean_excess=zero,
+        mean_slope=zero,
+        progress=init_progress(),
+        steps_tried=none,
+        probes_known=none,
+        probes_blind=none,
+    )
 
 
 def readings(state: TrustRegionState) -> dict[str, jax.Array]:

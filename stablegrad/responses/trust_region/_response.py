@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..._checks import require, require_steps
-from .._base import Foresight, Response
+from .._base import ProbeResult, Response
 from ._probe import KINDS, Attempt, look
 from ._radius import (
     ACCEPT,
@@ -132,7 +132,7 @@ def _trust_region(every, probe, required) -> Response:
     require_steps("every", every)
     require("probe", probe, f"one of {KINDS}", lambda x: x in KINDS)
 
-    def look_ahead(state: TrustRegionState, attempt: Attempt) -> Foresight:
+    def look_ahead(state: TrustRegionState, attempt: Attempt) -> ProbeResult:
         length = attempt.length
         sound = (length > 0) & jnp.isfinite(length)
         state = before_step(state, length)
@@ -146,8 +146,16 @@ def _trust_region(every, probe, required) -> Response:
             first = state.probes_known == 0
             rise = longest_rise(state, attempt.loss)
             limit = jnp.where(first, ACCEPT, jnp.inf)
-            when = state.steps_tried < DENSE, state.steps_tried == 0
-            found = look(attempt, probe, held, rise, limit, ACCEPT / 2, *when)
+            found = look(
+                attempt,
+                probe,
+                held,
+                rise,
+                accept=limit,
+                aim=ACCEPT / 2,
+                is_early=state.steps_tried < DENSE,
+                is_first=state.steps_tried == 0,
+            )
             after, alarm = after_probe(state, found, held * length, length, every)
             part = jnp.where(found.accepted, found.part, 0.0)
             part = jnp.where(found.mismatch, 1.0, part)
@@ -159,7 +167,7 @@ def _trust_region(every, probe, required) -> Response:
         due = is_due(state, every) & sound & jnp.isfinite(attempt.loss)
         after, alarm, scale = lax.cond(due, probed, unprobed, state)
         after = after_step(after, attempt.loss, length, scale, sound)
-        return Foresight(scale, alarm, after)
+        return ProbeResult(scale, alarm, after)
 
     return Response(
         "trust_region",
