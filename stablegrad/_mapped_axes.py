@@ -104,7 +104,7 @@ def varying_like(tree: Any, other: Any) -> Any:
     """Mark arrays as varying over the axes over which those of `other` vary."""
     if not manual_axes():
         return tree
-    mark = lambda leaf, like: varying(leaf, varies_over(like))
+    mark = lambda leaf, like: varying(jnp.asarray(leaf), varies_over(like))
     return jax.tree.map(mark, tree, other)
 
 

@@ -16,7 +16,8 @@ def placed_like(tree, params):
 
     A step compiles twice for a state on one device beside parameters on a mesh, and for
     a state that is not committed to the device of committed parameters. Nothing is
-    placed under tracing, or if the parameters are not arrays.
+    placed if the parameters are not arrays; under tracing, replicated arrays get a spec
+    of full rank on explicit axes, and nothing else is placed.
     """
     axes = jax.sharding.get_abstract_mesh().axis_types
     explicit = AxisType.Explicit in axes and AxisType.Manual not in axes

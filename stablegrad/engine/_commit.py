@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .. import _checks, _trees
-from .._mapped_axes import manual_axes, varies_over, varying
+from .._mapped_axes import manual_axes, varying_like
 from .._norms import Measurement
 from .._platform import cond_on_cpu, on_cpu
 from .._scales import Scales, scale_leaves
@@ -128,12 +128,7 @@ def commit(
         held = Committed(result, inner_state, broken, reason)
         if not manual_axes():
             return held
-        structs = jax.eval_shape(take, *operands)
-        return jax.tree.map(
-            lambda leaf, struct: varying(jnp.asarray(leaf), varies_over(struct)),
-            held,
-            structs,
-        )
+        return varying_like(held, jax.eval_shape(take, *operands))
 
     return cond_on_cpu(reason == 0, take, hold, *operands)
 

@@ -124,13 +124,7 @@ def guard(
     axes = mapped_axes(axis_name, averaged_gradients)
     for threshold in (t for r in responses for t in r.thresholds if axis_name):
         check_sharded(threshold.per)
-    if exact_updates is not None:
-        warnings.warn(
-            "`exact_updates` has no effect: norms are always exact. It will be removed "
-            "in 0.3.0.",
-            DeprecationWarning,
-            stacklevel=2,
-        )
+    warn_of_exact_updates(exact_updates)
     _checks.require_count("record_norms", record_norms, least=0)
     step = GuardedStep(inner, responses, axes, record_norms)
     is_own = functools.partial(_checks.require_state, "guard", GuardState)
@@ -138,3 +132,14 @@ def guard(
     update = compiled(step.update, *checks)
     setattr(update, APPLY, compiled(step.apply, *checks))
     return GuardedTransformation(step.init, update)
+
+
+def warn_of_exact_updates(exact_updates: bool | None) -> None:
+    """Warn the caller of a function that takes `exact_updates`, if it is given."""
+    if exact_updates is not None:
+        warnings.warn(
+            "`exact_updates` has no effect: norms are always exact. It will be removed "
+            "in 0.3.0.",
+            DeprecationWarning,
+            stacklevel=3,
+        )

@@ -148,12 +148,12 @@ def look_ahead(
     step; only a response that probes in this step calls it, within a condition.
     """
     ahead, loss = unprobed(states), loss_of(step.extra, step.axes)
-    loss_fn = _checked(step.extra["value_fn"], step.axes) if responses else None
-    if loss_fn and manual_axes() and not step.axes.names:
+    loss_fn = _checked(step.extra["value_fn"], step.axes)
+    if manual_axes() and not step.axes.names:
         probe = jax.eval_shape(loss_fn, step.params)
         warn_of_replicas("`value_fn=`", probe, step.updates, blind=False)
     for i, response in responses.items():
-        assert loss is not None and loss_fn and response.look_ahead is not None
+        assert loss is not None and response.look_ahead is not None
         attempt = Attempt(
             step.updates,
             functools.partial(_shortened, update, ahead.step_scale, step.like),

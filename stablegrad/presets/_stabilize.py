@@ -6,7 +6,7 @@ import jax
 import optax
 
 from .._mapped_axes import AxisName
-from ..engine._guard import GuardedTransformation, guard
+from ..engine._guard import GuardedTransformation, guard, warn_of_exact_updates
 from ..granularity._groups import Granularity
 from ..responses._back_off import back_off
 from ..responses._base import Response
@@ -125,13 +125,7 @@ def stabilize(
             DeprecationWarning,
             stacklevel=2,
         )
-    if exact_updates is not None:
-        warnings.warn(
-            "`exact_updates` has no effect: norms are always exact. It will be removed "
-            "in 0.3.0.",
-            DeprecationWarning,
-            stacklevel=2,
-        )
+    warn_of_exact_updates(exact_updates)
     refused = rarity(share, window=window, margin=refuse_factor)
     risen = rarity(share, window=window, margin=loss_margin, of="value")
     return guard(

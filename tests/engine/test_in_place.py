@@ -158,11 +158,13 @@ def test_nothing_measures_the_update_without_a_threshold_on_it():
 
 
 @pytest.mark.slow
-def test_exact_updates_is_accepted_with_a_warning():
-    with pytest.warns(DeprecationWarning, match="`exact_updates` has no effect"):
-        tx = sg.guard(optax.sgd(0.1), exact_updates=True)
+@pytest.mark.parametrize("make", [sg.guard, sg.stabilize])
+def test_exact_updates_is_accepted_with_a_warning_where_it_is_passed(make):
+    with pytest.warns(DeprecationWarning, match="`exact_updates` has no") as said:
+        tx = make(optax.sgd(0.1), exact_updates=True)
+    assert said[0].filename == __file__
     params = {"w": jnp.ones(3)}
-    updates, _ = tx.update(params, tx.init(params), params)
+    updates, _ = tx.update(params, tx.init(params), params, value=None)
     np.testing.assert_allclose(updates["w"], -0.1, rtol=1e-6)
 
 
