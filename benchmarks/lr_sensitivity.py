@@ -79,10 +79,7 @@ ENTRIES = {
     ),
     "D": Entry(small_task, 500, "D: transformer as GPT-2, AdamW", rows=_few),
     "E": Entry(
-        tuning_task, 500, "E: the network of D tuned on another text", rows=_few
-    ),
-    "E-first": Entry(
-        partial(tuning_task, "language"), 500, "E, judged on the first text", rows=_few
+        tuning_task, 200, "E: the network of D tuned on another text", rows=_few
     ),
     "G": Entry(gpt_task, 500, "G: GPT of 10.6 million parameters, AdamW", rows=_few),
     "K": Entry(recurrent_task, 500, "K, kept: LSTM, RMSProp", rows=_few),

@@ -17,7 +17,7 @@ SENSITIVITY = {
     "C-adam": 0.03,
     "C-momentum": 0.012,
 }
-RATIO = {"A": 1.005, "D": 1.005, "E": 1.005, "E-first": 1.005, "G": 1.005, "K": 1.01}
+RATIO = {"A": 1.005, "D": 1.005, "E": 1.005, "G": 1.005, "K": 1.01}
 DIFFERENCE = {key: 0.002 for key in SENSITIVITY if key != "A"}
 LARGEST = {"A": 1.03, "D": 1.03, "G": 1.03, "K": 1.06, "C-adam": 1, "C-momentum": 1}
 STEP_TIME = {"A": 1.05, "D": 1.05, "G": 1.05}

@@ -14,10 +14,11 @@ LEGEND = f"""\
 Loss: final, on a fixed set, mean over as many seeds as stated; a loss that is not
 finite counts as the one before training, and is marked `!`. On B it is the training
 loss, on D, G and K the mean training loss of the last 50 steps. In brackets: test
-accuracy in %, of the next character on D, E, G and K. LR sensitivity: mean over rates
-of min(loss, loss before training) minus the method's own best, and its standard error
-over seeds; normalised: the same over what training gains at best. Band: decades of
-rates around the best within {scores.WITHIN} of its loss.
+accuracy in %, of the next character on D, G and K; on E, of the next character of the
+text that it was trained on first. LR sensitivity: mean over rates of min(loss, loss
+before training) minus the method's own best, and its standard error over seeds;
+normalised: the same over what training gains at best. Band: decades of rates around the
+best within {scores.WITHIN} of its loss.
 Cliff: the lowest rate above the best that is more than {scores.CLIFF} off.
 Flags: `trivial` at rates where some seed is no better than the best constant
 predictor, give or take 1 %; `dead` where

@@ -10,7 +10,6 @@ their parameters masked, and `is_checked` steps are inspected before they are wr
 step that would break the inner state is held.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -39,8 +38,6 @@ FIRST_CHECKED = 8  # Steps at the start that are checked.
 CHECK_EVERY = 256  # Steps from one check to the next after that.
 UNUSUAL = 1e12  # A leaf norm above which a step is checked.
 
-Inner = Callable[[Any, Any, Any], tuple[Any, Any]]  # updates, state, params
-
 
 class Committed(NamedTuple):
     """The results of a step that was taken, or held back."""
@@ -54,9 +51,7 @@ class Committed(NamedTuple):
 
 
 def commit(
-    inner: Inner,
     step: StepContext,
-    inner_state: Any,
     scales: tuple[Scales | None, Scales | None],
     reason: jax.Array,
     is_checked: jax.Array,
@@ -67,17 +62,16 @@ def commit(
     `scales` are those of the gradient and of the update. `writes_params` says whether
     the result is the parameters, or the updates.
     """
-    operands = (step.updates, inner_state, step.params)
+    operands = step.operands
     counted = _trees.inexact_flags(step.like)
     leaves = _trees.inexact_leaves(step.like)
-    owners = owners_of(inner_state, step.like)
-    each_checked = always_checked(step.like, inner_state)
+    owners = owners_of(step.inner_state, step.like)
+    each_checked = always_checked(step.like, step.inner_state)
     # A constant on either platform, which removes the counts from a CPU's program.
     uncounted = jnp.zeros((), bool) if each_checked else on_cpu()
 
     def run(updates, inner_state, params):
-        gradient = scale_leaves(updates, scales[0], step.like)
-        update, new_state = inner(gradient, inner_state, params)
+        update, new_state = step.run_inner(scales[0], (updates, inner_state, params))
         _checks.require_same_state(inner_state, new_state)
         return scale_leaves(update, scales[1], step.like), new_state
 

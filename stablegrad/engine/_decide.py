@@ -1,7 +1,7 @@
 """The decision on a step: signals to judgements, judgements to one verdict."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +9,7 @@ import jax
 from .. import _checks, _trees
 from .._mapped_axes import MappedAxes, warn_of_replicas
 from .._norms import Measurement, measure
+from .._scales import Scales, scale_leaves
 from ..granularity._group_norms import group_norms
 from ..granularity._groups import group
 from ..responses._base import Response, Verdict, combine
@@ -25,6 +26,23 @@ class StepContext(NamedTuple):
     like: Any  # Its floating-point leaves select those of the other trees.
     extra: dict[str, Any]  # Further arguments, such as `value=`.
     axes: MappedAxes
+    # Of gradient, inner state and parameters. A schedule has none.
+    inner_update: Callable[[Any, Any, Any], tuple[Any, Any]] | None = None
+    inner_state: Any = None
+
+    @property
+    def operands(self) -> tuple[Any, Any, Any]:
+        """Gradient, inner state and parameters."""
+        return self.updates, self.inner_state, self.params
+
+    def run_inner(
+        self, scales: Scales | None, operands: tuple[Any, Any, Any]
+    ) -> tuple[Any, Any]:
+        """Return the inner optimizer's update of a scaled gradient, and its state."""
+        assert self.inner_update is not None
+        updates, inner_state, params = operands
+        gradient = scale_leaves(updates, scales, self.like)
+        return self.inner_update(gradient, inner_state, params)
 
 
 def overlooked(responses: tuple[Response, ...], extra: dict[str, Any]) -> str | None:

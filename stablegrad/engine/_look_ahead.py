@@ -14,7 +14,7 @@ from jax import lax
 
 from .. import _checks, _trees
 from .._mapped_axes import MappedAxes, manual_axes, warn_of_replicas
-from .._norms import measure
+from .._norms import Measurement, measure
 from .._scales import Scales, scale_leaves, scaled_norm, uniform
 from ..responses._base import ProbeResult, Response, Verdict
 from ..responses._layers import LayerHealth, LayerInputs
@@ -38,9 +38,7 @@ class Decision(NamedTuple):
 
 def decide_on_update(
     responses: tuple[Response, ...],
-    inner: Callable[[Any, Any, Any], tuple[Any, Any]],
     step: StepContext,
-    inner_state,
     states: tuple,
     judgements: PerThreshold,
     verdict: Verdict,
@@ -51,19 +49,15 @@ def decide_on_update(
     """
     decision = Decision(judgements, verdict, unprobed(states), None)
     watched = _decide.watches_update(responses)
-    searched = has_line_search(inner_state)
+    searched = has_line_search(step.inner_state)
     looking = [i for i, r in enumerate(responses) if _may_probe(r, step, searched)]
     looks = bool(looking)
     if not (watched or looks):
         return decision
     # Behind a barrier, so that XLA does not keep this update for the commit.
-    operands = lax.optimization_barrier((step.updates, inner_state, step.params))
-
-    def evaluate():
-        gradient = scale_leaves(operands[0], verdict.gradient_scales, step.like)
-        return inner(gradient, *operands[1:])[0]
-
-    reached = verdict.reason == 0
+    operands = lax.optimization_barrier(step.operands)
+    gradient_scales, reached = verdict.gradient_scales, verdict.reason == 0
+    evaluate = lambda: step.run_inner(gradient_scales, operands)[0]
     takeable = lambda: finite_part(evaluate(), step.like)
     update = evaluate() if watched else takeable()
     measured = measure(update, step.like, step.axes)
@@ -108,15 +102,15 @@ def update_scales(decision: Decision) -> Scales:
     return scales.times(verdict.lr_scale * decision.ahead.step_scale)
 
 
-def layer_inputs(inner, step, inner_state, gradient, decision) -> LayerInputs:
+def layer_inputs(
+    step: StepContext, gradient: Measurement, decision: Decision
+) -> LayerInputs:
     """Return what `layer_health` can see of a step."""
     if step.params is None:
         raise _checks.missing_params("`layer_health`")
-    scales = decision.verdict.gradient_scales
 
     def update():
-        incoming = scale_leaves(step.updates, scales, step.like)
-        made, _ = inner(incoming, inner_state, step.params)
+        made, _ = step.run_inner(decision.verdict.gradient_scales, step.operands)
         return scale_leaves(made, update_scales(decision), step.like)
 
     return LayerInputs(

@@ -148,27 +148,30 @@ class GuardedStep:
         updates = _trees.floating_like(updates, like)
         own_layout = describe(self._responses, self._statistics, like)
         _checks.require_same_layout(state.layout, own_layout)
-        step = StepContext(updates, params, like, extra, self._axes)
+        step = StepContext(
+            updates,
+            params,
+            like,
+            extra,
+            self._axes,
+            inner_update=self._inner.given(extra),
+            inner_state=state.guarded_inner,
+        )
         packing = Packing(jax.eval_shape(lambda: self._init_numbers(like)))
         record, states, statistics = packing.unpack(state.numbers)
         before, last = _record.totals_of(record), _record.last_step_of(record)
         gradient = measure(updates, like, self._axes)
-        inner = self._inner.given(extra)
-        decision = self._decide(
-            inner, step, state.guarded_inner, states, statistics, gradient
-        )
+        decision = self._decide(step, states, statistics, gradient)
         verdict = decision.verdict
         layers, warning = state.layers, NO_WARNING
         if self._layers and layers:
-            inputs = layer_inputs(inner, step, state.guarded_inner, gradient, decision)
+            inputs = layer_inputs(step, gradient, decision)
             # In step with an inner `MultiSteps`, which a skipped step does not advance.
             taken = before.guarded_steps - before.skipped_steps
             layers, *warning = self._layers.after_step(layers, taken, inputs)
         scale = update_scales(decision)
         done = commit(
-            inner,
             step,
-            state.guarded_inner,
             (verdict.gradient_scales, scale),
             verdict.reason,
             checked_now(gradient, before.guarded_steps, last.kept_out_elements),
@@ -234,7 +237,7 @@ class GuardedStep:
         )
 
     def _decide(
-        self, inner, step, inner_state, states, statistics, gradient: Measurement
+        self, step: StepContext, states, statistics, gradient: Measurement
     ) -> Decision:
         """Return the decision of all responses; a bad gradient is always rejected."""
         scopes, limits = _decide.limits_of(
@@ -246,9 +249,7 @@ class GuardedStep:
         verdict = _decide.verdict_on(self._responses, states, judgements)
         bad = gradient_reason(gradient.norm)
         verdict = verdict._replace(reason=first_reason((bad, verdict.reason)))
-        return decide_on_update(
-            self._responses, inner, step, inner_state, states, judgements, verdict
-        )
+        return decide_on_update(self._responses, step, states, judgements, verdict)
 
     def _warn_once(self, extra: dict[str, Any]) -> None:
         """Warn once if a step brings no loss that could be judged, or a wrong name."""

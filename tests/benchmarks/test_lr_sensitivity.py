@@ -194,8 +194,7 @@ def language_tasks(folder):
     (folder / "text.txt").write_text("To be, or not to be. " * 400)
     return {
         "D": language.small_task(steps=2, shape=shape),
-        "E": language.tuning_task(steps=2, shape=shape),
-        "E-first": language.tuning_task("language", steps=2, shape=shape),
+        "E": language.tuning_task(steps=2, shape=shape, first_steps=2),
         "G": language.gpt_task(str(folder), steps=2, shape=narrow),
         "K": language.recurrent_task(steps=2, width=8, context=8),
     }
@@ -212,9 +211,25 @@ def test_language_models_learn_and_tuning_starts_from_a_trained_network(
         assert np.isfinite(seen[name].final_loss).all(), name
         assert 0 <= seen[name].accuracy[0] <= 1
         assert seen[name].initial_loss[0] > task.trivial_loss, name
-    # Judged on both texts; the network of E has been trained, the one of D has not.
-    assert seen["E"].initial_loss != seen["E-first"].initial_loss
+    # The network of E has been trained, the one of D has not.
     assert seen["E"].initial_loss < seen["D"].initial_loss
+
+
+def test_tuning_is_judged_on_what_it_learns_and_on_what_it_forgets(script):
+    language = part("language")
+    shape, texts = language.Shape(**SHAPE), language.manual()
+    tuned = language.tuning_task(steps=1, shape=shape, first_steps=1)
+    with jax.numpy_rank_promotion("allow"):
+        params = tuned.init(jax.random.key(0))
+        on = {
+            kind: language._transformer_task(
+                "D", texts[kind], shape, steps=1, judged=texts[kind].held_out
+            )
+            for kind in ("language", "library")
+        }
+        assert tuned.final_loss(params) == on["library"].final_loss(params)
+        assert tuned.accuracy(params) == on["language"].accuracy(params)
+        assert tuned.accuracy(params) != on["library"].accuracy(params)
 
 
 def test_the_two_texts_of_tuning_are_parts_of_the_manual(script):
