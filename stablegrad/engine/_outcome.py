@@ -1,8 +1,6 @@
 """The outcome of a step: what the record is told of it."""
 
 import functools
-from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +9,7 @@ from .._norms import Measurement
 from .._packing import encode
 from .._scales import scaled_norm
 from ..responses._base import Response
+from ..responses._layers import LayerWarning
 from . import _decide, _record
 from ._decide import StepContext
 from ._event_log import batch_of, cause_of
@@ -25,7 +24,7 @@ def outcome_of(
     decision: Decision,
     states: tuple[tuple, tuple],
     trouble: Trouble,
-    warning: Sequence[Any],
+    warning: LayerWarning,
     extras: dict[str, jax.Array],
     *,
     backed_off: jax.Array,
@@ -33,8 +32,8 @@ def outcome_of(
 ) -> _record.Outcome:
     """Return how the step went, for the record.
 
-    `states` are those of the responses before and after the step, and `warning` is of
-    `layer_health`: whether it warned, and of which leaf.
+    `states` are those of the responses before and after the step, and `warning` is
+    that of `layer_health`.
     """
     judgements, verdict, ahead, _ = decision
     before, settled = states
@@ -70,8 +69,8 @@ def outcome_of(
         backed_off=backed_off,
         shortened=ahead.alarm,
         rolled_back=rolled_back,
-        warned=jnp.asarray(warning[0]),
-        warned_leaf=jnp.asarray(warning[1], jnp.int32),
+        warned=jnp.asarray(warning.warned),
+        warned_leaf=jnp.asarray(warning.leaf, jnp.int32),
         cause=cause_of(
             responses, before, judgements, verdict.reason, backed_off, gradient.norm
         ),

@@ -14,7 +14,7 @@ from .._norms import Measurement, measure
 from .._packing import Packed, Packing
 from .._placing import placed_like, replicated
 from ..responses._base import Response
-from ..responses._layers import LayerNumbers
+from ..responses._layers import NO_WARNING, LayerNumbers
 from ..responses._reasons import first_reason, gradient_reason
 from ..responses.roll_back._snapshots import Written
 from . import _decide, _history, _record
@@ -33,8 +33,6 @@ from ._look_ahead import (
 )
 from ._outcome import outcome_of
 from ._roll_back import RollBack, trouble_of
-
-NO_WARNING = (False, -1)
 
 
 class GuardState(NamedTuple):
@@ -168,7 +166,7 @@ class GuardedStep:
             inputs = layer_inputs(step, gradient, decision)
             # In step with an inner `MultiSteps`, which a skipped step does not advance.
             taken = before.guarded_steps - before.skipped_steps
-            layers, *warning = self._layers.after_step(layers, taken, inputs)
+            layers, warning = self._layers.after_step(layers, taken, inputs)
         scale = update_scales(decision)
         done = commit(
             step,

@@ -41,6 +41,16 @@ class LayerHealthState(NamedTuple):
     statistics: RarityState
 
 
+class LayerWarning(NamedTuple):
+    """What a check says; rank 0."""
+
+    warned: Any  # bool
+    leaf: Any  # int32: the first leaf of the worst group, -1 if there is no group.
+
+
+NO_WARNING = LayerWarning(warned=False, leaf=-1)
+
+
 class LayerInputs(NamedTuple):
     """What can be seen of a step before it is taken."""
 
@@ -81,14 +91,14 @@ class LayerHealth(NamedTuple):
 
     def after_step(
         self, layers: LayerNumbers, steps, inputs: LayerInputs
-    ) -> tuple[LayerNumbers, jax.Array, jax.Array]:
-        """Return the next state, whether there is a warning, and the worst leaf.
+    ) -> tuple[LayerNumbers, LayerWarning]:
+        """Return the next state, and whether there is a warning.
 
         `steps` is the number of steps that were taken before this one.
         """
         groups = group(self.per, inputs.like).count
         if not groups:
-            return layers, jnp.zeros((), bool), jnp.full((), -1, jnp.int32)
+            return layers, NO_WARNING
         place = steps % self.every  # The last of `every` steps is checked.
         due = (place == self.every - 1) & inputs.taken
         bits = lax.cond(
@@ -102,7 +112,7 @@ class LayerHealth(NamedTuple):
             kept = inputs.measured.finite & ((steps + 2) % self.every == 0)
             previous = lax.cond(kept, lambda: new, lambda: previous)
         layers = layers._replace(check_bits=bits, previous_gradient=previous)
-        return layers, due & (now.excess > 0), now.worst_leaf
+        return layers, LayerWarning(due & (now.excess > 0), now.worst_leaf)
 
     def _checked(self, layers: LayerNumbers, inputs: LayerInputs) -> jax.Array:
         """Return the bits after a check."""
