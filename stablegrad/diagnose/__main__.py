@@ -65,7 +65,7 @@ def _prepare(path: Path) -> None:
 def _require_format(path: Path) -> None:
     """Raise ValueError if Matplotlib cannot write such a file."""
     known = new_figure(1, 1)[0].canvas.get_supported_filetypes()
-    if path.suffix.removeprefix(".") not in known:
+    if path.suffix.removeprefix(".").lower() not in known:
         raise ValueError(f"--figure must end in one of {sorted(known)}, got {path}")
 
 

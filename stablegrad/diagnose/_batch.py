@@ -26,16 +26,19 @@ class BatchFacts:
     losses: tuple[float, ...] = ()
     norms: tuple[float, ...] = ()  # Of the shards' gradients.
     noise_scale: float = NAN  # In examples: B_simple of McCandlish et al.
-    array_rms: tuple[float, ...] = ()  # Of each floating-point array: inputs, targets.
+    array_rms: tuple[float, ...] = ()  # Of each array of numbers: inputs, targets.
     bad_rows: tuple[int, ...] = ()  # Examples with a nan or inf.
     odd_rows: tuple[int, ...] = ()  # Examples far larger than the others.
     odd_ratio: float = NAN  # Of the largest row's RMS to the median's.
 
 
 def examples_in(batch) -> int:
-    """Return the length of the first axis that all arrays share, or 0."""
+    """Return the length of the first axis that all arrays share, or 0.
+
+    Scalars, such as a random key, belong to every example.
+    """
     shapes = [np.shape(leaf) for leaf in jax.tree.leaves(batch)]
-    lengths = {shape[0] if shape else 0 for shape in shapes}
+    lengths = {shape[0] for shape in shapes if shape}
     return lengths.pop() if len(lengths) == 1 else 0
 
 
@@ -57,7 +60,11 @@ def shard_gradients(loss, params, frozen, batch, count: int):
 
     As many operations as one gradient of the whole batch.
     """
-    split = lambda x: x.reshape(count, x.shape[0] // count, *x.shape[1:])
+
+    def split(x):
+        if not jnp.ndim(x):
+            return jnp.broadcast_to(x, (count,))
+        return x.reshape(count, x.shape[0] // count, *x.shape[1:])
 
     def one(total, shard):
         value, grads = jax.value_and_grad(loss)(params, (frozen, shard))
@@ -77,13 +84,18 @@ def _norm(tree) -> jax.Array:
 
 @jax.jit
 def row_sizes(batch) -> list[tuple[jax.Array, jax.Array, int]]:
-    """Return RMS, finiteness and length of the rows of every floating-point array."""
+    """Return RMS, finiteness and length of the rows of every array of numbers.
+
+    The rows of integers, which may be numbers of tokens, are not compared: length 0.
+    """
     found = []
     for leaf in jax.tree.leaves(batch):
-        if jnp.issubdtype(jnp.result_type(leaf), jnp.floating) and np.ndim(leaf) > 1:
-            rows = jnp.asarray(leaf).reshape(leaf.shape[0], -1)
-            finite = jnp.isfinite(rows).all(axis=1)
-            found.append((jax.vmap(_taps.rms)(rows), finite, rows.shape[1]))
+        if not (np.ndim(leaf) and jnp.issubdtype(leaf.dtype, jnp.number)):
+            continue
+        rows = jnp.asarray(leaf).reshape(leaf.shape[0], -1)
+        finite = jnp.isfinite(_taps.sizes(rows)).all(axis=1)
+        compared = 0 if jnp.issubdtype(leaf.dtype, jnp.integer) else rows.shape[1]
+        found.append((jax.vmap(_taps.rms)(rows), finite, compared))
     return found
 
 
@@ -107,12 +119,11 @@ def facts(loss, params, frozen, batch) -> BatchFacts:
     """Measure a batch."""
     found = BatchFacts(examples=examples_in(batch), longest=_longest(batch))
     count = shards_in(found.examples)
-    if found.examples:
-        _read_rows(found, row_sizes(batch))
+    _read_rows(found, row_sizes(batch))
     if count:
         try:
             run = shard_gradients(loss, params, frozen, batch, count)
-        except (TypeError, ValueError, IndexError):  # It takes this many examples only.
+        except Exception:  # However a loss refuses another number of examples.
             return found
         losses, norms, mean = jax.device_get(run)
         found.losses = tuple(map(float, losses))

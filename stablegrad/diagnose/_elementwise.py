@@ -128,13 +128,15 @@ class Activation:
             for out in op.outs:
                 numbers[out] = len(numbers)
             parts.append(f"{op.name}({','.join(names)}){op.eqn.params.get('name', '')}")
-            parts.append(str(op.eqn.params.get("y", "")))
+            parts += [str(op.eqn.params.get(key, "")) for key in ("y", "call_jaxpr")]
         return ";".join(parts)
 
 
 def find(program: Program, root: Value) -> Activation | None:
     """Return the activation that is applied to `root` and to nothing else, if any."""
-    if not root.users or not jnp.issubdtype(root.aval.dtype, jnp.floating):
+    if not (root.users and root.aval.size):
+        return None
+    if not jnp.issubdtype(root.aval.dtype, jnp.floating):
         return None
     inside, ops, fixed = {root}, [], {}
     first = program.ops.index(root.users[0])
@@ -220,7 +222,7 @@ def _measure(activation: Activation) -> None:
     activation.slope = float(np.abs(slope).max())
     ends = np.abs(slope[[0, -1]])
     activation.bounded = bool((ends < 0.01 * activation.slope).all())
-    activation.name = named(f) or f"{activation.ops[-1].name}(...)"
+    activation.name = named(f, aval.dtype) or f"{activation.ops[-1].name}(...)"
 
 
 def is_saturated(slope, steepest: float):

@@ -15,18 +15,23 @@ COLOURS = {"note": "#6b7280", "warning": "#b45309", "critical": "#b91c1c"}  # Of
 SIGNAL, GRADIENT = BLUE, GREEN
 
 
+def is_drawn(layer: Layer) -> bool:
+    """Return whether a layer's values and gradients are measured."""
+    return layer.kind not in ("attention", "router")
+
+
 def shown_places(layers: Sequence[Layer]) -> dict[str, int]:
-    """Place layers among those with an RMS; attention lies at the layer before it."""
+    """Place layers among those that are drawn; attention lies at the one before it."""
     places, last = {}, -1
     for layer in layers:
-        last += math.isfinite(layer.rms)
+        last += is_drawn(layer)
         places[layer.name] = max(last, 0)
     return places
 
 
 def profile(report: "Report") -> Any:
     """Draw it."""
-    layers = [layer for layer in report.layers if math.isfinite(layer.rms)]
+    layers = list(filter(is_drawn, report.layers))
     places = list(range(len(layers)))
     width = max(7.0, 0.28 * len(layers) + 2.0)
     title = f"Values and gradients by depth, at a loss of {report.loss:.4g}"
@@ -56,6 +61,7 @@ def profile(report: "Report") -> Any:
     lower.set_xticks(places, [shortened(x.name, 22) for x in layers])
     lower.tick_params(axis="x", rotation=60, labelsize=7)
     for label in lower.get_xticklabels():
+        label.set_parse_math(False)  # A name may hold dollars.
         label.set_horizontalalignment("right")
         label.set_rotation_mode("anchor")
     return figure

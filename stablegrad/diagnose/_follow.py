@@ -124,6 +124,29 @@ def is_standardised(product: Op) -> bool:
     return False
 
 
+def is_in_a_norm(value: Value) -> bool:
+    """Whether a value is only added up under a root, as squares are in a norm."""
+    if not all(op.name == "reduce_sum" for op in value.users):
+        return False
+    seen, frontier = set(), [value]
+    while frontier:
+        for op in frontier.pop().users:
+            if op.name in ("rsqrt", "sqrt"):
+                return True
+            if op.name in (
+                *PASSING,
+                "reduce_sum",
+                "mul",
+                "div",
+                "add",
+                "max",
+                "select_n",
+            ):
+                frontier += [out for out in op.outs if out not in seen]
+                seen.update(op.outs)
+    return False
+
+
 def is_one_hot(value: Value) -> bool:
     """Whether a comparison of indices makes it."""
     while value.maker is not None and value.maker.name in PASSING:
@@ -146,6 +169,7 @@ _NEAR = frozenset(
         "max",
         "reduce_window_max",
         "reduce_window_sum",
+        "custom_vjp_call",  # As of `limit_gradient`.
     ]
 ) | frozenset(PASSING)
 

@@ -5,7 +5,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from . import _table
-from ._figure import COLOURS, GRADIENT, SIGNAL, shown_places
+from ._figure import COLOURS, GRADIENT, SIGNAL, is_drawn, shown_places
 
 if TYPE_CHECKING:
     from ._report import Report
@@ -41,7 +41,7 @@ def page(report: "Report") -> str:
         '<!doctype html><html lang="en"><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>stablegrad: {summary}</title><style>{STYLE}</style>"
-        f"<h1>Loss {_table.number(report.loss)}, {len(report.layers)} layers: "
+        f"<h1>Loss {_table.spoken(report.loss)}, {len(report.layers)} layers: "
         f"{summary}</h1>{verdicts}"
         f"<h2>By depth</h2>{_profile(report)}"
         f'<div class="wide">{_layers(report)}</div>'
@@ -87,10 +87,11 @@ def _layers(report: "Report") -> str:
 
 
 def _questions(report: "Report") -> str:
-    found = {v.rule: v.severity for v in reversed(report.verdicts)}
+    found = dict.fromkeys((rule.name for rule in report.rules), "not looked at")
+    found |= dict.fromkeys((rule.name for rule in report.asked), "within usual limits")
+    found |= {v.rule: v.severity for v in reversed(report.verdicts)}
     rows = "".join(
-        f"<tr><td>{escape(rule.question)}</td>"
-        f"<td>{found.get(rule.name, 'within usual limits')}</td></tr>"
+        f"<tr><td>{escape(rule.question)}</td><td>{found[rule.name]}</td></tr>"
         for rule in report.rules
     )
     return f'<table class="questions">{rows}</table>'
@@ -98,7 +99,7 @@ def _questions(report: "Report") -> str:
 
 def _profile(report: "Report") -> str:
     """Draw the RMS of values and of gradients by depth, on one logarithmic scale."""
-    layers = [layer for layer in report.layers if math.isfinite(layer.rms)]
+    layers = list(filter(is_drawn, report.layers))
     series = {
         ("values", SIGNAL): [layer.rms for layer in layers],
         ("gradients", GRADIENT): [layer.gradient_rms for layer in layers],
@@ -131,16 +132,16 @@ def _profile(report: "Report") -> str:
                 f'fill="{colour}" fill-opacity=".25"><title>{escape(verdict.finding)}'
                 "</title></rect>"
             )
-    for i, ((name, colour), values) in enumerate(logs.items()):
-        drawn = [(at(i), y(v)) for i, v in enumerate(values) if v is not None]
-        line = " ".join(f"{a:.1f},{b:.1f}" for a, b in drawn)
+    for column, ((name, colour), values) in enumerate(logs.items()):
+        drawn = [(i, at(i), y(v)) for i, v in enumerate(values) if v is not None]
+        line = " ".join(f"{a:.1f},{b:.1f}" for _, a, b in drawn)
         parts.append(
             f'<polyline points="{line}" fill="none" stroke="{colour}" '
             'stroke-width="2"/>'
-            f'<text x="{left + 10 + 110 * i}" y="{height - 4}" '
+            f'<text x="{left + 10 + 110 * column}" y="{height - 4}" '
             f'style="fill:{colour}">RMS of {name}</text>'
         )
-        for place, (a, b) in enumerate(drawn):
+        for place, a, b in drawn:
             title = (
                 f"{layers[place].name}: {_table.number(series[name, colour][place])}"
             )

@@ -1,6 +1,5 @@
 """One forward and one backward pass with statistics of every site."""
 
-import functools
 from typing import Any
 
 import jax
@@ -31,6 +30,7 @@ class Instrument:
         self._taps: dict[Value, str] = {}
         self._plans: dict[Value, list[tuple[str, Any]]] = {}
         self.scans: dict[str, tuple[Op, ...]] = {}  # Those around what is measured.
+        self._measured: set[Program] = set()  # Those with anything to measure inside.
         self.aliases: dict[str, str] = {}
         for site in sites:
             self._plan(site)
@@ -92,6 +92,7 @@ class Instrument:
         for value in program.values():
             for key, _ in self._plans.get(value, ()):
                 self.scans[key] = around
+                self._measured |= {program, *(op.body for op in around if op.body)}
         for op in program.ops:
             if op.body is not None:
                 self._locate(op.body, (*around, op))
@@ -128,7 +129,7 @@ class Instrument:
         for value, array in zip(program.ins, arguments, strict=True):
             write(value, array)
         for op in program.ops:
-            if op.body is not None and self._inside(op.body):
+            if op.body is not None and op.body in self._measured:
                 outs, inner = self._scan(op, list(map(read, op.ins)), probes)
                 stats |= inner
             else:
@@ -136,13 +137,6 @@ class Instrument:
             for value, array in zip(op.outs, outs, strict=True):
                 write(value, array)
         return list(map(read, program.outs)), stats
-
-    @functools.cache  # noqa: B019 - as long-lived as the programs.
-    def _inside(self, program: Program) -> bool:
-        """Whether anything is measured in a program."""
-        if any(value in self._plans for value in program.values()):
-            return True
-        return any(self._inside(op.body) for op in program.ops if op.body is not None)
 
     def _scan(self, op: Op, arguments, probes):
         params, body = op.eqn.params, op.body

@@ -8,12 +8,14 @@ a fixed length stay single operations.
 import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 from jax.core import eval_jaxpr
 from jax.extend import core
 
+PACKAGE = Path(__file__).parents[1]
 INLINED = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint")
 
 
@@ -47,7 +49,11 @@ class Value:
 
     def comes_from(self, other: "Value") -> bool:
         """Whether `other`, of the same program, is this value or one it is made of."""
-        return bool(self.ancestors >> other.order & 1)
+        return other.is_in(self.ancestors)
+
+    def is_in(self, values: int) -> bool:
+        """Whether it is in a bit set of values."""
+        return bool(values >> self.order & 1)
 
 
 @dataclasses.dataclass(eq=False)
@@ -87,13 +93,19 @@ class Op:
         jaxpr, values = self._alone
         return eval_jaxpr(jaxpr, (), *map(read, values))
 
+    @property
+    def is_derivative(self) -> bool:
+        """Whether it is of a gradient inside the loss, as of a physics-informed one."""
+        return "transpose(" in str(self.eqn.source_info.name_stack)
+
     def where(self) -> str:
         """The user's line of code that made it, as `file.py:12`."""
         trace = self.eqn.source_info.traceback
         for frame in trace.frames if trace is not None else ():
-            library = ("site-packages", "/stablegrad/", "<frozen")
-            if not any(part in frame.file_name for part in library):
-                return f"{frame.file_name.rpartition('/')[2]}:{frame.line_num}"
+            file = Path(frame.file_name)
+            library = "site-packages" in file.parts or str(file).startswith("<frozen")
+            if not (library or PACKAGE in file.parents):
+                return f"{file.name}:{frame.line_num}"
         return ""
 
 
@@ -139,7 +151,19 @@ def _program(closed, ins: list[Value]) -> Program:
     for value in ins:
         program.adopt(value)
     program.outs = _inline(program, closed.jaxpr, closed.consts, ins)
+    _drop_unused(program)
     return program
+
+
+def _drop_unused(program: Program) -> None:
+    """Leave out the operations that no result depends on, as of what is printed."""
+    needed = 0
+    for value in program.outs:
+        needed |= value.ancestors
+    unused = {op for op in program.ops if not any(x.is_in(needed) for x in op.outs)}
+    program.ops = [op for op in program.ops if op not in unused]
+    for value in (*program.values(), *(value for value, _ in program.constants)):
+        value.users = [op for op in value.users if op not in unused]
 
 
 def _inline(program: Program, jaxpr, consts, ins: Sequence[Value]) -> list[Value]:
@@ -155,6 +179,8 @@ def _inline(program: Program, jaxpr, consts, ins: Sequence[Value]) -> list[Value
         return env[atom]
 
     for eqn in jaxpr.eqns:
+        if not eqn.outvars:  # `jax.debug.print` and other callbacks.
+            continue
         name, arguments = eqn.primitive.name, [read(atom) for atom in eqn.invars]
         if name in INLINED:
             inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))

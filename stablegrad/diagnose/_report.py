@@ -17,7 +17,7 @@ class Report:
 
     facts: Facts
     verdicts: tuple[Verdict, ...]  # Root causes first, the gravest of them first.
-    rules: tuple[Rule, ...]  # Those that were asked.
+    rules: tuple[Rule, ...]  # All that were given.
 
     @property
     def layers(self) -> list[Layer]:
@@ -28,6 +28,11 @@ class Report:
     def loss(self) -> float:
         """The loss of the batch."""
         return self.facts.loss
+
+    @property
+    def asked(self) -> tuple[Rule, ...]:
+        """The rules that had something to judge."""
+        return tuple(rule for rule in self.rules if rule.applies(self.facts))
 
     @property
     def causes(self) -> tuple[Verdict, ...]:
@@ -99,6 +104,8 @@ def _plain(thing: Any) -> Any:
         return {str(key): _plain(value) for key, value in thing.items()}
     if isinstance(thing, list | tuple):
         return [_plain(value) for value in thing]
+    if hasattr(thing, "item"):  # A scalar of NumPy or JAX, from a rule of one's own.
+        thing = thing.item()
     if isinstance(thing, float) and not math.isfinite(thing):
         return None
     return thing

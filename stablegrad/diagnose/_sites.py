@@ -8,6 +8,7 @@ from . import _elementwise
 from ._follow import (
     after_bias,
     after_shift,
+    is_in_a_norm,
     is_near,
     is_one_hot,
     is_passed_on,
@@ -47,8 +48,7 @@ def _in_program(program: Program, path, sliced, known) -> list[Site]:
     deeper: list[Site] = []
     for op in program.ops:
         if op.body is not None:
-            over_layers = any(value.sliced for value in op.body.values())
-            inner = (*sliced, over_layers)
+            inner = (*sliced, _is_over_layers(op.body))
             found = _in_program(op.body, (*path, op.outs[0].order), inner, known)
             _mark_recurrent(op, found)
             deeper += found
@@ -72,6 +72,14 @@ def _in_program(program: Program, path, sliced, known) -> list[Site]:
     return sorted([*own, *deeper], key=lambda site: site.path)
 
 
+def _is_over_layers(body: Program) -> bool:
+    """Whether a scan takes the weights of a layer in each of its iterations."""
+    layers = filter(None, map(_layer, body.ops))
+    inner = [op.body for op in body.ops if op.body is not None]
+    own = any(site.weight is not None and site.weight.sliced for site in layers)
+    return own or any(map(_is_over_layers, inner))
+
+
 def _mark_recurrent(op: Op, sites: list[Site]) -> None:
     """Find the layers of a scan's body that take what is carried."""
     assert op.body is not None
@@ -86,9 +94,9 @@ def _mark_recurrent(op: Op, sites: list[Site]) -> None:
 def _layer(op: Op) -> Site | None:
     """Return the layer that an operation of data with parameters is.
 
-    None for the operations of a gradient inside the loss, as of a physics-informed one.
+    None for the operations of a gradient inside the loss.
     """
-    if "transpose(" in str(op.eqn.source_info.name_stack):
+    if op.is_derivative:
         return None
     data = [value for value in op.ins if value.is_data]
     weights = [value for value in op.ins if value.is_parameter]
@@ -115,7 +123,8 @@ def _layer(op: Op) -> Site | None:
         window = [shape[i] for i in spec.rhs_spec[2:]]
         fan_in = int(shape[spec.rhs_spec[1]] * np.prod(window))
         strides = int(np.prod(op.eqn.params["window_strides"]))
-        fan_out = max(int(shape[spec.rhs_spec[0]] * np.prod(window)) // strides, 1)
+        outputs = shape[spec.rhs_spec[0]] // op.eqn.params["feature_group_count"]
+        fan_out = max(int(outputs * np.prod(window)) // strides, 1)
         axis = spec.out_spec[1]
         site = Site("conv", "", (), out, source, weight, -1, fan_in, fan_out, axis)
     elif op.name == "gather":
@@ -145,7 +154,9 @@ def _attach_activations(program: Program, sites: list[Site], known) -> None:
         if site is None and not is_near(value, before.value):
             continue
         found = _elementwise.find(program, value)
-        if found is None or not _elementwise.describe(found, known):
+        if found is None or is_in_a_norm(found.out):
+            continue
+        if not _elementwise.describe(found, known):
             continue
         feeds_layer = any(s.source and s.source.comes_from(found.out) for s in sites)
         if not feeds_layer and not _goes_on(found.out, program):

@@ -29,7 +29,7 @@ def softmaxes(program: Program, linear: list[Site]) -> list[Site]:
                     found.append(site)
                 continue
         layer = next((s for s in linear if s.value is walk_back(logits, s.value)), None)
-        if layer is not None and _routes(weights, linear):
+        if layer is not None and _routes(weights, layer, linear):
             site = Site("router", "", (), logits, layer.source)
             site.parents, site.extra = [layer], {"weights": weights}
             found.append(site)
@@ -69,8 +69,11 @@ def _users(value: Value) -> list[Op]:
     return found
 
 
-def _routes(weights: Value, linear: list[Site]) -> bool:
-    """Whether the weights of a softmax choose or mix layers, not labels of a loss."""
+def _routes(weights: Value, layer: Site, linear: list[Site]) -> bool:
+    """Whether the weights of a softmax choose or mix layers, not labels of a loss.
+
+    A product with logarithms of the same `layer`'s softmax is an entropy.
+    """
     if weights.aval.shape[-1] > MOST_EXPERTS:
         return False
     seen, frontier = set(), [weights]
@@ -81,7 +84,7 @@ def _routes(weights: Value, linear: list[Site]) -> bool:
                 return True
             others = [v for v in op.ins if v is not value and v.is_data]
             mixes = op.name in ("mul", "dot_general") and others
-            if mixes and last_layer(others[0], linear) is not None:
+            if mixes and last_layer(others[0], linear) not in (None, layer):
                 return True
             through = (*PASSING, "slice", "select_n", "div", "mul")
             if op.name in through and op not in seen:

@@ -88,7 +88,7 @@ def _is_own(value: Value, one: Value, other: Value) -> bool:
 def _sums(program: Program) -> Iterator[tuple[Value, Value, Value]]:
     """The sums of two arrays of data of one shape: both operands, and the sum."""
     for op in program.ops:
-        if op.name not in ("add", "add_any") or len(op.ins) != 2:
+        if op.name not in ("add", "add_any") or len(op.ins) != 2 or op.is_derivative:
             continue
         a, b = map(_unconverted, op.ins)
         if a.is_data and b.is_data and a.aval.shape == b.aval.shape:

@@ -1,4 +1,4 @@
-"""A report as text of at most 100 columns."""
+"""A report as text of at most 100 columns, but for lines of code."""
 
 import math
 import textwrap
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from ._report import Report
 
 WIDTH, NAME = 100, 26
+MOST_EVENTS = 8
 MARKS = {"note": "i", "warning": "!", "critical": "X"}
 COLUMNS = (
     "signal",
@@ -35,6 +36,11 @@ def number(value: float) -> str:
     return f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e")
 
 
+def spoken(value: float) -> str:
+    """Return the same in a sentence, where nan is a word."""
+    return number(value) or "nan"
+
+
 def share(value: float) -> str:
     """Return per cent; "" for nan."""
     return "" if math.isnan(value) else f"{100 * value:.0f}%"
@@ -48,7 +54,7 @@ def cells(layer: Layer) -> list[str]:
         number(layer.chi),
         number(layer.chi_theory),
         share(layer.saturated if layer.bounded else layer.dead),
-        number(round(layer.alike, 2)),
+        number(round(layer.alike, 2) + 0.0),  # Not -0.
         number(layer.branch),
         number(layer.update),
     ]
@@ -78,8 +84,8 @@ def text(report: "Report") -> str:
     """Return the whole report."""
     facts = report.facts
     grave = report.causes
-    head = f"loss {number(facts.loss)}, {len(report.layers)} layers, {summary(report)}"
-    lines = [head, ""]
+    head = f"loss {spoken(facts.loss)}, {len(report.layers)} layers, {summary(report)}"
+    lines = [*wrapped(head, ""), ""]
     titles = "".join(f" {title:>8}" for title in COLUMNS)
     lines += [
         f"  {'layer, in order of depth':{NAME}}{titles}",
@@ -96,22 +102,26 @@ def text(report: "Report") -> str:
     lines += ["", *wrapped(other_numbers(report), "")]
     for i, verdict in enumerate(report.verdicts, 1):
         lines += ["", *_verdict(i, verdict)]
-    if not grave:
+    if not grave and report.layers:
         lines += ["", "Within usual limits: " + _asked(report)]
         lines[-1:] = wrapped(lines[-1], "")
     if facts.events:
-        lines += ["", "What happened in the run:"]
-        lines += [f"  {event}" for event in facts.events[-8:]]
+        last = facts.events[-MOST_EVENTS:]
+        which = f", the last {len(last)} of {len(facts.events)} events"
+        which *= len(last) < len(facts.events)
+        lines += ["", f"What happened in the run{which}:"]
+        lines += [f"  {event}" for event in last]
     return "\n".join(lines)
 
 
 def summary(report: "Report") -> str:
     """Return the counts of verdicts."""
     causes, rest = len(report.causes), len(report.verdicts) - len(report.causes)
-    if not report.layers:
-        return "no layer found: does the loss take the batch as an argument?"
     unseen = len(report.facts.unseen)
     blind = f", {unseen} parameter{'s' * (unseen != 1)} not seen" if unseen else ""
+    if not report.layers:
+        why = blind or ": does the loss take the batch as an argument?"
+        return "no layer found" + why
     return _verdicts(causes, rest) + blind
 
 
@@ -126,7 +136,7 @@ def _verdicts(causes: int, rest: int) -> str:
 
 def _asked(report: "Report") -> str:
     found = {verdict.rule for verdict in report.verdicts}
-    return ", ".join(rule.name for rule in report.rules if rule.name not in found) + "."
+    return ", ".join(rule.name for rule in report.asked if rule.name not in found) + "."
 
 
 def other_numbers(report: "Report") -> str:
@@ -141,7 +151,7 @@ def other_numbers(report: "Report") -> str:
         )
     if batch.norms:
         parts.append(
-            f"gradient noise scale {number(batch.noise_scale)} examples at a batch of "
+            f"gradient noise scale {spoken(batch.noise_scale)} examples at a batch of "
             f"{batch.examples}"
         )
     if training is not None:
@@ -149,13 +159,13 @@ def other_numbers(report: "Report") -> str:
             parts.append(
                 f"b1 {training.b1:.4g}, b2 {training.b2:.6g} (remembers "
                 f"{1 / max(1 - training.b2, 1e-9) * batch.examples:.3g} examples), "
-                f"epsilon {number(training.epsilon)}"
+                f"epsilon {spoken(training.epsilon)}"
             )
         if training.losses:
             first, last = training.losses[0], training.losses[-1]
             parts.append(
-                f"{len(training.losses) - 1} steps: loss {number(first)} to "
-                f"{number(last)}"
+                f"{len(training.losses) - 1} steps: loss {spoken(first)} to "
+                f"{spoken(last)}"
             )
     return "; ".join(parts) + "." if parts else ""
 
@@ -169,8 +179,8 @@ def _verdict(i: int, verdict: Verdict) -> list[str]:
         return lines
     lines += wrapped(f"limit:  {verdict.threshold} [{verdict.source}]", "   ")
     lines += wrapped(f"remedy: {verdict.remedy}", "   ")
-    lines += [f"           {verdict.formula}", f"           {verdict.code}"]
-    return lines
+    lines += wrapped(verdict.formula, " " * 11)
+    return [*lines, f"           {verdict.code}"]
 
 
 def wrapped(line: str, indent: str) -> list[str]:

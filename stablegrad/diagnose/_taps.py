@@ -37,9 +37,17 @@ def probes(shape: tuple[int, ...] = ()) -> jax.Array:
     return jnp.zeros((*shape, len(GRADIENT)), jnp.float32)
 
 
+def sizes(array: jax.Array) -> jax.Array:
+    """Return numbers as float32, complex ones as their absolute values."""
+    real = jnp.abs(array) if jnp.iscomplexobj(array) else array
+    return real.astype(jnp.float32)
+
+
 def rms(array: jax.Array) -> jax.Array:
-    """Root of the mean square, float32; no square overflows or vanishes."""
-    x = jnp.abs(array.astype(jnp.float32))
+    """Root of the mean square, float32; no square overflows or vanishes. 0 if empty."""
+    if not array.size:
+        return jnp.zeros((), jnp.float32)
+    x = jnp.abs(sizes(array))
     peak = jnp.max(x, initial=0.0)
     unit = jnp.where((peak > 0) & jnp.isfinite(peak), peak, 1.0)
     return unit * jnp.sqrt(jnp.mean(jnp.square(x / unit)))
@@ -47,13 +55,13 @@ def rms(array: jax.Array) -> jax.Array:
 
 def of_gradient(gradient: jax.Array) -> dict[str, jax.Array]:
     """Statistics of a gradient."""
-    finite = jnp.isfinite(gradient.astype(jnp.float32))
+    finite = jnp.isfinite(sizes(gradient))
     return {"rms": rms(gradient), "nonfinite": jnp.sum(~finite).astype(jnp.float32)}
 
 
 def of_values(array: jax.Array) -> dict[str, jax.Array]:
     """Statistics of what a layer gives."""
-    x = array.astype(jnp.float32)
+    x = sizes(array)
     return {
         "rms": rms(x),
         "mean": jnp.mean(x),
@@ -64,8 +72,8 @@ def of_values(array: jax.Array) -> dict[str, jax.Array]:
 
 def mean_cosine(array: jax.Array, by_example: bool) -> jax.Array:
     """Mean cosine between pairs of rows: of examples, or of all but the last axis."""
-    x = array.astype(jnp.float32)
-    if x.ndim < 2:
+    x = sizes(array)
+    if x.ndim < 2 or not x.size:
         return jnp.full((), jnp.nan)
     rows = x.reshape(x.shape[0], -1) if by_example else x.reshape(-1, x.shape[-1])
     count = rows.shape[0]
@@ -73,7 +81,7 @@ def mean_cosine(array: jax.Array, by_example: bool) -> jax.Array:
         return jnp.full((), jnp.nan)
     unit = rows / jnp.maximum(jnp.linalg.norm(rows, axis=1, keepdims=True), 1e-30)
     total = jnp.sum(jnp.square(jnp.sum(unit, axis=0)))
-    return (total - jnp.sum(jnp.square(unit))) / (count * (count - 1))
+    return (total - jnp.sum(jnp.square(unit))) / (float(count) * (count - 1))
 
 
 def of_activation(activation: Any, array: jax.Array, axis: int) -> dict[str, jax.Array]:

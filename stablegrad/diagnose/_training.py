@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +13,12 @@ import optax
 from .. import _trees
 from . import _taps
 from ._batch import examples_in
+from ._moments import against_moments, constants, staleness
 
 NAN = math.nan
 SCALES = (1.0, 1 / 4, 1 / 16, 1 / 64)
 SHUFFLES = 16
 CALM_RISE, CALM_SPREADS = 0.1, 3.0
-MOST_EPSILON = 100.0  # Beyond it an update is like SGD's.
 
 
 @dataclasses.dataclass
@@ -43,47 +42,6 @@ class TrainingFacts:
     labels_unseen: float = NAN  # On other examples.
 
 
-def moments_in(state) -> Any:
-    """Return the node of an optimizer state with Adam's moments, or None."""
-    is_adam = lambda node: hasattr(node, "mu") and hasattr(node, "nu")
-    found = _trees.nodes(state, is_adam)
-    return found[0] if found and jax.tree.leaves(found[0].nu) else None
-
-
-def constants(tx, params) -> jax.Array:
-    """Return b1, b2 and epsilon of an Adam-like optimizer, read off what it does.
-
-    Two steps with the same gradient multiply the moments by 1 + b1 and 1 + b2. The
-    update is proportional to g / (|g| + epsilon); two sizes of g give epsilon. Both
-    sizes are too small for any clipping. The second step counts, since a warm-up may
-    start from a rate of 0; and the leaf with the largest epsilon, since others may be
-    frozen.
-    """
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    start = tx.init(zeros)
-
-    def two_steps(size):
-        grads = jax.tree.map(lambda p: jnp.full_like(p, size), params)
-        _, once = tx.update(grads, start, zeros, value=1.0)
-        update, twice = tx.update(grads, once, zeros, value=1.0)
-        return firsts(update), moments_in(once), moments_in(twice)
-
-    def firsts(tree):
-        own = [x.ravel()[0] for x in jax.tree.leaves(tree) if x.size]
-        return jnp.stack([x.astype(jnp.float32) for x in own])
-
-    large, one, two = two_steps(1e-4)
-    small, *_ = two_steps(1e-6)
-    if one is None:
-        return jnp.full(3, jnp.nan)
-    grown = lambda after, before: firsts(after)[0] / firsts(before)[0] - 1
-    ratio = large / small
-    epsilon = jnp.maximum(1e-4 * (ratio - 1) / (100.0 - ratio), 0.0)
-    epsilon = jnp.max(jnp.where(epsilon < MOST_EPSILON, epsilon, -1.0))
-    epsilon = jnp.where(epsilon < 0, jnp.nan, epsilon)
-    return jnp.stack([grown(two.mu, one.mu), grown(two.nu, one.nu), epsilon])
-
-
 @functools.partial(jax.jit, static_argnames="tx")
 def one_update(tx, params, state, grads, value):
     """Return the constants, and for each leaf what an update and the moments are."""
@@ -93,7 +51,7 @@ def one_update(tx, params, state, grads, value):
         _taps.rms(p) > 0, _taps.rms(u) / _taps.rms(p), jnp.nan
     )
     sizes = jax.tree.leaves(jax.tree.map(ratio, updates, params))
-    return constant, sizes, *_against_moments(state, after, constant[1], constant[2])
+    return constant, sizes, *against_moments(state, after, constant[1], constant[2])
 
 
 def facts(
@@ -106,7 +64,7 @@ def facts(
     """
     found = TrainingFacts(is_new=state is None)
     with jax.numpy_dtype_promotion("standard"):
-        state = tx.init(params) if state is None else _trees.without_variables(state)
+        state = _started(tx, params, state)
         measured = jax.device_get(one_update(tx, params, state, grads, value))
         constant, *of_leaves = measured
         found.b1, found.b2, found.epsilon = map(float, constant)
@@ -118,54 +76,26 @@ def facts(
             )
             if labels is not None and scale:
                 _try_labels(found, run, loss, data, labels, scale)
-        if len(found.staleness) != len(updates):  # One mask hides several leaves.
+        # One mask hides several leaves; or the moments are not Adam's.
+        if len(found.staleness) != len(updates) or math.isnan(found.b2):
             found.staleness = found.below_epsilon = ()
     return found
 
 
-def _against_moments(before, after, b2, epsilon):
-    """Compare the gradient of each leaf with Adam's epsilon and second moment."""
-    below = []
-    for _, size, known in _sizes(before, after, b2):
-        few = known & (size < epsilon)
-        below.append(jnp.where(known.size, _share(few, known), jnp.nan))
-    return below, _staleness(before, after, b2)
-
-
-def _staleness(before, after, b2) -> list[jax.Array]:
-    """Return sqrt(mean(g^2 / v)) of each leaf, nan if it has no moments."""
-    found = []
-    for square, size, known in _sizes(before, after, b2):
-        ratios = jnp.where(known, square / jnp.square(size), 0.0)
-        found.append(jnp.where(known.size, jnp.sqrt(_share(ratios, known)), jnp.nan))
-    return found
-
-
-def _share(numbers, known) -> jax.Array:
-    return jnp.sum(numbers) / jnp.maximum(jnp.sum(known), 1)
-
-
-def _sizes(before, after, b2):
-    """Return g^2 as Adam sees it, sqrt(v) and where that is known, for each leaf.
-
-    The change of v gives g^2: what stands before Adam in a chain may have scaled g. The
-    arrays of a leaf that has no moments are empty.
-    """
-    node, last = moments_in(after), moments_in(before)
-    if node is None or last is None:
-        return []
-    masked = lambda x: isinstance(x, optax.MaskedNode)
-    nus = [jax.tree.leaves(x.nu, is_leaf=masked) for x in (node, last)]
-    count = jnp.asarray(getattr(node, "count", 1), jnp.float32)
-    rows = []
-    for new, old in zip(*nus, strict=True):
-        if masked(new):
-            new = old = jnp.zeros(0)
-        new, old = new.astype(jnp.float32), old.astype(jnp.float32)
-        square = jnp.maximum(new - b2 * old, 0.0) / jnp.maximum(1 - b2, 1e-8)
-        nu = new / (1 - b2**count)
-        rows.append((square, jnp.where(nu > 0, jnp.sqrt(nu), 1.0), nu > 0))
-    return rows
+def _started(tx, params, state):
+    """Return an optimizer's state: a new one, or that given, alone or in a trainer."""
+    new = jax.eval_shape(tx.init, params)
+    if state is None:
+        return tx.init(params)
+    state = _trees.without_variables(getattr(state, "opt_state", state))
+    shapes = lambda tree: list(map(np.shape, jax.tree.leaves(tree)))
+    if shapes(state) != shapes(new):
+        raise ValueError(
+            "`opt_state` must be that of `tx` for the floating-point leaves of `params`"
+            f", with {len(shapes(new))} arrays of their shapes, got "
+            f"{len(shapes(state))} arrays."
+        )
+    return state
 
 
 @functools.partial(jax.jit, static_argnames=("loss", "tx", "steps"))
@@ -181,9 +111,10 @@ def take_steps(loss, tx, params, state, frozen, b2, stacked, scale, steps: int):
         params, state = carry
         value, grads = jax.value_and_grad(loss)(params, at(i % batches))
         updates, after = tx.update(grads, state, params, value=value)
-        updates = optax.tree.scale(scale, updates)
+        still = lambda u: jnp.where(scale > 0, (scale * u).astype(u.dtype), 0)
+        updates = jax.tree.map(still, updates)  # Updates may be nan.
         params = optax.apply_updates(params, updates)
-        stale = _staleness(state, after, b2)
+        stale = staleness(state, after, b2)
         return (params, after), (value, jnp.stack(stale) if stale else jnp.zeros(0))
 
     start = (params, state)
@@ -232,14 +163,14 @@ def _try_labels(found, run, loss, data, labels: int, scale: float) -> None:
     frozen, batch = data
     leaves, structure = jax.tree.flatten(batch)
     examples = examples_in(batch)
-    if examples < 32:
+    if examples < 32 or not all(map(np.ndim, leaves)):
         return
     half = examples // 2
     halves = [[jnp.asarray(x)[k : 2 * half : 2] for x in leaves] for k in (0, 1)]
     trained_on = structure.unflatten([x[None] for x in halves[0]])
     try:
         *_, after = run(trained_on, scale)
-    except (TypeError, ValueError, IndexError):  # The loss takes whole batches only.
+    except Exception:  # However a loss refuses another number of examples.
         return
     chance = np.random.default_rng(0)
     orders = np.stack([chance.permutation(half) for _ in range(SHUFFLES)])

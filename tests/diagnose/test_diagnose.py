@@ -474,14 +474,21 @@ def test_wrong_arguments_are_refused():
 @pytest.mark.parametrize(
     "weight", [2.0, jnp.float32(2), jax.random.key(0)], ids=["float", "array", "key"]
 )
-def test_a_batch_without_a_common_first_axis_is_taken_as_a_whole(weight):
+def test_a_scalar_of_a_batch_belongs_to_every_example(weight):
     def loss_fn(params, batch):
         return jnp.mean((batch["x"] @ params["w"]) ** 2)
 
     batch = {"x": jnp.ones((8, 3)), "weight": weight}
     found = sg.diagnose(loss_fn, {"w": jnp.ones((3, 1))}, batch, optax.sgd(0.01))
-    assert found.facts.batch.examples == 0
+    assert found.facts.batch.examples == len(found.facts.batch.norms) == 8
     assert [layer.name for layer in found.layers] == ["w"]
+
+
+def test_a_batch_without_a_common_first_axis_is_taken_as_a_whole():
+    loss_fn = lambda params, batch: jnp.mean((batch[0] @ params["w"]) ** 2)
+    params = {"w": jnp.ones((3, 1))}
+    found = sg.diagnose(loss_fn, params, (jnp.ones((8, 3)), jnp.ones(2)))
+    assert found.facts.batch.examples == 0 and found.facts.batch.norms == ()
 
 
 def test_a_loss_without_a_batch_is_read_and_trained():

@@ -9,8 +9,12 @@ SATURATED = {"note": 0.3, "warning": 0.5, "critical": 0.8}
 FEWEST_EXAMPLES, ALIKE = 8, 0.9
 
 
+def _has_examples(facts: Facts) -> bool:
+    return not 0 < facts.batch.longest < FEWEST_EXAMPLES
+
+
 def dead_units(facts: Facts) -> Iterator[Verdict]:
-    if 0 < facts.batch.longest < FEWEST_EXAMPLES:
+    if not _has_examples(facts):
         return
     for layer in facts.layers:
         if layer.input_rms == 0:  # What is dead comes before it.
@@ -66,16 +70,9 @@ def saturated(facts: Facts) -> Iterator[Verdict]:
                 remedy="Bring what enters the activation to an RMS of 1: normalise "
                 f"it, or multiply {layer.leaf} and its bias by {factor:.3g}.",
                 formula=f"W <- W / rms(W x + b) = W / {layer.rms:.3g}",
-                code=f"nnx.LayerNorm after {layer.name}, or "
-                f"params{_keys(layer.leaf)} *= {factor:.3g}",
+                code=f"nnx.LayerNorm after {layer.name}",
                 change={"multiply": {layer.leaf: factor}, "zero_bias": layer.leaf},
             )
-
-
-def _keys(name: str) -> str:
-    """Return the keys of a leaf, such as `['dense'][0]`, as code."""
-    parts = (int(part) if part.isdigit() else part for part in name.split("."))
-    return "".join(f"[{part!r}]" for part in parts)
 
 
 _SYMPTOMS = (
@@ -88,6 +85,13 @@ _SYMPTOMS = (
     "epsilon",
 )
 RULES = (
-    Rule("dead_units", "Do units never react?", dead_units, _SYMPTOMS, forward=True),
+    Rule(
+        "dead_units",
+        "Do units never react?",
+        dead_units,
+        _SYMPTOMS,
+        forward=True,
+        applies=_has_examples,
+    ),
     Rule("saturated", "Do activations saturate?", saturated, _SYMPTOMS, forward=True),
 )

@@ -20,7 +20,7 @@ def bad_examples(facts: Facts) -> Iterator[Verdict]:
             rule="bad_examples",
             severity="critical",
             layer="",
-            finding=f"{len(rows)} of {facts.batch.examples} examples hold a nan or an "
+            finding=f"{len(rows)} of {facts.batch.longest} examples hold a nan or an "
             f"inf: {_listed(rows)}.",
             evidence={"examples": float(len(rows)), "first": float(rows[0])},
             threshold="0 examples",
@@ -41,10 +41,19 @@ def odd_rows(facts: Facts) -> Iterator[Verdict]:
         yield _odd("odd_rows", "warning", where, {"row_ratio": batch.odd_ratio}, rows)
 
 
+def _has_shards(facts: Facts) -> bool:
+    return len(facts.batch.norms) >= 4
+
+
+def _has_labels(facts: Facts) -> bool:
+    found = facts.training
+    return bool(found and math.isfinite(found.labels_seen + found.labels_unseen))
+
+
 def odd_shard(facts: Facts) -> Iterator[Verdict]:
     batch = facts.batch
     norms = np.asarray(batch.norms, float)
-    if len(norms) < 4 or not np.isfinite(norms).all() or np.median(norms) <= 0:
+    if not _has_shards(facts) or not np.isfinite(norms).all() or np.median(norms) <= 0:
         return
     ratio = float(norms.max() / np.median(norms))
     # Examples that are fitted have no gradient, so others stand out, but not one alone.
@@ -99,7 +108,7 @@ def input_size(facts: Facts) -> Iterator[Verdict]:
 
 def labels(facts: Facts) -> Iterator[Verdict]:
     found = facts.training
-    if found is None or not math.isfinite(found.labels_seen + found.labels_unseen):
+    if found is None or not _has_labels(facts):
         return
     if found.labels_seen > SEEN and found.labels_unseen < UNSEEN:
         yield Verdict(
@@ -175,7 +184,18 @@ CAUSES = (
     Rule("input_size", "Are the inputs of order 1?", input_size, _ALL),
 )
 OTHERS = (
-    Rule("odd_shard", "Do all parts of the batch pull alike?", odd_shard, ("rate",)),
-    Rule("labels", "Do the labels belong to the inputs?", labels),
-    Rule("noise", "Is the batch large enough?", noise),
+    Rule(
+        "odd_shard",
+        "Do all parts of the batch pull alike?",
+        odd_shard,
+        ("rate",),
+        applies=_has_shards,
+    ),
+    Rule("labels", "Do the labels belong to the inputs?", labels, applies=_has_labels),
+    Rule(
+        "noise",
+        "Is the batch large enough?",
+        noise,
+        applies=lambda facts: bool(facts.batch.norms),
+    ),
 )

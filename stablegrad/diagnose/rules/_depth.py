@@ -35,7 +35,9 @@ def _growths(path: Sequence[Layer]) -> tuple[float, float]:
     if len(path) < 3:
         return 0.0, 0.0
     kinds = {layer.kind for layer in path}
-    forward = log_ratio(path[0].rms, path[-1].rms)
+    # A recurrence may start with a product of zeros.
+    sizes = [layer.rms for layer in path if layer.rms != 0]
+    forward = log_ratio(sizes[0], path[-1].rms) if sizes else 0.0
     if kinds >= {"sum", "linear"} or kinds >= {"sum", "conv"}:
         forward = 0.0  # A stream is judged by `residual`.
     return forward, log_ratio(path[-1].gradient_norm, path[0].gradient_norm)
@@ -166,6 +168,8 @@ def no_gradient(facts: Facts) -> Iterator[Verdict]:
     roots = [numbers["gradient"] for numbers in facts.parameters.values()]
     if not math.isfinite(facts.loss) or not roots or any(root != 0 for root in roots):
         return
+    first = "In float16, scale the loss. "
+    half = any(layer.dtype == "float16" for layer in facts.layers)
     yield Verdict(
         rule="no_gradient",
         severity="critical",
@@ -174,7 +178,9 @@ def no_gradient(facts: Facts) -> Iterator[Verdict]:
         evidence={"gradient": 0.0},
         threshold="0",
         source="no step of any optimizer that follows the gradient moves a parameter",
-        remedy="Let the loss depend on the parameters: look for `stop_gradient`, "
+        remedy=first
+        * half
+        + "Let the loss depend on the parameters: look for `stop_gradient`, "
         "rounding, a clamp that holds every example, or weights of zeros.",
         formula="|dL/dW| > 0",
         code="jax.grad(loss_fn)(params, batch)",

@@ -17,8 +17,8 @@ def nonfinite_parameters(facts: Facts) -> Iterator[Verdict]:
                 rule="nonfinite_parameters",
                 severity="critical",
                 layer=name,
-                finding=f"{numbers['nonfinite']:.0f} elements of the parameter {name} "
-                "are nan or infinite.",
+                finding=f"The parameter {name} is nan or infinite in "
+                f"{numbers['nonfinite']:.0f} of {numbers['size']:.0f} elements.",
                 evidence={"elements": numbers["nonfinite"]},
                 threshold="0 elements",
                 source="definition",
@@ -31,7 +31,8 @@ def nonfinite_parameters(facts: Facts) -> Iterator[Verdict]:
 def nonfinite_values(facts: Facts) -> Iterator[Verdict]:
     clean = "the batch"
     for layer in facts.layers:
-        if layer.input_nonfinite and clean == "the batch" and not layer.nonfinite:
+        comes_in = layer.input_nonfinite and clean == "the batch"
+        if comes_in and not layer.nonfinite:
             return
         count = layer.nonfinite or layer.output_nonfinite
         if not count:
@@ -41,8 +42,8 @@ def nonfinite_values(facts: Facts) -> Iterator[Verdict]:
         after = "" if layer.nonfinite else f" (after {layer.activation})"
         half = layer.dtype == "float16"
         at = f", first in {facts.origin}" if facts.origin else ""
-        where = f"{layer.name}{after} is the shallowest bad tensor, {clean} the last"
-        where += " clean one"
+        where = f"{layer.name}{after} is the shallowest bad tensor, "
+        where += "and so is its input" if comes_in else f"{clean} the last clean one"
         rule = "overflow16" if half else "nonfinite_values"
         yield Verdict(
             rule=rule,
@@ -85,21 +86,33 @@ def nonfinite_gradients(facts: Facts) -> Iterator[Verdict]:
     if not math.isfinite(facts.loss) or any(x.nonfinite for x in facts.layers):
         return
     bad = [layer for layer in facts.layers if layer.gradient_nonfinite]
-    if not bad:
+    own = [
+        name
+        for name, numbers in facts.parameters.items()
+        if not (numbers["nonfinite"] or math.isfinite(numbers["gradient"]))
+    ]
+    if bad:
+        last = bad[-1]
+        later = facts.layers[facts.layers.index(last) + 1 :]
+        name, clean = last.name, later[0].name if later else "the loss"
+        where = f"on the way back {clean} is the last clean tensor, {name} the first "
+        where += "bad one"
+    elif own:
+        name = own[0]
+        where = f"that of the parameter {name} is nan or infinite, and that of every "
+        where += "layer's result is finite"
+    else:
         return
-    last = bad[-1]
-    later = facts.layers[facts.layers.index(last) + 1 :]
-    clean = later[0].name if later else "the loss"
     yield Verdict(
         rule="nonfinite_gradients",
         severity="critical",
-        layer=last.name,
-        finding="The loss is finite and its gradient is not: on the way back "
-        f"{clean} is the last clean tensor, {last.name} the first bad one.",
-        evidence={"elements": last.gradient_nonfinite},
+        layer=name,
+        finding=f"The loss is finite and its gradient is not: {where}.",
+        evidence={"layers": float(len(bad)), "parameters": float(len(own))},
         threshold="0 elements",
         source="definition",
-        remedy="Look for a square root, norm, power or division at 0 between the two.",
+        remedy="Look for a square root, norm, power or division at 0 "
+        + ("between the two." if bad else "of this parameter."),
         formula="d sqrt(x) / dx = 1 / (2 sqrt(x)) is infinite at 0",
         code="jnp.sqrt(jnp.where(x > 0, x, 1.0)) * (x > 0)",
     )

@@ -148,8 +148,7 @@ def updates(facts: Facts) -> Iterator[Verdict]:
                 rule="updates",
                 severity="note",
                 layer=name,
-                finding=f"The first update of {name} is {word}: {size:.2g} of the "
-                "parameter.",
+                finding=f"The update of {name} is {word}: {size:.2g} of the parameter.",
                 evidence={"update": size},
                 threshold=f"{UPDATE[0]:g} to {UPDATE[1]:g}; about 1e-3 is usual",
                 source="rule of thumb (Karpathy, 2022)",
@@ -170,8 +169,25 @@ RULES = (
         "Is Adam's second moment up to date?",
         stale_moment,
         ("rate", "updates"),
+        applies=lambda facts: bool(facts.training and facts.training.staleness),
     ),
-    Rule("epsilon", "Is Adam's epsilon below the gradients?", epsilon),
-    Rule("rate", "Is the learning rate low enough?", rate, ("updates",)),
-    Rule("updates", "Are updates in proportion to parameters?", updates),
+    Rule(
+        "epsilon",
+        "Is Adam's epsilon below the gradients?",
+        epsilon,
+        applies=lambda facts: bool(facts.training and facts.training.below_epsilon),
+    ),
+    Rule(
+        "rate",
+        "Is the learning rate low enough?",
+        rate,
+        ("updates",),
+        applies=lambda facts: bool(facts.training and facts.training.losses),
+    ),
+    Rule(
+        "updates",
+        "Are updates in proportion to parameters?",
+        updates,
+        applies=lambda facts: facts.training is not None,
+    ),
 )

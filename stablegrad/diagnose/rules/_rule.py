@@ -96,6 +96,7 @@ class Rule:
 
     `explains` names the rules whose verdicts are symptoms of this one's. A verdict of a
     `forward` rule, such as a saturated layer, has its cause in that layer or before it.
+    `applies` tells whether the facts hold what is judged, such as an optimizer's.
     """
 
     name: str
@@ -103,16 +104,13 @@ class Rule:
     judge: Callable[[Facts], Iterable[Verdict]]
     explains: tuple[str, ...] = ()
     forward: bool = False
+    applies: Callable[[Facts], bool] = lambda facts: True
 
 
 def graded(value: float, limits: dict[str, float]) -> str:
     """Return the gravest severity whose limit is reached, or ""; limits rise."""
     reached = [name for name, limit in limits.items() if value >= limit]
     return reached[-1] if reached else ""
-
-
-def _others(rule: Rule) -> tuple[str, ...]:
-    return tuple(name for name in rule.explains if name != rule.name)
 
 
 def judge(facts: Facts, rules: Sequence[Rule]) -> tuple[Verdict, ...]:
@@ -131,7 +129,9 @@ def judge(facts: Facts, rules: Sequence[Rule]) -> tuple[Verdict, ...]:
             before = [
                 cause.name
                 for cause, place in causes
-                if rule.name in cause.explains and not (rule.forward and place > depth)
+                if rule.name in cause.explains
+                and cause is not rule
+                and not (rule.forward and place > depth)
             ]
             if before:
                 follows = before[0]
@@ -139,7 +139,6 @@ def judge(facts: Facts, rules: Sequence[Rule]) -> tuple[Verdict, ...]:
                 continue
             roots.append(verdict)
             if verdict.severity != "note":
-                cause = dataclasses.replace(rule, explains=_others(rule))
-                causes.append((cause, -1 if depth == len(facts.layers) else depth))
+                causes.append((rule, -1 if depth == len(facts.layers) else depth))
     gravity = lambda verdict: -SEVERITIES.index(verdict.severity)
     return (*sorted(roots, key=gravity), *sorted(symptoms, key=gravity))

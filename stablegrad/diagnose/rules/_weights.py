@@ -37,6 +37,8 @@ def weights_large(facts: Facts) -> Iterator[Verdict]:
         # A head that shares an embedding may have its inputs divided by its gain.
         if layer.leaf in embeddings and layer.rms < LARGE:
             continue
+        if not math.isfinite(layer.gain):
+            continue
         usual, ratio = peers(layer, weighted), layer.gain / layer.right_gain
         alone = math.isnan(usual)
         if ratio < (4.0 if alone else LARGE):
