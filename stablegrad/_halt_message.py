@@ -40,7 +40,8 @@ REFUSED = {
     Refusal.LIMIT: "the trouble came back each time: leave out the batches of these "
     "steps, lower the learning rate, or restore a checkpoint from before",
     Refusal.NEEDS_APPLY: "a snapshot is held, but no update can bring these parameters "
-    "back to it: use `stablegrad.apply`, or `stablegrad.integrations.nnx.update`",
+    "back to it: use `stablegrad.apply`, or `stablegrad.integrations.nnx.update`, "
+    "with the guard as the outermost transformation",
 }
 
 

@@ -231,16 +231,18 @@ def raise_if_halted(state: Any) -> None:
         stablegrad._observe.TrainingHalted: training halted at step 0: ...
     """
     _trees.require_host("raise_if_halted", state)
-    for guard_state in _reading.guards(state):
+    guards = _reading.guards(state)
+    for number, guard_state in enumerate(guards):
         record, _ = _reading.record_of(guard_state)
+        which = f"guard {number}: " if len(guards) > 1 else ""
         flags = np.asarray(last_step_of(record).halted)
         if not flags.any():
             continue
         if not flags.ndim:
-            raise TrainingHalted(halt_message(guard_state))
+            raise TrainingHalted(which + halt_message(guard_state))
         members = np.flatnonzero(flags).tolist()
         first = _reading.member(guard_state, tuple(np.argwhere(flags)[0]))
         raise TrainingHalted(
-            f"training halted for ensemble members {members}, the first of them:\n"
-            + halt_message(first)
+            f"{which}training halted for ensemble members {members}, the first of "
+            "them:\n" + halt_message(first)
         )

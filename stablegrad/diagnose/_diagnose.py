@@ -184,7 +184,7 @@ def _prepared(loss, names, avals, structure):
 def _unseen(program, sites, names) -> tuple[str, ...]:
     """Return the parameters of layers that are inside an operation that stays whole."""
     weights = [site.weight.leaves for site in sites if site.weight is not None]
-    hidden = _program.leaves_in_whole_operations(program) - frozenset().union(*weights)
+    hidden = _sites.leaves_in_whole_operations(program) - frozenset().union(*weights)
     return tuple(names[i] for i in sorted(hidden))
 
 

@@ -238,24 +238,6 @@ def _body(eqn, ins: list[Value]) -> Program:
         counters = still
 
 
-def leaves_in_whole_operations(program: Program) -> frozenset[int]:
-    """Return the parameters that enter operations with a program of their own.
-
-    Those of scans are looked at; branches and others stay single operations.
-    """
-    found = frozenset()
-    for op in program.ops:
-        if op.body is not None:
-            found |= leaves_in_whole_operations(op.body)
-        elif any(map(_is_jaxpr, jax.tree.leaves(op.eqn.params, is_leaf=_is_jaxpr))):
-            found |= frozenset().union(*(v.leaves for v in op.ins if v.is_parameter))
-    return found
-
-
-def _is_jaxpr(x) -> bool:
-    return hasattr(x, "eqns") or hasattr(x, "jaxpr")
-
-
 def split(eqn) -> tuple[int, int]:
     """Return how many inputs of a scan are fixed, and how many after them carried."""
     if "ft_in" in eqn.params:  # JAX 0.11 and later.

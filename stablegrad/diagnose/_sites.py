@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+import jax
 import numpy as np
 
 from . import _elementwise
@@ -214,3 +215,21 @@ def _common(names: list[str]) -> str:
             break
         shared.append(column[0])
     return ".".join(shared) or names[0]
+
+
+def leaves_in_whole_operations(program: Program) -> frozenset[int]:
+    """Return the parameters that enter operations with a program of their own.
+
+    Those of scans are looked at; branches and others stay single operations.
+    """
+    found = frozenset()
+    for op in program.ops:
+        if op.body is not None:
+            found |= leaves_in_whole_operations(op.body)
+        elif any(map(_is_jaxpr, jax.tree.leaves(op.eqn.params, is_leaf=_is_jaxpr))):
+            found |= frozenset().union(*(v.leaves for v in op.ins if v.is_parameter))
+    return found
+
+
+def _is_jaxpr(x) -> bool:
+    return hasattr(x, "eqns") or hasattr(x, "jaxpr")

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from .. import _trees
+from ..recovery._adopt import opt_state_of
 from . import _taps
 from ._batch import examples_in
 from ._moments import against_moments, constants, staleness
@@ -87,7 +88,7 @@ def _started(tx, params, state):
     new = jax.eval_shape(tx.init, params)
     if state is None:
         return tx.init(params)
-    state = _trees.without_variables(getattr(state, "opt_state", state))
+    state = _trees.without_variables(opt_state_of(state))
     shapes = lambda tree: list(map(np.shape, jax.tree.leaves(tree)))
     if shapes(state) != shapes(new):
         raise ValueError(

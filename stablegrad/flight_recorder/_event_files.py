@@ -146,7 +146,7 @@ def load_events(path: str | os.PathLike) -> Events:
 def batches_to_leave_out(
     listed: Iterable[Event], *, kinds: tuple[str, ...] = ("skip", "halt")
 ) -> list[int]:
-    """Return the ids of the batches that made a guard refuse a step.
+    """Return the ids of the batches of steps that were refused, or found halted.
 
     A run that is started again, or goes back to a checkpoint, leaves them out.
 

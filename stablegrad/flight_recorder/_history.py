@@ -65,6 +65,7 @@ def history(state: Any) -> History:
         >>> sg.history(state).leaves, sg.history(state).leaf_norms.tolist()
         (('w',), [[5.0]])
     """
+    _trees.require_host("history", state)
     found = [
         own for own in _reading.guards(state) if not isinstance(own.history, tuple)
     ]
@@ -72,7 +73,8 @@ def history(state: Any) -> History:
         raise ValueError(
             f"{len(found)} guards in this state record norms, and `history` reads one. "
             "Build it with `stabilize(..., record_norms=100)` or "
-            "`guard(..., record_norms=100)`."
+            "`guard(..., record_norms=100)`; a state from before starts recording by "
+            "`stablegrad.migrate`."
         )
     (own,) = found
     rows = np.asarray(own.history)

@@ -2,6 +2,7 @@
 
 import json
 import operator
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,11 @@ GUARD_KEYS = {"numbers", "names"}  # Of a guard's arrays in a dict.
 MARK = "stablegrad.json"  # The file that marks a folder as one of checkpoints.
 
 
-def claim(folder: Path) -> None:
+def claim(place: str | os.PathLike) -> None:
     """Mark a new folder as one of checkpoints, or raise ValueError at a foreign one."""
+    if "://" in os.fspath(place):
+        raise ValueError(f"`folder` must be on a file system, got {place}.")
+    folder = Path(place)
     mark = folder / MARK
     if not mark.exists():
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -64,12 +68,21 @@ def as_json(metadata: Any) -> Any:
 def as_arrays(trees: Any, opt_state: Any) -> dict[str, Any]:
     """Return what is saved, with numbers as arrays, as a compiled step returns them.
 
-    Raise TypeError at a leaf that is neither a number nor an array.
+    Raise TypeError at a leaf that is neither a number nor an array, and at an integer
+    that no array holds.
     """
 
     def convert(path, leaf):
+        if isinstance(leaf, np.generic):
+            return np.asarray(leaf)
         if isinstance(leaf, bool | int | float | complex):
-            return jnp.asarray(leaf)
+            try:
+                return jnp.asarray(leaf)
+            except OverflowError as error:
+                raise TypeError(
+                    f"The integer {leaf} at {_trees.path_name(path)} needs more than "
+                    "32 bits: save it in `metadata`."
+                ) from error
         if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
             return leaf
         raise TypeError(
@@ -82,7 +95,7 @@ def as_arrays(trees: Any, opt_state: Any) -> dict[str, Any]:
     return jax.tree_util.tree_map_with_path(convert, saved)
 
 
-def guards_in(opt_state: Any) -> list[GuardState]:
+def guards_in(trees: Any, opt_state: Any) -> list[GuardState]:
     """Return the states of all guards; raise ValueError if one cannot be read."""
     is_dict = lambda node: isinstance(node, Mapping) and node.keys() >= GUARD_KEYS
     if _trees.nodes(opt_state, is_dict):
@@ -90,7 +103,7 @@ def guards_in(opt_state: Any) -> list[GuardState]:
             "`opt_state` comes from `nnx.state(optimizer)`, which has no names for a "
             "guard's numbers: save and restore `optimizer.opt_state` instead."
         )
-    return _reading.search(_trees.without_variables(opt_state))
+    return _reading.search(_trees.without_variables((trees, opt_state)))
 
 
 def may_be_saved(trees: Any, guards: Iterable[GuardState]) -> bool:

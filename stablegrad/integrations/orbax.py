@@ -1,6 +1,7 @@
 """Checkpoints by Orbax that keep a healthy state within reach."""
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -9,6 +10,7 @@ import orbax.checkpoint as ocp
 
 from .. import _checks
 from . import _checkpoint_folders as folders
+from ._checkpoint_manager import open_manager
 
 
 class CheckpointError(RuntimeError):
@@ -31,15 +33,15 @@ class HealthyCheckpoints:
     guard has halted and all of `trees` is finite; no other is saved. It is *calm* if,
     besides, no guard has intervened in the last `calm_steps` steps. The newest `keep`
     checkpoints stay, and so does the newest calm one, however long a spike lasts. Older
-    ones are deleted once a newer one is whole. Everything that a guard knows is saved,
-    so a run that is restored amid a spike goes on bit for bit.
+    ones are deleted once a newer one is whole; what only reads deletes nothing. All
+    that a guard knows is saved, so a run restored amid a spike goes on bit for bit.
 
     Args:
         folder: For these checkpoints alone; it is made if it is missing.
         keep: How many of the newest to keep, >= 1.
         calm_steps: Steps without an event that make a state calm, >= 0.
-        asynchronous: Whether `save` returns before the disk is done. An error is then
-            raised by the next call, or by `close`.
+        asynchronous: Whether `save` returns before the disk is done. The next call, or
+            `close`, waits for it, and raises its error.
 
     Raises:
         ValueError: If an argument is out of range, or if the folder holds something
@@ -72,25 +74,15 @@ class HealthyCheckpoints:
         _checks.require_count("keep", keep)
         _checks.require_count("calm_steps", calm_steps, least=0)
         self._folder, self._keep, self._calm_steps = Path(folder), keep, calm_steps
-        folders.claim(self._folder)
-        # Without `max_to_keep`: Orbax does not know which ones are calm.
-        options = ocp.CheckpointManagerOptions(
-            enable_async_checkpointing=asynchronous, cleanup_tmp_directories=True
-        )
-        self._manager = ocp.CheckpointManager(
-            self._folder.resolve(),  # Orbax takes absolute paths only.
-            options=options,
-            item_handlers={
-                "state": ocp.StandardCheckpointHandler(),
-                "notes": ocp.JsonCheckpointHandler(),
-            },
-        )
+        folders.claim(folder)
+        self._open = lambda writes: open_manager(self._folder, asynchronous, writes)
+        self._manager = self._open(False)
         self._calm: dict[int, bool] = {}
-        self._closed = False
+        self._writes = self._closed = False
 
     @property
     def steps(self) -> list[int]:
-        """Steps of all whole checkpoints, in order."""
+        """Steps of all checkpoints, in order; the last may still be on its way."""
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, trees: Any, opt_state: Any, metadata: Any = None) -> bool:
@@ -117,7 +109,7 @@ class HealthyCheckpoints:
         if self._closed:
             raise self._failed(f"checkpoint {step} was not written", "it is closed")
         saved = folders.as_arrays(trees, opt_state)
-        guards = folders.guards_in(opt_state)
+        guards = folders.guards_in(trees, opt_state)
         if not folders.may_be_saved(trees, guards):
             return False
         calm = all(folders.is_calm(own, self._calm_steps) for own in guards)
@@ -129,6 +121,9 @@ class HealthyCheckpoints:
         newest = self._manager.latest_step()
         if newest is not None and newest >= step:
             raise self._failed(what, f"the newest one is {newest}; see `delete_newer`")
+        if not self._writes:
+            self._manager.close()
+            self._manager, self._writes = self._open(True), True
         try:
             self._manager.save(step, args=items)
         except Exception as error:
@@ -175,8 +170,7 @@ class HealthyCheckpoints:
             found = self._manager.restore(step, args=items)
         except Exception as error:
             raise self._failed(what, error) from error
-        state, metadata = found["state"], found["notes"]["told"]
-        return Restored(step, state["trees"], state["opt_state"], metadata)
+        return Restored(step, **found["state"], metadata=found["notes"]["told"])
 
     def delete_newer(self, step: int) -> None:
         """Delete the checkpoints newer than `step`, so that the next can be saved.
@@ -190,9 +184,8 @@ class HealthyCheckpoints:
         self.wait()
         if step not in self.steps:
             raise self._failed(f"cannot go back to checkpoint {step}", "there is none")
-        for newer in reversed(self.steps):
-            if newer > step:
-                self._manager.delete(newer)
+        for newer in [other for other in reversed(self.steps) if other > step]:
+            self._manager.delete(newer)
 
     def metadata(self, step: int | None = None) -> Any:
         """Read the metadata of a checkpoint, the newest by default; None if none.
@@ -215,10 +208,13 @@ class HealthyCheckpoints:
         except Exception as error:
             self._manager.reload()
             raise self._failed("the last checkpoint was not written", error) from error
-        steps = self.steps
+        steps = self.steps if self._writes else []
         calm = [step for step in steps if self._calmness(step)]
         for step in set(steps[: -self._keep]) - set(calm[-1:]):
-            self._manager.delete(step)
+            try:
+                self._manager.delete(step)
+            except OSError as error:  # As of a file in use.
+                warnings.warn(f"checkpoint {step} stays: {error}", stacklevel=3)
 
     def close(self) -> None:
         """Wait, and close the folder."""
@@ -232,9 +228,14 @@ class HealthyCheckpoints:
         """Return itself."""
         return self
 
-    def __exit__(self, *error) -> None:
-        """Wait, and close the folder."""
-        self.close()
+    def __exit__(self, kind, error, trace) -> None:
+        """Wait, and close the folder; an error within the block has the precedence."""
+        try:
+            self.close()
+        except Exception as own:
+            if error is None:
+                raise
+            error.add_note(str(own))
 
     def _calmness(self, step: int) -> bool:
         """Return whether a checkpoint is calm; one whose notes are damaged is not."""

@@ -1,11 +1,13 @@
 """Guarding a run that was never guarded."""
 
+import warnings
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from .. import _trees
 from .._checks import require_optimizer, require_steps
 from .._packing import Packing, on_host
 from .._reading import search
@@ -63,7 +65,14 @@ def adopt(
             "`adopt` needs a guarded optimizer, such as `stabilize(...)`, and `tx` has "
             "no guard in it."
         )
-    given = filled(unwrap(fresh), unwrap(opt_state_of(inner_state)), "adopt")
+    inner_state = opt_state_of(inner_state)
+    if search(_trees.without_variables(inner_state)):
+        warnings.warn(
+            "`adopt` got the state of a guard: its counts and events are dropped. "
+            "`stablegrad.migrate(tx, params, state)` keeps them.",
+            stacklevel=2,
+        )
+    given = filled(unwrap(fresh), unwrap(inner_state), "adopt")
     begun = lambda guard: _starting_at(guard, jnp.asarray(step))
     return rebuilt(fresh, given, begun, params)
 

@@ -2,11 +2,12 @@
 
 import collections
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from .. import _trees
@@ -105,8 +106,9 @@ def _as_guards(tree: Any) -> Any:
         guard = GuardState(**known)
         # NNX has a dict around each array, Flax's `msgpack_restore` one for the tuple.
         numbers = tuple(map(jnp.asarray, jax.tree.leaves(guard.numbers)))
+        (names,) = jax.tree.leaves(guard.names)
         inner = _as_guards(guard.guarded_inner)
-        return guard._replace(guarded_inner=inner, numbers=numbers)
+        return guard._replace(guarded_inner=inner, numbers=numbers, names=names)
 
     return jax.tree.map(convert, tree, is_leaf=is_dict)
 
@@ -131,15 +133,32 @@ def _carried(old: GuardState, new: GuardState) -> GuardState:
     kept = old_record._replace(
         **carried_extras((old.columns, old_record), (new.columns, record))
     )
-    kept = kept._replace(log=_with_causes(kept.log, limit_names(old), limit_names(new)))
+    log = _with_moved(kept.log, "cause", limit_names(old), limit_names(new))
+    names = _trees.decode_names(old.names), _trees.decode_names(new.names)
+    kept = kept._replace(log=_with_moved(log, "leaf", *names))
     found = _known(parts_of(old.layout), old_parts)
     used: collections.Counter[Any] = collections.Counter()
 
     def best(key, otherwise):
-        """Return the next old arrays of this kind, else the last, else `otherwise`."""
-        same = found.get(key)
+        """Return the next old arrays of this kind, else `otherwise`.
+
+        Thresholds of one kind share the last: what is usual is the same for all.
+        """
+        same, place = found.get(key, []), used[key]
         used[key] += 1
-        return otherwise if same is None else same[min(used[key], len(same)) - 1]
+        if isinstance(key, Rows):
+            place = min(place, len(same) - 1)
+        return same[place] if 0 <= place < len(same) else otherwise
+
+    order = _order_of(old, new)
+
+    def reordered(own: Rows, rows: list, fresh: list) -> list:
+        """Return rows in the order of the new leaves; other groups start anew."""
+        if order is None or own.groups == 1:
+            return rows
+        if own.groups != len(order):
+            return fresh
+        return [array[np.asarray(order)] for array in rows]
 
     filled_parts = []
     for part, arrays in zip(parts_of(new.layout), parts, strict=True):
@@ -148,7 +167,10 @@ def _carried(old: GuardState, new: GuardState) -> GuardState:
             is_roll_back = part.name == ROLL_BACK
             filled_parts.append(_with_counts(arrays, same) if is_roll_back else same)
             continue
-        rows = [best(own, own_rows) for own, own_rows in _split(part, arrays)]
+        rows = [
+            reordered(own, best(own, own_rows), own_rows)
+            for own, own_rows in _split(part, arrays)
+        ]
         joined = [jnp.concatenate(leaves) for leaves in zip(*rows, strict=True)]
         filled_parts.append(joined)
     return new._replace(
@@ -172,12 +194,18 @@ def _with_counts(fresh: list, old: list) -> list:
     return list(now._replace(**{name: getattr(before, name) for name in COUNTS}))
 
 
-def _with_causes(log: EventLog, old: tuple[str, ...], new: tuple[str, ...]) -> EventLog:
-    """Return a log whose causes are places among the new limits, -1 if gone."""
+def _order_of(old: GuardState, new: GuardState) -> list[int] | None:
+    """Return the old place of each new leaf; None if the leaves are in order."""
+    before, now = _trees.decode_names(old.names), _trees.decode_names(new.names)
+    return None if before == now else [before.index(name) for name in now]
+
+
+def _with_moved(log: EventLog, code: str, old: Sequence, new: Sequence) -> EventLog:
+    """Return a log in which `code` is a place among the new names, -1 if gone."""
     places = [new.index(name) if name in new else -1 for name in old]
-    column = CODES.index("cause")
-    causes = log.codes[..., column]
-    moved = jnp.asarray([*places, -1], jnp.int32)[causes]  # The last is that of -1.
+    column = CODES.index(code)
+    codes = log.codes[..., column]
+    moved = jnp.asarray([*places, -1], jnp.int32)[codes]  # The last is that of -1.
     return log._replace(codes=jnp.asarray(log.codes).at[..., column].set(moved))
 
 

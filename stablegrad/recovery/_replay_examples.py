@@ -23,7 +23,7 @@ def one_by_one(take: Callable[[Any], Run], batch: Any) -> tuple[Example, ...]:
         if not np.ndim(leaf) or leaf.shape[0] != count:
             return leaf
         repeated = leaf[np.full(count, index)]
-        if isinstance(leaf, jax.Array):
+        if isinstance(leaf, jax.Array) and leaf.committed:
             repeated = jax.device_put(repeated, leaf.sharding)
         return repeated
 

@@ -351,12 +351,53 @@ def test_weights_and_biases_works_offline(tmp_path, monkeypatch):
         monkeypatch.setenv(name, str(tmp_path))
     run = wandb.init(mode="offline", project="guards", dir=str(tmp_path))
     log_three_steps(loggers.WeightsAndBiases(run))
+    run.log({})  # As `finish` does, this ends the last row.
     last = dict(run.summary)
     run.finish()
     assert last["stablegrad/grad_norm"] == pytest.approx(0.5)
     assert last["stablegrad/skipped_steps"] == 1
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     assert b"stablegrad/clip_scale" in file.read_bytes()
+
+
+class StandInRun:
+    """Keeps what a run of Weights & Biases keeps: no step before its last."""
+
+    def __init__(self):
+        self.step, self.rows, self.metrics = 0, {}, {}
+
+    def define_metric(self, name, step_metric=None):
+        self.metrics[name] = step_metric
+
+    def log(self, numbers, step):
+        if step >= self.step:
+            self.step = step
+            self.rows.setdefault(step, {}).update(numbers)
+
+
+def test_numbers_reach_weights_and_biases_behind_what_is_logged_there():
+    run, state = StandInRun(), state_after(1.0)
+    with loggers.Late(loggers.WeightsAndBiases(run)) as log:
+        for i in range(4):
+            run.log({"accuracy": 0.5}, step=i)
+            log(i, state)
+    assert run.metrics["stablegrad/*"] == "stablegrad/step"
+    seen = [row.get("stablegrad/step") for row in run.rows.values()]
+    assert seen == [None, 0, 1, 3]  # The last two share a row.
+
+
+def test_late_takes_writers_alone_and_hides_no_error():
+    with pytest.raises(TypeError, match="takes writers, such as `CSV"):
+        loggers.Late("run.csv")
+
+    class Broken:
+        def write(self, step, numbers):
+            raise OSError("disk full")
+
+    with pytest.raises(KeyError) as caught, loggers.Late(Broken()) as log:
+        log(0, state_after(1.0))
+        raise KeyError("first")
+    assert "disk full" in caught.value.__notes__[0]
 
 
 @pytest.mark.slow
@@ -366,7 +407,13 @@ def test_mlflow_has_the_whole_history(tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow")
     client = mlflow.MlflowClient(tmp_path.as_uri())
     run = client.create_run(client.create_experiment("guards"))
-    norms = log_three_steps(loggers.MLflow(run.info.run_id, client=client))
+    writer = loggers.MLflow(run.info.run_id, client=client)
+    norms = log_three_steps(writer)
+    writer.write(3, {"update_ratio/mlp/~/linear_0": 0.5})
+    kept = client.get_metric_history(
+        run.info.run_id, "stablegrad/update_ratio/mlp/_/linear_0"
+    )
+    assert [metric.value for metric in kept] == [0.5]
     found = client.get_metric_history(run.info.run_id, "stablegrad/grad_norm")
     assert [metric.step for metric in found] == [0, 1, 2]
     np.testing.assert_allclose([metric.value for metric in found], norms, rtol=1e-6)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
@@ -341,3 +342,73 @@ def test_nothing_is_saved_after_close_or_told_that_json_does_not_have(tmp_path):
     with pytest.raises(CheckpointError, match="checkpoint 1 was not written: it is cl"):
         checkpoints.save(1, *carry)
     assert [path.name for path in (tmp_path / "run").glob("*tmp*")] == []
+
+
+def test_what_only_reads_deletes_nothing_and_disturbs_no_run(tmp_path):
+    carry = train(start(), [1])
+    with HealthyCheckpoints(tmp_path, keep=10) as checkpoints:
+        for i in range(5):
+            assert checkpoints.save(i, *carry)
+        checkpoints.wait()
+        unfinished = tmp_path / "9.orbax-checkpoint-tmp"
+        unfinished.mkdir()  # As while another process writes.
+        with HealthyCheckpoints(tmp_path, keep=1) as reader:
+            assert reader.restore(*carry, step=1).step == 1
+            reader.metadata()
+            reader.wait()
+        assert unfinished.exists()
+        assert checkpoints.steps == reader.steps == [0, 1, 2, 3, 4]
+    with HealthyCheckpoints(tmp_path, keep=1) as checkpoints:
+        assert checkpoints.save(5, *carry)
+        assert not unfinished.exists()
+    with HealthyCheckpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps == [5]
+
+
+def test_scalars_of_numpy_are_read_back_and_large_integers_are_refused(tmp_path):
+    params, state = train(start(), [1])
+    trees = {"n": np.int64(4), "x": np.float32(0.5), "b": np.bool_(True), "p": params}
+    with HealthyCheckpoints(tmp_path, asynchronous=False) as checkpoints:
+        assert checkpoints.save(1, trees, state)
+        found = checkpoints.restore(trees, state).trees
+        assert (found["n"], found["x"], found["b"]) == (4, 0.5, True)
+        with pytest.raises(TypeError, match=r"5000000000 at trees\.n .*metadata"):
+            checkpoints.save(2, trees | {"n": 5_000_000_000}, state)
+
+
+def test_a_halted_guard_is_found_among_the_trees_as_well(tmp_path):
+    with HealthyCheckpoints(tmp_path) as checkpoints:
+        assert not checkpoints.save(1, train(start(), [np.nan] * 3), None)
+
+
+def test_a_checkpoint_that_cannot_be_deleted_stays_with_a_warning(
+    tmp_path, monkeypatch
+):
+    carry = train(start(), [1])
+
+    def refuse(self, step):
+        raise PermissionError("in use")
+
+    with HealthyCheckpoints(tmp_path, keep=1, asynchronous=False) as checkpoints:
+        assert checkpoints.save(1, *carry) and checkpoints.save(2, *carry)
+        with monkeypatch.context() as patched:
+            patched.setattr(ocp.CheckpointManager, "delete", refuse)
+            with pytest.warns(UserWarning, match="checkpoint 1 stays: in use"):
+                assert checkpoints.save(3, *carry)
+        checkpoints.wait()
+        assert checkpoints.steps == [3]
+
+
+def test_an_error_within_the_block_is_the_one_that_comes_out(tmp_path, monkeypatch):
+    def fail(self):
+        raise OSError("disk full")
+
+    with pytest.raises(KeyError) as caught, HealthyCheckpoints(tmp_path):
+        monkeypatch.setattr(ocp.CheckpointManager, "wait_until_finished", fail)
+        raise KeyError("first")
+    assert "disk full" in "".join(caught.value.__notes__)
+
+
+def test_a_folder_in_a_bucket_is_refused():
+    with pytest.raises(ValueError, match=r"on a file system, got gs://bucket/run"):
+        HealthyCheckpoints("gs://bucket/run")

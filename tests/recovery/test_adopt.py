@@ -261,3 +261,9 @@ def test_a_parameter_may_be_named_value():
     assert sg.metrics(state)["guarded_steps"] == 0
     rolling = sg.stabilize(adam, sg.roll_back())
     sg.migrate(rolling, params, nnx.Optimizer(model, sg.stabilize(adam), wrt=nnx.Param))
+
+
+def test_the_state_of_a_guard_is_sent_to_migrate():
+    tx, params = sg.stabilize(optax.adam(0.1)), {"w": jnp.ones(2)}
+    with pytest.warns(UserWarning, match="`stablegrad.migrate"):
+        sg.adopt(tx, params, tx.init(params))

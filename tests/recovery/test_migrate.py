@@ -1,5 +1,7 @@
 """From one guard's state to another's."""
 
+from typing import Any, NamedTuple
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -349,3 +351,39 @@ def test_a_train_state_stands_for_its_optimizers_state(move):
     held = TrainState.create(apply_fn=None, params=PARAMS, tx=tx)
     moved = move(second(), PARAMS, held)
     chex.assert_trees_all_equal(moved, move(second(), PARAMS, held.opt_state))
+
+
+def test_a_cut_of_one_back_off_is_not_given_to_another():
+    by_loss = sg.back_off(sg.fixed(10.0, of="value"), regrow_steps=1000)
+    one = sg.guard(INNER, by_loss)
+    two = sg.guard(INNER, by_loss, sg.back_off(sg.fixed(1e6), regrow_steps=1000))
+    grads = jax.tree.map(jnp.ones_like, PARAMS)
+    state = one.init(PARAMS)
+    for loss in (1.0, 1.0, 1.0, 50.0):
+        _, state = one.update(grads, state, PARAMS, value=loss)
+    moved = sg.migrate(two, PARAMS, state)
+    _, moved = two.update(grads, moved, PARAMS, value=1.0)
+    _, stayed = one.update(grads, state, PARAMS, value=1.0)
+    assert sg.metrics(moved)["lr_scale"] == sg.metrics(stayed)["lr_scale"] < 1
+
+
+def test_statistics_and_events_of_leaves_follow_their_names():
+    class Before(NamedTuple):
+        w: Any
+        b: Any
+
+    class After(NamedTuple):
+        b: Any
+        w: Any
+
+    tx = sg.guard(INNER, sg.clip(sg.ema_ratio(2.0, per="leaf")), sg.skip())
+    params = Before(jnp.ones(3), jnp.ones(2))
+    state, update = tx.init(params), jax.jit(tx.update)
+    for i in range(30):
+        size = jnp.nan if i == 20 else 1.0
+        _, state = update(Before(size * jnp.full(3, 100.0), jnp.ones(2)), state, params)
+    other = After(params.b, params.w)
+    moved = sg.migrate(tx, other, state)
+    assert [event.leaf for event in sg.events(moved)] == ["w"]
+    _, after = tx.update(After(jnp.ones(2), jnp.full(3, 100.0)), moved, other)
+    assert sg.metrics(after)["clip_scale"] == 1.0

@@ -244,3 +244,13 @@ def test_what_cannot_be_replayed_is_said():
         sg.replay(STEP, before, BAD, after=state[1])
     with pytest.raises(ValueError, match="`by_example=` needs a batch with an array"):
         sg.replay(lambda state, _: STEP(state, BAD), state, 0.5, by_example=True)
+
+
+@pytest.mark.slow
+@pytest.mark.devices(2)
+def test_a_batch_that_lies_nowhere_in_particular_is_replayed_on_a_mesh():
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    state = STEP(jax.device_put(start(), everywhere), BAD)
+    found = sg.replay(STEP, state, BAD, by_example=True)
+    assert found.examples[0].place == 4

@@ -64,6 +64,12 @@ class Late:
     def __init__(self, *writers: Writer, interval: int = 1, every: bool = False):
         """Take the writers."""
         _checks.require_count("interval", interval)
+        for writer in writers:
+            if not callable(getattr(writer, "write", None)):
+                raise TypeError(
+                    "`Late` takes writers, such as `CSV('run.csv')`, got "
+                    f"{_checks.short_repr(writer)}."
+                )
         self._writers = writers
         self._interval = interval
         self._every = every
@@ -120,9 +126,14 @@ class Late:
         """Return itself."""
         return self
 
-    def __exit__(self, *error) -> None:
-        """Write what is set aside."""
-        self.flush()
+    def __exit__(self, kind, error, trace) -> None:
+        """Write what is set aside; an error within the block has the precedence."""
+        try:
+            self.flush()
+        except Exception as own:
+            if error is None:
+                raise
+            error.add_note(f"the last numbers were not written: {own!r}")
 
 
 def _own(name: str, number: Any) -> Any:

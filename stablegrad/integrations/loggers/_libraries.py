@@ -4,11 +4,13 @@ They close nothing: the caller closes the run or the summary writer that it open
 """
 
 import importlib
+import re
 import time
 from collections.abc import Mapping
 from typing import Any
 
 Numbers = Mapping[str, float | int]
+REFUSED = re.compile(r"[^\w\-. :/]")  # By MLflow, in a name.
 
 
 class TensorBoard:
@@ -41,19 +43,24 @@ class WeightsAndBiases:
     def __init__(self, run: Any, prefix: str = "stablegrad/"):
         """Take the run."""
         self._run, self._prefix = run, prefix
+        self._step = f"{prefix}step"
+        run.define_metric(self._step)
+        run.define_metric(f"{prefix}*", step_metric=self._step)
 
     def write(self, step: int, numbers: Numbers) -> None:
-        """Log all numbers at once.
+        """Log all numbers at once, against a step of their own, `{prefix}step`.
 
-        W&B drops what is logged for a step earlier than its last: log there with the
-        same counter of steps.
+        They join the row of a later step that is logged already. Count the steps of
+        `run.log` alike: W&B drops what is logged for a step before its last.
         """
         named = {self._prefix + name: number for name, number in numbers.items()}
-        self._run.log(named, step=step)
+        self._run.log({self._step: step, **named}, step=max(step, self._run.step))
 
 
 class MLflow:
     """Log metrics to a run of MLflow.
+
+    Characters that MLflow refuses in a name, such as `~`, become underscores.
 
     Args:
         run_id: The run, such as `mlflow.start_run().info.run_id`.
@@ -79,7 +86,9 @@ class MLflow:
         """Log all numbers in one request."""
         now = int(1000 * time.time())
         named = [
-            self._mlflow.entities.Metric(self._prefix + name, float(number), now, step)
+            self._mlflow.entities.Metric(
+                REFUSED.sub("_", self._prefix + name), float(number), now, step
+            )
             for name, number in numbers.items()
         ]
         self._client.log_batch(self._run_id, metrics=named)
