@@ -34,7 +34,7 @@ def diagnose(
     The loss is traced once for each function object, so anything it reads besides its
     arguments is constant. It is traced once more on parts of the batch; the report
     leaves these results out if the loss takes only whole batches. Compilation takes
-    about eight times as long as that of the gradient. Layers are the
+    about ten times as long as that of the gradient. Layers are the
     operations that combine data with a parameter, in forward order, named after the
     parameter. Therefore models of Flax NNX, Linen, Equinox and plain functions need no
     change, even under `jax.jit`, `jax.vmap`, `jax.checkpoint` or `jax.lax.scan`.
@@ -236,7 +236,6 @@ def _described(bad, program, parameters: int, frozen: int) -> str:
         place = program.ins.index(bad)
         kinds = ("the parameters", "the arrays beside the parameters", "the batch")
         return kinds[(place >= parameters) + (place >= parameters + frozen)]
-    op = bad
-    name, where = op.eqn.params.get("name", op.name), op.where()
-    name = name if isinstance(name, str) else op.name
+    name, where = bad.eqn.params.get("name", bad.name), bad.where()
+    name = name if isinstance(name, str) else bad.name
     return f"`{name}` at {where}" if where else f"`{name}`"
