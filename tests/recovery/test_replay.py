@@ -251,6 +251,7 @@ def test_what_cannot_be_replayed_is_said():
 def test_a_batch_that_lies_nowhere_in_particular_is_replayed_on_a_mesh():
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    state = STEP(jax.device_put(start(), everywhere), BAD)
-    found = sg.replay(STEP, state, BAD, by_example=True)
+    batch = jax.tree.map(jnp.array, BAD)  # On the default device, uncommitted.
+    state = STEP(jax.device_put(start(), everywhere), batch)
+    found = sg.replay(STEP, state, batch, by_example=True)
     assert found.examples[0].place == 4
