@@ -40,7 +40,7 @@ class RollBackResult(NamedTuple):
 
     written: Written
     snapshots: tuple[Snapshot, ...]
-    reason: jax.Array
+    trouble: Trouble
     states: tuple  # Of the responses.
     rolled_back: jax.Array  # bool
 
@@ -83,14 +83,14 @@ class RollBack:
         `cut` tells whether `back_off` cut the learning rate, and `writes_params`
         whether what is written are the parameters, or their updates.
         """
-        reason = trouble.reason
         if self._response is None:
             no = jnp.zeros((), bool)
-            return RollBackResult(written, snapshots, reason, states, no)
+            return RollBackResult(written, snapshots, trouble, states, no)
         if step.params is None:
             raise _checks.missing_params("`roll_back`")
         own = judgements[self._place]
         above = any_true(own, "exceeded") | any_true(own, "nonfinite")
+        reason = trouble.reason
         bad = (reason > 0) | above | (trouble.kept_out > 0)
         flags = StepFlags(bad, bad | cut, trouble.poisoned)
         settings = self._settings
@@ -104,12 +104,17 @@ class RollBack:
         after = after_exchange(settings, before, planned, done)
         why = jnp.where(reason > 0, reason, self._reason(own))
         why = jnp.where(done.grown, int(Reason.PARAMETER_NORM), why)
+        why = jnp.where(done.poisoned, int(Reason.NONFINITE_PARAMETERS), why)
+        trouble = trouble._replace(
+            reason=jnp.where(done.restored, why, reason),
+            leaf=jnp.where(done.poisoned, done.leaf, trouble.leaf),
+        )
         states = (*states[: self._place], after, *states[self._place + 1 :])
         statistics = packing.unpack(moved.statistics)
         return RollBackResult(
             moved._replace(statistics=statistics),
             snapshots,
-            jnp.where(done.restored, why, reason),
+            trouble,
             states,
             done.restored,
         )

@@ -193,14 +193,14 @@ class GuardedStep:
             decision.judgements,
             writes_params,
         )
-        trouble = trouble._replace(reason=rolled.reason)
+        trouble = rolled.trouble
         settled = tuple(
-            response.settle(own, judged, rolled.reason)
+            response.settle(own, judged, trouble.reason)
             for response, own, judged in zip(
                 self._responses, rolled.states, decision.judgements, strict=True
             )
         )
-        decision = decision._replace(verdict=verdict._replace(reason=rolled.reason))
+        decision = decision._replace(verdict=verdict._replace(reason=trouble.reason))
         outcome = outcome_of(
             self._responses,
             step,

@@ -259,7 +259,9 @@ def test_what_is_poisoned_in_silence_is_found_when_it_should_be_kept():
         grads = jax.tree.map(lambda p: jnp.where(jnp.isfinite(p), p, 0), params)
         return sg.apply(TX, grads, state, params, value=value * spoil)
 
-    rows, _ = run(jax.jit(silent), TX, poison={21: nan_at("w")})
+    rows, state = run(jax.jit(silent), TX, poison={21: nan_at("w")})
+    (event,) = sg.events(state)
+    assert (event.reason, event.leaf) == ("nonfinite_parameters", "w")
     (restored,) = [t for t, row in enumerate(rows) if row[2]["rolled_back"]]
     assert 21 <= restored <= 21 + SETTINGS["every"] + 1
     chex.assert_tree_all_finite(rows[restored][:2])

@@ -103,6 +103,8 @@ class Exchanged(NamedTuple):
     refused: jax.Array  # int32: a `Refusal`.
     norms: jax.Array  # float32 (2,): of parameters and moments when one was due.
     grown: jax.Array  # bool: these were too large to take one.
+    poisoned: jax.Array  # bool: what should be taken was not finite.
+    leaf: jax.Array  # int32: first leaf of the parameters that was not, -1 if none.
 
     @property
     def restored(self) -> jax.Array:

@@ -14,7 +14,7 @@ from jax import lax
 
 from ... import _trees
 from ..._mapped_axes import LOCAL, MappedAxes, varying_like, varying_like_next
-from ..._norms import measure, vanishing_sums
+from ..._norms import first_true, measure, vanishing_sums
 from ..._packing import Packed
 from ._machine import (
     NOTHING,
@@ -71,10 +71,10 @@ def exchange(
     """
 
     def act(carry):
-        written, kept, (action, _, _, _) = carry
+        written, kept, (action, *_) = carry
         taken = _taken(written, params)
-        fine = _everywhere(_finite(taken), axes)
-        moments = _moments(taken)
+        broken = _broken(taken, axes)
+        fine, moments = ~jnp.any(broken), _moments(taken)
         norms = [measure(tree, axes=axes).norm for tree in (taken.params, moments)]
         norms = jnp.stack(norms).astype(jnp.float32)
         grown = (action < RESTORE) & fine & jnp.any(norms > plan.largest_norms)
@@ -91,7 +91,9 @@ def exchange(
             restore = _restore_from(snapshot, params, axes)
             carry = written, refused
             written, refused = _once(action == RESTORE + slot, restore, carry)
-        return written, kept, Exchanged(action, refused, norms, grown)
+        leaves = len(_trees.inexact_leaves(taken.params))
+        leaf = jnp.where(poisoned, first_true(broken[:leaves]), -1)
+        return written, kept, Exchanged(action, refused, norms, grown, poisoned, leaf)
 
     inner = jax.tree.structure(written.guarded_inner)
     kept = _put(kept, memory)  # A checkpoint may have brought them elsewhere.
@@ -100,7 +102,8 @@ def exchange(
         for own in kept
     )
     action, zero = plan.action, plan.action * 0
-    idle = Exchanged(action, zero, jnp.zeros_like(plan.largest_norms), zero > 0)
+    norms, no = jnp.zeros_like(plan.largest_norms), zero > 0
+    idle = Exchanged(action, zero, norms, no, no, zero - 1)
     written, kept, done = _once(action > NOTHING, act, (written, kept, idle))
     return written, tuple(map(unnamed, kept)), done
 
@@ -156,7 +159,7 @@ def _restore_from(snapshot: Snapshot, params, axes: MappedAxes) -> Callable:
     def restore(carry):
         written, _ = carry
         back = _put(snapshot, "device")
-        fine = _everywhere(_finite(back), axes)
+        fine = ~jnp.any(_broken(back, axes))
         refused = jnp.where(fine, 0, int(Refusal.NO_SNAPSHOT))
         result = back.params
         if params is not None:
@@ -196,13 +199,14 @@ def _moments(snapshot: Snapshot) -> list:
     return _trees.nodes(snapshot.guarded_inner, _is_like(snapshot.params))
 
 
-def _finite(snapshot: Snapshot) -> jax.Array:
-    """Return whether the parameters and moments are finite.
+def _broken(snapshot: Snapshot, axes: MappedAxes) -> jax.Array:
+    """Return which leaves of the parameters, then of the moments, are not finite.
 
     A state may hold an inf of its own on purpose, such as the best loss so far.
     """
     leaves = _trees.inexact_leaves((snapshot.params, _moments(snapshot)))
-    return jnp.all(jnp.isfinite(vanishing_sums(leaves)))
+    broken = ~jnp.isfinite(vanishing_sums(leaves))
+    return axes.total(broken.astype(jnp.int32)) > 0
 
 
 def _everywhere(flag: jax.Array, axes: MappedAxes) -> jax.Array:
