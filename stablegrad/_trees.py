@@ -1,5 +1,6 @@
 """Pytrees of arrays: which leaves count, their names, selecting."""
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -56,14 +57,20 @@ def paths_and_leaves(tree) -> list[tuple[Any, Any]]:
     ]
 
 
-def path_name(path) -> str:
+def path_name(path, separator: str = ".") -> str:
     """Return the dotted name of a key path, as `layers.0.kernel`."""
-    return jax.tree_util.keystr(path, simple=True, separator=".") or "params"
+    return jax.tree_util.keystr(path, simple=True, separator=separator) or "params"
 
 
 def leaf_names(tree) -> tuple[str, ...]:
-    """Dotted names of the leaves of `inexact_leaves`."""
-    return tuple(path_name(path) for path, _ in paths_and_leaves(tree))
+    """Dotted names of the leaves of `inexact_leaves`; `a/b` where two would be `a.b`."""
+    paths = [path for path, _ in paths_and_leaves(tree)]
+    names = [path_name(path) for path in paths]
+    uses = Counter(names)
+    return tuple(
+        name if uses[name] == 1 else path_name(path, "/")
+        for name, path in zip(names, paths, strict=True)
+    )
 
 
 def shapes_and_dtypes(tree) -> str:

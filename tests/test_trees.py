@@ -61,6 +61,13 @@ def test_a_field_called_value_keeps_its_name_and_a_variables_own_is_left_out():
     assert names == _trees.leaf_names(_trees.without_variables(held))
 
 
+def test_leaves_whose_dotted_names_agree_have_different_names():
+    one = jnp.ones(1)
+    assert _trees.leaf_names({"a.b": one, "a": {"b": one}}) == ("a/b", "a.b")
+    nested = {"a.b": {"c": one}, "a": {"b.c": one}, "d": {"e": one}}
+    assert _trees.leaf_names(nested) == ("a/b.c", "a.b/c", "d.e")
+
+
 def test_a_variable_is_replaced_by_all_that_it_holds():
     tree = {"none": nnx.Variable(None), "two": nnx.BatchStat((1, {"a": 2}))}
     assert _trees.without_variables(tree) == {"none": None, "two": (1, {"a": 2})}
