@@ -63,7 +63,7 @@ def path_name(path, separator: str = ".") -> str:
 
 
 def leaf_names(tree) -> tuple[str, ...]:
-    """Dotted names of the leaves of `inexact_leaves`; `a/b` where two would be `a.b`."""
+    """Dotted names of the leaves of `inexact_leaves`; `a/b` if `a.b` is not unique."""
     paths = [path for path, _ in paths_and_leaves(tree)]
     names = [path_name(path) for path in paths]
     uses = Counter(names)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from . import _elementwise
+from ._elementwise import Activation
 from ._measure import Instrument, key_of
 from ._site import Site
 
@@ -147,7 +148,7 @@ def root_mean_square(array) -> float:
 
 
 def _layer(site: Site, picked: _Picked, names: Sequence[str]) -> Layer:
-    value, activation = picked.value, site.activation
+    value = picked.value
     layer = Layer(site.name, site.kind, dtype=site.dtype, recurrent=site.recurrent)
     layer.rms = value("out", "rms", root_mean_square)
     layer.mean = value("out", "mean", np.mean)
@@ -163,30 +164,13 @@ def _layer(site: Site, picked: _Picked, names: Sequence[str]) -> Layer:
     layer.normalised = site.normalised
     layer.beside_stream, layer.joined = site.beside_stream, site.joined
     layer.starts_stream = site.starts_stream and not any(picked.index)
-    gradients = picked.gradients("out")
-    if gradients is not None:
-        flat = gradients.reshape(-1, gradients.shape[-1]).astype(float)
-        layer.gradient_rms = _over(root_mean_square, flat[:, 0])
-        layer.gradient_nonfinite = float(flat[:, 1].sum())
-        size = np.prod(site.value.aval.shape) * len(flat)
-        layer.gradient_norm = layer.gradient_rms * math.sqrt(size)
-        layer.times = len(flat)
-        layer.time_gain = _time_gain(flat[:, 0], picked.is_reversed)
+    _add_gradients(layer, site, picked)
     if site.kind in ("linear", "conv"):
         layer.fan_in = site.fan_in
         layer.gain = layer.weight_rms * math.sqrt(site.fan_in)
         layer.right_gain = 1.0
-    if activation is not None:
-        layer.activation, layer.bounded = activation.name, activation.bounded
-        layer.saturated_usually = _elementwise.saturated_usually(activation)
-        layer.dead = value("units", "slopes", _dead)
-        layer.saturated = value("units", "saturated", np.mean)
-        second, _ = _elementwise.moments(activation, 0.0, 1.0)
-        layer.right_gain = 1 / math.sqrt(max(second, 1e-12))
-        mean, rms = value("pre", "mean", np.mean), value("pre", "rms", root_mean_square)
-        if math.isfinite(rms) and math.isfinite(mean):
-            deviation = math.sqrt(max(rms**2 - mean**2, 0.0))
-            _, layer.slope_share = _elementwise.moments(activation, mean, deviation)
+    if site.activation is not None:
+        _add_activation(layer, site.activation, picked)
     elif math.isfinite(layer.rms):
         layer.slope_share = 1.0
     if site.kind == "sum":
@@ -197,6 +181,33 @@ def _layer(site: Site, picked: _Picked, names: Sequence[str]) -> Layer:
         layer.entropy = value("router", "entropy", np.mean)
         layer.busiest = value("router", "busiest", np.mean)
     return layer
+
+
+def _add_gradients(layer: Layer, site: Site, picked: _Picked) -> None:
+    gradients = picked.gradients("out")
+    if gradients is None:
+        return
+    flat = gradients.reshape(-1, gradients.shape[-1]).astype(float)
+    layer.gradient_rms = _over(root_mean_square, flat[:, 0])
+    layer.gradient_nonfinite = float(flat[:, 1].sum())
+    size = np.prod(site.value.aval.shape) * len(flat)
+    layer.gradient_norm = layer.gradient_rms * math.sqrt(size)
+    layer.times = len(flat)
+    layer.time_gain = _time_gain(flat[:, 0], picked.is_reversed)
+
+
+def _add_activation(layer: Layer, activation: Activation, picked: _Picked) -> None:
+    value = picked.value
+    layer.activation, layer.bounded = activation.name, activation.bounded
+    layer.saturated_usually = _elementwise.saturated_usually(activation)
+    layer.dead = value("units", "slopes", _dead)
+    layer.saturated = value("units", "saturated", np.mean)
+    second, _ = _elementwise.moments(activation, 0.0, 1.0)
+    layer.right_gain = 1 / math.sqrt(max(second, 1e-12))
+    mean, rms = value("pre", "mean", np.mean), value("pre", "rms", root_mean_square)
+    if math.isfinite(rms) and math.isfinite(mean):
+        deviation = math.sqrt(max(rms**2 - mean**2, 0.0))
+        _, layer.slope_share = _elementwise.moments(activation, mean, deviation)
 
 
 def _dead(slopes: np.ndarray) -> float:

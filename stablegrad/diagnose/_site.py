@@ -13,9 +13,9 @@ class Site:
     """A measured operation; `kind` says which statistics apply."""
 
     kind: str  # linear, conv, embed, norm, sum, attention or router
-    name: str
-    path: tuple[int, ...]  # Its order, within each of the scans that hold it.
     value: Value  # Its result, after the bias.
+    name: str = ""
+    path: tuple[int, ...] = ()  # Its order, within each of the scans that hold it.
     source: Value | None = None  # What it is applied to.
     weight: Value | None = None
     leaf: int = -1  # The parameter that it is named after.

@@ -106,7 +106,7 @@ def _layer(op: Op) -> Site | None:
     (source,), (weight,) = data, weights
     out = op.outs[0]
     if op.name == "dot_general" and is_one_hot(source):
-        site = Site("embed", "", (), out, None, weight, -1, 1, out.aval.shape[-1])
+        site = Site("embed", out, weight=weight, fan_out=out.aval.shape[-1])
     elif op.name == "dot_general":
         (left, right), batched = op.eqn.params["dimension_numbers"]
         is_left = op.ins[0] is weight
@@ -117,7 +117,7 @@ def _layer(op: Op) -> Site | None:
         fan_out = int(np.prod(shape)) // max(fan_in * outer, 1)
         free = weight.aval.ndim - len(contracted) - len(batch)
         axis = len(batch) + free - 1 if is_left else out.aval.ndim - 1
-        site = Site("linear", "", (), out, source, weight, -1, fan_in, fan_out, axis)
+        site = Site("linear", out, fan_in=fan_in, fan_out=fan_out, unit_axis=axis)
     elif op.name == "conv_general_dilated":
         spec = op.eqn.params["dimension_numbers"]
         shape = weight.aval.shape
@@ -127,13 +127,15 @@ def _layer(op: Op) -> Site | None:
         outputs = shape[spec.rhs_spec[0]] // op.eqn.params["feature_group_count"]
         fan_out = max(int(outputs * np.prod(window)) // strides, 1)
         axis = spec.out_spec[1]
-        site = Site("conv", "", (), out, source, weight, -1, fan_in, fan_out, axis)
+        site = Site("conv", out, fan_in=fan_in, fan_out=fan_out, unit_axis=axis)
     elif op.name == "gather":
-        site = Site("embed", "", (), out, None, weight, -1, 1, weight.aval.shape[-1])
+        site = Site("embed", out, fan_out=weight.aval.shape[-1])
     elif op.name == "mul" and weight.aval.size > 1 and is_standardised(op):
-        site = Site("norm", "", (), out, source, weight)
+        site = Site("norm", out)
     else:
         return None
+    site.source = None if site.kind == "embed" else source
+    site.weight = weight
     site.dtype = str(out.aval.dtype)
     site.value, site.unit_axis = after_bias(site.value, site.unit_axis % out.aval.ndim)
     if site.kind == "norm":
@@ -184,10 +186,10 @@ def _connect(layers: list[Site]) -> None:
 
 def _name(sites: list[Site], names: Sequence[str]) -> None:
     """Name layers after the module of their weight, the others after their layers."""
+    for site in sites:
+        if site.weight is not None:
+            site.leaf = min(site.weight.leaves)
     own = [site for site in sites if site.weight is not None]
-    for site in own:
-        sized = sorted(site.weight.leaves) if site.weight else []
-        site.leaf = sized[0]
     weights: dict[str, set[int]] = {}
     for site in own:
         weights.setdefault(names[site.leaf].rpartition(".")[0], set()).add(site.leaf)

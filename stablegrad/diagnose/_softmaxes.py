@@ -19,7 +19,7 @@ def softmaxes(program: Program, linear: list[Site]) -> list[Site]:
             sides = [value for value in made_by.maker.ins if value.is_data]
             if len(sides) == 2:
                 q, k = (last_layer(side, linear) for side in sides)
-                site = Site("attention", "", (), logits, None)
+                site = Site("attention", logits)
                 site.parents = [one for one in (q, k) if one is not None]
                 site.extra = {
                     "weights": weights,
@@ -30,7 +30,7 @@ def softmaxes(program: Program, linear: list[Site]) -> list[Site]:
                 continue
         layer = next((s for s in linear if s.value is walk_back(logits, s.value)), None)
         if layer is not None and _routes(weights, layer, linear):
-            site = Site("router", "", (), logits, layer.source)
+            site = Site("router", logits, source=layer.source)
             site.parents, site.extra = [layer], {"weights": weights}
             found.append(site)
     return found

@@ -21,7 +21,7 @@ def residual_sums(program: Program, linear_bits: int, layers) -> list[Site]:
                     continue
                 for layer in layers:
                     layer.beside_stream |= _is_own(layer.value, f, x)
-                site = Site("sum", "", (), total, x, None)
+                site = Site("sum", total, source=x)
                 site.extra, site.parents = {"branch": f}, [branch]
                 site.starts_stream = not any(x.comes_from(s.value) for s in found)
                 found.append(site)
