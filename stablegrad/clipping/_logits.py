@@ -18,6 +18,7 @@ from ._readings import init_readings, next_readings
 
 NAME = "clip_logits"
 POWERS = {"query": 0.5, "key": 0.5}
+NORMS = ("query_ln", "key_ln")  # Of Flax's `normalize_qk=True`.
 
 
 def clip_logits(
@@ -38,7 +39,8 @@ def clip_logits(
         max_logit: The largest logit that is left as it is, > 0. 100 as published.
         powers: The power p of gamma by the name of a module within an attention, >= 0:
             0.5 each for "query" and "key", as Flax calls them. With a key that several
-            heads share, {"query": 1.0}.
+            heads share, {"query": 1.0}. With Flax's `normalize_qk=True` the gains
+            shrink, {"query_ln": 0.5, "key_ln": 0.5}, by one S for all heads.
 
     Returns:
         A transformation for `optax.chain`, whose update needs `params` and
@@ -51,8 +53,8 @@ def clip_logits(
 
     Raises:
         ValueError: If a concrete argument is out of range. When a step is traced, if
-            `params` or `largest_logits=` is missing, if a name has no leaves, or if
-            their shapes do not fit.
+            `params` or `largest_logits=` is missing, if a name has no leaves, if their
+            shapes do not fit, or if a norm of queries and keys is not in `powers`.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -74,9 +76,12 @@ def clip_logits(
         Kimi K2 (2025), https://arxiv.org/abs/2507.20534: QK-clip of MuonClip.
     """
     require("max_logit", max_logit, "> 0", lambda x: 0 < x < float("inf"))
-    powers = dict(POWERS if powers is None else powers)
+    powers = POWERS if powers is None else powers
+    is_mapping = lambda x: isinstance(x, Mapping)
+    require("powers", powers, "a dict from module to power", is_mapping)
+    powers, finite = dict(powers), lambda x: 0 <= x < float("inf")
     for module, power in powers.items():
-        require(f"powers[{module!r}]", power, ">= 0", lambda x: x >= 0)
+        require(f"powers[{module!r}]", power, "finite and >= 0", finite)
     packing = Packing(jax.eval_shape(init_readings))
 
     def init_fn(params):
@@ -87,7 +92,7 @@ def clip_logits(
         del extra
         if params is None:
             raise _checks.missing_params(f"`{NAME}`")
-        if not largest_logits:
+        if not isinstance(largest_logits, Mapping) or not largest_logits:
             raise ValueError(
                 f"`{NAME}` needs the largest logits of the step. Pass them:\n"
                 "  tx.update(grads, state, params, largest_logits={name: logits})\n"
@@ -156,6 +161,13 @@ def _place(name: str, gammas, powers) -> tuple[str, float] | None:
         for part in inside.split("."):
             if part in powers:
                 return attention, powers[part]
+            if part in NORMS:
+                raise ValueError(
+                    f"{name}: behind a norm of queries and keys, their logits do not "
+                    "depend on the size of kernels. Shrink the gains instead: "
+                    f"powers={dict.fromkeys(NORMS, 0.5)}, with one largest logit, of "
+                    "shape (), for all heads."
+                )
     return None
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..structure._mean_field import normal_nodes
+from ..structure._expectations import normal_nodes
 from ._known import GRID, named
 from ._program import Op, Program, Value
 

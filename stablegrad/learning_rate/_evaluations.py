@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .._trees import count_if, distinct, increment, layout, names_in
+from .._trees import count_if, distinct, increment, layout, names_in, select
 
 CONVENTIONS = ("torch", "keras", "optax")
 MODES = ("min", "max")
@@ -75,8 +75,17 @@ def init_plateau(rule: tuple[str, ...], settings: PlateauSettings) -> PlateauSta
     return PlateauState(layout(rule), *distinct((settings, readings)))
 
 
+def is_zeroed(state: PlateauState) -> jax.Array:
+    """Return whether a state is one of zeros: a fresh one, reset by `zeros_like`."""
+    readings = state.plateau_readings
+    return (readings.plateau_scale == 0) & ~readings.plateau_judged
+
+
 def evaluate(state: PlateauState, value) -> PlateauState:
-    """Return the state after one more value of the metric, a float32 scalar."""
+    """Return the state after one more value of the metric, a float32 scalar.
+
+    A state of zeros has no settings until the next update, and stays as it is.
+    """
     settings, old = state.plateau_settings, state.plateau_readings
     finite = jnp.isfinite(value)
     number = increment(old.plateau_window_values)
@@ -95,8 +104,8 @@ def evaluate(state: PlateauState, value) -> PlateauState:
     )
     judged = _judge(counted, settings, names_in(state.plateau_rule), mean)
     started = full & (evaluations > settings.plateau_start_after)
-    select = lambda new, kept: jnp.where(started, new, kept)
-    return state._replace(plateau_readings=jax.tree.map(select, judged, counted))
+    readings = select(started, judged, counted)
+    return state._replace(plateau_readings=select(is_zeroed(state), old, readings))
 
 
 def _judge(

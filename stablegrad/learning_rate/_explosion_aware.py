@@ -79,6 +79,11 @@ def explosion_aware(
 
     def rate(position) -> jax.Array:
         now = jnp.asarray(schedule(position) if callable(schedule) else schedule)
+        if now.ndim or jnp.iscomplexobj(now):
+            raise ValueError(
+                "`schedule` must return one real number a step, got shape "
+                f"{now.shape} and dtype {now.dtype}."
+            )
         inexact = jnp.issubdtype(now.dtype, jnp.floating)
         return now.astype(np.promote_types(now.dtype if inexact else "f4", "f4"))
 

@@ -6,7 +6,7 @@ import jax
 import optax
 
 from .. import _trees
-from .._checks import require, require_steps
+from .._checks import require, require_state, require_steps
 from .._mapped_axes import warn_of_replicas
 from .._scales import scale_leaves, uniform
 from ..thresholds._signals import scalar_signal
@@ -14,8 +14,10 @@ from ._evaluations import (
     CONVENTIONS,
     MODES,
     THRESHOLD_MODES,
+    PlateauState,
     evaluate,
     init_plateau,
+    is_zeroed,
     settings_of,
 )
 
@@ -72,7 +74,8 @@ def reduce_on_plateau(
 
     Raises:
         ValueError: If a concrete argument is out of range; when a step is traced, if
-            the metric is not a scalar.
+            the metric is not a scalar, or the state has another `mode`, `convention` or
+            `threshold_mode`.
 
     Example:
         >>> import optax
@@ -115,12 +118,18 @@ def reduce_on_plateau(
         return init_plateau(rule, settings())
 
     def update_fn(updates, state, params=None, **extra) -> Any:
+        require_state("reduce_on_plateau", PlateauState, state)
         fresh = init_plateau(rule, settings())
+        if _trees.names_in(state.plateau_rule) != rule:
+            raise ValueError(
+                f"the state is one of {_trees.names_in(state.plateau_rule)}, but this "
+                f"`reduce_on_plateau` has {rule} as convention, mode and "
+                "threshold_mode. Keep these settings, or take a new state by `init`."
+            )
         state = state._replace(plateau_settings=fresh.plateau_settings)
-        # A state of zeros, as after a reset by `optax.tree.zeros_like`, is a fresh one.
         was, new = state.plateau_readings, fresh.plateau_readings
-        reset = (was.plateau_scale == 0) & ~was.plateau_judged
-        state = state._replace(plateau_readings=_trees.select(reset, new, was))
+        started = _trees.select(is_zeroed(state), new, was)
+        state = state._replace(plateau_readings=started)
         if metric is not None and extra.get(metric) is not None:
             (value,) = scalar_signal(metric, extra[metric])
             warn_of_replicas(f"`{metric}=`", value, updates)

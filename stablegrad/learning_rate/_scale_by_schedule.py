@@ -1,8 +1,10 @@
 """The explosion-aware schedule of a chain, which sees the updates that reach it."""
 
 import jax
+import jax.numpy as jnp
 import optax
 
+from .._checks import require_state
 from .._compiled import compiled
 from .._norms import measure
 from .._placing import placed_like
@@ -49,7 +51,7 @@ def scale_by_explosion_aware_schedule(
 
     Args:
         schedule: The base schedule: a number, or a function of the step such as
-            `optax.cosine_decay_schedule(...)`.
+            `optax.cosine_decay_schedule(...)`. It is traced, also outside `jax.jit`.
         *thresholds: What counts as an explosion; at least one. Here "grad_norm" is the
             norm of the updates that reach this transformation, before it scales them.
         factor: One cut. Dimensionless, in (0, 1).
@@ -65,8 +67,9 @@ def scale_by_explosion_aware_schedule(
             positive schedule climbs, as in `optax.scale_by_schedule`.
 
     Returns:
-        A transformation for `optax.chain`. A step with a nan or inf anywhere becomes
-        zeros and is counted: it neither ends a hold nor regrows.
+        A transformation for `optax.chain`. A step with a nan or inf anywhere, the
+        schedule's rate included, becomes zeros and is counted: it neither ends a hold
+        nor regrows.
 
     Raises:
         TypeError: If `schedule` is neither a number nor a function, or an argument is
@@ -111,7 +114,9 @@ def scale_by_explosion_aware_schedule(
         rate = rate_now(parts, state, verdict.lr_scale)
         rate = -rate if flip_sign else rate
         scales = verdict.gradient_scales or uniform()
-        scaled = scale_leaves(updates, scales.times(rate), updates, measured.finite)
-        return scaled, after_step(parts, state, judgements, measured.finite)
+        finite = measured.finite & jnp.isfinite(rate)
+        scaled = scale_leaves(updates, scales.times(rate), updates, finite)
+        return scaled, after_step(parts, state, judgements, finite)
 
-    return optax.GradientTransformationExtraArgs(init_fn, compiled(update_fn))
+    check = lambda state: require_state(NAME, ScheduleState, state)
+    return optax.GradientTransformationExtraArgs(init_fn, compiled(update_fn, check))

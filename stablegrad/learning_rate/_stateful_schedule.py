@@ -102,7 +102,9 @@ def explosion_aware_schedule(
     Returns:
         A stateful schedule of float32 rates, for `optax.inject_hyperparams`. With
         parameters in bfloat16, inject with `hyperparam_dtype=jnp.float32`: else optax
-        rounds Adam's b2 of 0.999 to 1, and every update is nan.
+        rounds Adam's b2 of 0.999 to 1, and every update is nan. Give Adam also
+        `mu_dtype=jnp.float32`, with `static_args=("mu_dtype",)`: else the dtype of mu
+        changes in the first step, which `lax.scan` refuses.
 
     Raises:
         TypeError: If `schedule` is neither a number nor a function, or an argument is

@@ -1,5 +1,7 @@
 """What Flax hands to the `attention_fn` of its attention layers."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -13,13 +15,18 @@ def mask_of(
     dropout_rate: float = 0.0,
     deterministic: bool = False,
     is_causal: bool = False,
+    module: Any = None,
     **others,
 ) -> jax.Array | None:
     """Return the mask of an attention, or raise ValueError for what is not supported.
 
-    Other arguments, such as `precision` and `module`, change no result of `attend`.
+    Other arguments, such as `precision`, change no result of `attend`.
     """
     del others
+    if module is not None:
+        raise ValueError(
+            "`Attention` does not sow attention weights: leave out `sow_weights=True`."
+        )
     if bias is not None or (dropout_rate and not deterministic):
         raise ValueError(
             "`Attention` supports neither a bias nor dropout of attention weights: "

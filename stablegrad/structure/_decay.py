@@ -5,9 +5,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from .._checks import require
+from .._checks import missing_params, require
 from .._trees import increment
 
 
@@ -41,8 +42,8 @@ def decay_with_schedule(
             `optax.add_decayed_weights(weight_decay)`.
 
     Returns:
-        A transformation for `optax.chain`. It needs `params`, and what is not finite
-        passes through.
+        A transformation for `optax.chain`. It needs `params`; updates keep their
+        dtypes, and what is not finite passes through.
 
     Raises:
         ValueError: If a concrete number is out of range, or `schedule` is a number.
@@ -71,9 +72,20 @@ def decay_with_schedule(
 
     def update_fn(updates, state: Any, params: Any = None):
         # Optax 0.2.6 takes a schedule here, but never counts its steps.
-        factor: Any = weight_decay * schedule(state.decay_steps) / peak
-        decay = optax.add_decayed_weights(factor)
-        updates, _ = decay.update(updates, decay.init(params), params)
+        if params is None:
+            raise missing_params("`decay_with_schedule`")
+        rate = jnp.asarray(schedule(state.decay_steps), jnp.float32)
+        factor = weight_decay * rate / peak
+
+        def decayed(update, param):
+            if update is None:
+                return None
+            wide = np.promote_types(jnp.result_type(param), np.float32)
+            decay = factor.astype(wide) * jnp.asarray(param, wide)
+            return (jnp.asarray(update, wide) + decay).astype(update.dtype)
+
+        none = lambda x: x is None
+        updates = jax.tree.map(decayed, updates, params, is_leaf=none)
         return updates, ScheduledDecayState(increment(state.decay_steps))
 
     transformation = optax.GradientTransformation(init_fn, update_fn)

@@ -9,10 +9,12 @@ from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.nn.initializers import Initializer
 
 from .._checks import require, require_count
-from ._mean_field import Activation, gain
+from ._expectations import Activation
+from ._mean_field import gain
 
 Distribution = Literal["normal", "truncated_normal", "uniform", "orthogonal"]
 DISTRIBUTIONS = get_args(Distribution)
@@ -87,7 +89,7 @@ def _orthogonal(scale: float, backward: bool) -> Initializer:
         factor = scale * math.sqrt(max(outputs, inputs) / max(fan, 1))
         # The QR decomposition has no 16-bit floats.
         dtype = jnp.result_type(float) if dtype is None else dtype
-        wide = jnp.promote_types(dtype, jnp.float32)
+        wide = np.promote_types(dtype, np.float32)
         return (factor * orthonormal(key, shape, wide, *args, **kwargs)).astype(dtype)
 
     return init
@@ -110,6 +112,8 @@ def depth_scaled_init(init: Initializer, branches: int) -> Initializer:
         An initialiser, for the last kernel of every branch.
 
     Raises:
+        TypeError: When it is called, if `init` returns no array but, as with
+            `with_partitioning`, a box: that goes around the scaled initialiser.
         ValueError: If `branches` is no integer >= 1.
 
     Example:
@@ -122,7 +126,7 @@ def depth_scaled_init(init: Initializer, branches: int) -> Initializer:
         GPT-2, Radford et al. (2019).
     """
     require_count("branches", branches)
-    return _scaled(init, branches**-0.5)
+    return _scaled(init, int(branches) ** -0.5)
 
 
 def fixup_init(init: Initializer, branches: int, branch_layers: int) -> Initializer:
@@ -144,6 +148,7 @@ def fixup_init(init: Initializer, branches: int, branch_layers: int) -> Initiali
         An initialiser, for every kernel of a branch but the last.
 
     Raises:
+        TypeError: When it is called, if `init` returns no array but a box.
         ValueError: If a count is no integer in range.
 
     Example:
@@ -158,7 +163,7 @@ def fixup_init(init: Initializer, branches: int, branch_layers: int) -> Initiali
     """
     require_count("branches", branches)
     require_count("branch_layers", branch_layers, 2)
-    return _scaled(init, branches ** (-1 / (2 * branch_layers - 2)))
+    return _scaled(init, int(branches) ** (-1 / (2 * int(branch_layers) - 2)))
 
 
 def deepnorm(layers: int) -> DeepNorm:
@@ -185,7 +190,7 @@ def deepnorm(layers: int) -> DeepNorm:
         Wang et al. (2022), https://arxiv.org/abs/2203.00555.
     """
     require_count("layers", layers)
-    return DeepNorm((2 * layers) ** 0.25, (8 * layers) ** -0.25)
+    return DeepNorm((2 * int(layers)) ** 0.25, (8 * int(layers)) ** -0.25)
 
 
 def deepnorm_init(layers: int) -> Initializer:
@@ -218,7 +223,15 @@ def deepnorm_init(layers: int) -> Initializer:
 
 
 def _scaled(init: Initializer, factor: float) -> Initializer:
+    require("init", init, "a function (key, shape, dtype) -> array", callable)
+
     def scaled(*args, **kwargs) -> jax.Array:
-        return factor * init(*args, **kwargs)
+        kernel = init(*args, **kwargs)
+        if not isinstance(kernel, jax.Array):
+            raise TypeError(
+                f"`init` must return an array, got {type(kernel).__name__}. Put "
+                "`with_partitioning` around the scaled initialiser, not inside it."
+            )
+        return factor * kernel
 
     return scaled

@@ -46,11 +46,17 @@ def soft_cap(logits: jax.Array, cap: float | jax.Array) -> jax.Array:
         Gemma 2 (2024), https://arxiv.org/abs/2408.00118.
     """
     require("cap", cap, "finite and > 0", lambda x: 0 < x < math.inf)
-    if not jnp.issubdtype(logits.dtype, jnp.floating):
-        raise TypeError(f"`logits` must be floating-point, got {logits.dtype}.")
+    logits = _floating("logits", logits)
     wide = np.promote_types(logits.dtype, np.float32)  # float16 may not hold the cap.
     cap = jnp.asarray(cap, wide)
     return (cap * jnp.tanh(logits.astype(wide) / cap)).astype(logits.dtype)
+
+
+def _floating(name: str, x) -> jax.Array:
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"`{name}` must be floating-point, got {x.dtype}.")
+    return x
 
 
 def z_loss(logits: jax.Array, coefficient: float | jax.Array = 1e-4) -> jax.Array:
@@ -66,6 +72,7 @@ def z_loss(logits: jax.Array, coefficient: float | jax.Array = 1e-4) -> jax.Arra
         One number an example, float32 or wider, shape (...). Add its mean to the loss.
 
     Raises:
+        TypeError: If `logits` are not floating-point.
         ValueError: If a concrete `coefficient` is negative.
 
     Example:
@@ -78,6 +85,7 @@ def z_loss(logits: jax.Array, coefficient: float | jax.Array = 1e-4) -> jax.Arra
         PaLM, Chowdhery et al. (2022), https://arxiv.org/abs/2204.02311.
     """
     require("coefficient", coefficient, ">= 0", lambda x: x >= 0)
+    logits = _floating("logits", logits)
     wide = logits.astype(np.promote_types(logits.dtype, np.float32))
     square = jnp.square(jax.nn.logsumexp(wide, axis=-1))
     return jnp.asarray(coefficient, wide.dtype) * square
@@ -101,6 +109,7 @@ def normalize_qk(
         Both, in their own dtypes; computed in float32.
 
     Raises:
+        TypeError: If queries or keys are not floating-point.
         ValueError: If a concrete `eps` is not > 0.
 
     Example:
@@ -117,10 +126,14 @@ def normalize_qk(
 
     def normalized(x):
         wide = x.astype(np.promote_types(x.dtype, np.float32))
+        # The result does not depend on the unit; without it large squares overflow.
+        unit = jnp.max(jnp.abs(wide), axis=-1, keepdims=True, initial=1.0)
+        wide /= jax.lax.stop_gradient(jnp.where(jnp.isfinite(unit), unit, 1.0))
         square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-        return (wide * jax.lax.rsqrt(square + eps)).astype(x.dtype)
+        least = jnp.asarray(eps, wide.dtype) / jnp.square(unit)
+        return (wide * jax.lax.rsqrt(square + least)).astype(x.dtype)
 
-    return normalized(query), normalized(key)
+    return normalized(_floating("query", query)), normalized(_floating("key", key))
 
 
 def attend(
@@ -154,7 +167,8 @@ def attend(
         float32 or wider.
 
     Raises:
-        ValueError: If a concrete `cap` is not > 0.
+        ValueError: If a concrete `cap` is not > 0, or queries, keys and values differ
+            in their number of heads.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -167,6 +181,12 @@ def attend(
     Reference:
         Vaswani et al. (2017), https://arxiv.org/abs/1706.03762.
     """
+    if len({x.shape[-2] for x in (query, key, value)}) > 1:
+        raise ValueError(
+            f"`query`, `key` and `value` have {query.shape[-2]}, {key.shape[-2]} and "
+            f"{value.shape[-2]} heads, which must be equal. Repeat keys and values "
+            "that several queries share: `jnp.repeat(key, times, axis=-2)`."
+        )
     if qk_norm:
         query, key = normalize_qk(query, key)
     # Added up in float32: q.k of float16 can overflow where q.k / sqrt(d) does not.

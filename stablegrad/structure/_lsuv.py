@@ -34,8 +34,9 @@ def lsuv(
 
     Returns:
         Parameters of the same structure, shapes and dtypes. A kernel is left as it is
-        if its layer's output is zero or not finite, or if divisions stop helping, as
-        where the bias alone spreads by more than 1.
+        if its layer's output is zero or not finite, if the bias alone spreads by 1 or
+        more, or if no division helps, as with a norm before the output. If the
+        tolerance is not reached, the kernel is the one that came nearest.
 
     Raises:
         ValueError: If a concrete argument is out of range, or a name is no leaf.
@@ -76,19 +77,25 @@ def lsuv(
             f"{', '.join(places)}."
         )
     for layer, name in enumerate(order):
-        place, distance = places[name], float("inf")
-        untouched = leaves[place], measured
+        place = places[name]
+        tried = [(abs(float(measured[layer]) - 1), leaves[place])]
         for _ in range(max_iterations):
             deviation = float(measured[layer])
             if not 0 < deviation < float("inf") or abs(deviation - 1) < tolerance:
                 break
-            if abs(deviation - 1) > 0.9 * distance:  # The bias alone spreads more.
-                leaves[place], measured = untouched
-                break
-            distance = abs(deviation - 1)
-            leaves[place] = jax.tree.map(
-                lambda x, divisor=deviation: (x / divisor).astype(x.dtype),
-                leaves[place],
-            )
+            leaves[place] = _divided(leaves[place], deviation)
             measured = deviations(structure.unflatten(leaves))
+            tried.append((abs(float(measured[layer]) - 1), leaves[place]))
+        nearest = min(tried, key=lambda row: row[0])
+        if nearest[0] < tolerance:
+            continue
+        leaves[place] = _divided(leaves[place], float("inf"))
+        bias = float(deviations(structure.unflatten(leaves))[layer])
+        helped = bias < 1 and nearest[0] < 0.9 * tried[0][0]
+        leaves[place] = (nearest if helped else tried[0])[1]
+        measured = deviations(structure.unflatten(leaves))
     return structure.unflatten(leaves)
+
+
+def _divided(kernel, divisor: float):
+    return jax.tree.map(lambda x: (x / divisor).astype(x.dtype), kernel)

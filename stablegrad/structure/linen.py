@@ -12,6 +12,7 @@ from ._attention_arguments import mask_of
 from ._initializers import deepnorm
 from ._limit_gradient import limit_gradient
 from ._logits import attend
+from ._residual import scaled_residual
 
 
 class LimitGradient(linen.Module):
@@ -55,8 +56,8 @@ class ScaledResidual(linen.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return an array of the shape and dtype of `x`."""
         start = linen.initializers.constant(self.scale_init)
-        scale = self.param("scale", start, ())
-        return x + (scale * self.branch(x)).astype(x.dtype)
+        scale = self.param("scale", start, (), jnp.float32)
+        return scaled_residual(x, scale, self.branch(x))
 
 
 class PreNormBlock(linen.Module):

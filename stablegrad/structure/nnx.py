@@ -8,10 +8,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from .. import _trees
+from .._checks import require_count
 from ._attention_arguments import mask_of
 from ._initializers import deepnorm
 from ._limit_gradient import limit_gradient
-from ._logits import attend
+from ._logits import attend, soft_cap
+from ._residual import scaled_residual
 
 
 class LimitGradient(nnx.Module):
@@ -26,6 +28,7 @@ class LimitGradient(nnx.Module):
 
     def __init__(self, max_norm: float, *, per: str = "example"):
         """Store the settings; the layer has no parameters."""
+        limit_gradient(jnp.zeros(1), max_norm, per=per)  # Checks them.
         self.max_norm, self.per = max_norm, per
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -60,7 +63,7 @@ class ScaledResidual(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return an array of the shape and dtype of `x`."""
-        return x + (self.scale[...] * self.branch(x)).astype(x.dtype)
+        return scaled_residual(x, self.scale[...], self.branch(x))
 
 
 class PreNormBlock(nnx.Module):
@@ -122,13 +125,13 @@ class DeepNormBlock(nnx.Module):
 
 
 class LargestLogits(nnx.Variable):
-    """The largest attention logit of each head in the last forward pass."""
+    """The largest attention logit of each head in the last call."""
 
 
 class Attention(nnx.Module):
     """The `attention_fn` of an `nnx.MultiHeadAttention` with bounded, watched logits.
 
-    `largest_logits(model)` returns the largest logits of the last call, as
+    `largest_logits(model)` returns the largest logits of its last call, as
     `clip_logits` needs them. Each attention layer needs an `Attention` of its own.
 
     Example:
@@ -146,6 +149,9 @@ class Attention(nnx.Module):
 
     def __init__(self, heads: int, *, cap: float | None = None, qk_norm: bool = False):
         """Settings as for `attend`; `heads` are those of the attention."""
+        require_count("heads", heads)
+        if cap is not None:
+            soft_cap(jnp.zeros(1), cap)  # Checks it.
         self.cap, self.qk_norm = cap, qk_norm
         self.largest_logits = LargestLogits(jnp.zeros((heads,), jnp.float32))
 
@@ -156,20 +162,40 @@ class Attention(nnx.Module):
         mask = mask_of(query, key, **arguments)
         settings: dict[str, Any] = {"cap": self.cap, "qk_norm": self.qk_norm}
         output, largest = attend(query, key, value, mask, **settings)
+        heads = self.largest_logits[...].shape
+        if heads != largest.shape:
+            raise ValueError(
+                f"`Attention` was made for {heads[0]} heads, got {largest.size}."
+            )
         self.largest_logits[...] = largest
         return output
 
 
 def largest_logits(model: Any) -> dict[str, jax.Array]:
-    """Return the largest logits of the last forward pass, by attention.
+    """Return the largest logits of the last call of each attention.
 
     Args:
         model: A module, or a pytree of modules, with `Attention` in its attentions.
 
     Returns:
         From the dotted name of each attention to an array of shape (heads,): what
-        `clip_logits` takes as `largest_logits=`.
+        `clip_logits` takes as `largest_logits=`. Of several calls of one attention it
+        is that of the last; take the maximum yourself if a pass calls a layer twice.
+
+    Raises:
+        ValueError: If two attention layers share one `Attention`.
     """
+    owners: dict[int, str] = {}
+    for path, node in nnx.iter_graph(model):
+        for held in getattr(node, "__dict__", {}).values():
+            if isinstance(held, Attention):
+                name = ".".join(map(str, path))
+                if id(held) in owners:
+                    raise ValueError(
+                        f"{owners[id(held)]!r} and {name!r} share one `Attention`. "
+                        "Give each attention layer one of its own."
+                    )
+                owners[id(held)] = name
     state = _trees.without_variables(nnx.state(model, LargestLogits))
     rows = jax.tree_util.tree_flatten_with_path(state)[0]
     return {_trees.path_name(path[:-2]) if path[:-2] else "": x for path, x in rows}

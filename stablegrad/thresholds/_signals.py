@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .. import _checks, _trees
 from .._norms import LARGEST
@@ -62,6 +63,9 @@ def scalar_signal(name: str, value) -> jax.Array:
             f"`{name}` must be a real scalar, got {given}. Of `(loss, aux)`, pass the "
             "loss alone."
         )
+    if isinstance(value, float | np.ndarray) and np.asarray(value).dtype == np.float64:
+        # A number of the host beyond float32 is finite all the same.
+        value = np.where(np.isfinite(value), np.clip(value, -LARGEST, LARGEST), value)
     value = jnp.asarray(value)
     if value.ndim != 0 or jnp.iscomplexobj(value):
         raise ValueError(
