@@ -1,6 +1,7 @@
 """The decay rates and the preconditioner of Adam and RMSProp, read from their state."""
 
 import functools
+import inspect
 from typing import Any, NamedTuple
 
 import jax
@@ -45,10 +46,12 @@ def decays(tx, params, momentum: float | None, b2: float | None) -> Decays:
     return Decays(float(momentum), float(b2), averaged)
 
 
-def preconditioner(tx, state, grads, params, decays: Decays, eps) -> jax.Array:
+def preconditioner(
+    tx, state, grads, params, decays: Decays, eps, eps_root
+) -> jax.Array:
     """Return the diagonal P of the next step, flat and positive, without a floor.
 
-        P = (1 - b1^t) (sqrt(v_t / (1 - b2^t)) + eps)
+        P = (1 - b1^t) (sqrt(v_t / (1 - b2^t) + eps_root) + eps)
 
     v_t includes the current gradient. There is no bias correction if the state has no
     step count (as in RMSProp); b1 is 0 if the momentum is not averaged.
@@ -59,10 +62,10 @@ def preconditioner(tx, state, grads, params, decays: Decays, eps) -> jax.Array:
     adam = _second_moment(after, params)
     moments = ravel_pytree(adam.nu)[0].astype(jnp.float32)
     count = getattr(adam, "count", None)
-    if count is None or callable(count):  # Every tuple has a method of that name.
-        return jnp.sqrt(moments) + eps
+    if count is None or inspect.isroutine(count):  # Every tuple has such a method.
+        return jnp.sqrt(moments + eps_root) + eps
     steps = jnp.asarray(count).astype(jnp.float32)
-    root = jnp.sqrt(moments / (1 - decays.b2**steps)) + eps
+    root = jnp.sqrt(moments / (1 - decays.b2**steps) + eps_root) + eps
     return root * (1 - decays.momentum**steps) if decays.averaged else root
 
 
@@ -138,5 +141,6 @@ def _second_moment(state, params) -> Any:
 
 def _nodes_with(field: str, state) -> list[Any]:
     """Return the nodes of a state with a field of this name that is not a method."""
-    has_field = lambda node: hasattr(node, field) and not callable(getattr(node, field))
+    none = lambda: None  # A module that is a moment can be called, too.
+    has_field = lambda node: not inspect.isroutine(getattr(node, field, none))
     return nodes(state, has_field)

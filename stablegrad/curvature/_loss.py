@@ -71,15 +71,23 @@ def problem(
         raise TypeError(f"`loss_fn` must be a function of (params, batch), got {kind}.")
     graphdef, other_state = None, None
     nnx: Any = sys.modules.get("flax.nnx")  # It is loaded if `params` is its module.
-    if nnx is not None and isinstance(params, nnx.Module):
+    is_module = lambda x: nnx is not None and isinstance(x, nnx.Module)
+    if is_module(params):
         graphdef, *states = nnx.split(params, nnx.Param, ...)
         pure = getattr(nnx, "as_pure", None) or nnx.pure  # The older name.
         params, other_state = map(pure, states)
+    elif any(map(is_module, jax.tree.leaves(params, is_leaf=is_module))):
+        raise TypeError(
+            "`params` must be one Flax NNX module, got modules in a container. Put "
+            "them in one: `nnx.Dict(first=..., second=...)`."
+        )
     leaves, treedef = jax.tree.flatten(params)
+    has_array = any(hasattr(leaf, "dtype") for leaf in leaves)
     trained, frozen, constants = [], [], []
     for leaf in leaves:
-        # Python integers and flags may be settings of a module: they stay constants.
-        is_array = hasattr(leaf, "dtype") or isinstance(leaf, float | complex)
+        # Numbers beside arrays, integers and flags are settings: they stay constants.
+        is_number = isinstance(leaf, float | complex) and not has_array
+        is_array = hasattr(leaf, "dtype") or is_number
         is_trained = is_array and _trees.is_inexact(leaf)
         trained.append(as_trained(leaf) if is_trained else None)
         frozen.append(leaf if is_array and not is_trained else None)

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -113,8 +113,9 @@ def learning_rate_range_test(
         steps: The number of rates, >= 20.
         learning_rate: As for `critical_learning_rate`.
         smoothing: Decay d of the average, in [0, 1).
-        blow_up: Multiple of the smallest s so far at which the test ends, > 1. For a
-            negative s, the excess is relative to its magnitude.
+        blow_up: Multiple of the smallest s so far at which the test ends after the
+            first ten steps, > 1. The excess is relative to |s|, or to the standard
+            deviation of the first ten losses if that is larger.
 
     Returns:
         `RangeTest`: the losses and rates, advice under `str()`, a plot by `figure()`.
@@ -147,7 +148,7 @@ def learning_rate_range_test(
     asker = "learning_rate_range_test"
     loss, trained, frozen = _loss.problem(asker, loss_fn, params)
     optimizer, built = _loss.optimizer_and_rate(tx, asker, trained, learning_rate)
-    is_batch = isinstance(batches, tuple | dict) or hasattr(batches, "dtype")
+    is_batch = isinstance(batches, tuple | Mapping) or hasattr(batches, "dtype")
     if is_batch or not isinstance(batches, Iterable):
         batches = itertools.repeat(batches)
     rates = np.geomspace(low, high, steps)
@@ -156,13 +157,17 @@ def learning_rate_range_test(
     smoothed: list[float] = []
     for rate, batch in zip(rates, batches, strict=False):
         scale, data = jnp.float32(rate / built), (frozen, batch)
-        value, trained, state = _step(loss, optimizer, trained, state, data, scale)
+        with jax.debug_nans(False), jax.debug_infs(False):  # A nan ends the test.
+            value, trained, state = _step(loss, optimizer, trained, state, data, scale)
         if math.isfinite(value):
             losses.append(float(value))
             average = smoothing * average + (1 - smoothing) * losses[-1]
             smoothed.append(average / (1 - smoothing ** len(losses)))
             best = min(smoothed)
-            if smoothed[-1] - best <= (blow_up - 1) * abs(best):
+            # A loss that crosses zero is no measure: then the noise of batches is.
+            noise = float(np.std(losses[:_FIRST]))
+            most = (blow_up - 1) * max(abs(best), noise)
+            if len(losses) <= _FIRST or smoothed[-1] - best <= most:
                 continue
         divergence = float(rate)
         break

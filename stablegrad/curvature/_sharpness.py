@@ -76,13 +76,14 @@ def sharpness(
     weight_decay: float = 0.0,
     b2: float | None = None,
     eps: float = 1e-8,
+    eps_root: float = 0.0,
     iterations: int = 20,
     seed: int = 0,
 ) -> Sharpness:
     """Measure the largest and smallest curvature of a loss, raw or preconditioned.
 
         lambda = eigenvalues of H,  or of  P^-1/2 H P^-1/2,  P = max(P, 0.01 rms(P))
-        P = (1 - b1^t) (sqrt(v_t / (1 - b2^t)) + eps),  v_t with this gradient included
+        P = (1 - b1^t) (sqrt(v_t / (1 - b2^t) + eps_root) + eps),  v_t after this g
         stable:  eta (lambda k + w) < 2,    k = (1 + 2b if nesterov else 1) / (1 + b)
 
     by the Lanczos method in float32, with momentum b and weight decay w. k is (1 - b)
@@ -95,7 +96,8 @@ def sharpness(
         params: As for `critical_learning_rate`.
         batch: As for `critical_learning_rate`; one batch for all products.
         tx: An optimizer with one second moment `nu` of all parameters, as Adam and
-            RMSProp have, for the preconditioner P. None: the plain Hessian.
+            RMSProp have, for the preconditioner P. None: the plain Hessian. What else
+            changes its updates, such as a clip or LAMB's trust ratio, is not seen.
         state: The state of `tx` during training. None: the initial state.
         momentum: b, in [0, 1); b1 of Adam. None: 0 without `tx`, else the value that
             two steps on artificial gradients show.
@@ -103,6 +105,8 @@ def sharpness(
         weight_decay: w, decoupled, as in AdamW, >= 0. It is not inferred from `tx`.
         b2: Decay of the second moment of `tx`, in (0, 1). None: as for `momentum`.
         eps: Constant that `tx` adds to the root, >= 0. It is not inferred from `tx`.
+        eps_root: Constant that `tx` adds within the root, >= 0, also not inferred.
+            `optax.rmsprop(rate)` has `eps=0, eps_root=1e-8`.
         iterations: Lanczos steps, >= 1; half as many more if the residual is above 1 %.
         seed: Seed of the start vector.
 
@@ -133,7 +137,8 @@ def sharpness(
     fraction = lambda x: x is None or 0 <= x < 1
     _checks.require("momentum", momentum, "in [0, 1)", fraction)
     _checks.require("b2", b2, "in (0, 1)", lambda x: fraction(x) and x != 0)
-    for name, value in ("weight_decay", weight_decay), ("eps", eps):
+    numbers = {"weight_decay": weight_decay, "eps": eps, "eps_root": eps_root}
+    for name, value in numbers.items():
         _checks.require(name, value, "finite and >= 0", lambda x: 0 <= x < math.inf)
     if tx is None and state is not None:
         raise ValueError("`state` must come with its `tx`, got `tx=None`.")
@@ -146,7 +151,7 @@ def sharpness(
         averages = decays(optimizer, trained, momentum, b2)
     with jax.default_matmul_precision("highest"):
         value, gradient_norm, roots = _inverse_roots(
-            loss, optimizer, state, trained, data, averages, eps
+            loss, optimizer, state, trained, data, averages, (eps, eps_root)
         )
         _loss.require_finite(value, gradient_norm)
         method = _hessian.choose("auto", loss, trained, data)
@@ -192,13 +197,13 @@ def stable_limit(
 
 
 @functools.partial(jax.jit, static_argnames=("loss", "tx", "averages"))
-def _inverse_roots(loss, tx, state, params, data, averages, eps):
+def _inverse_roots(loss, tx, state, params, data, averages, constants):
     """Return the loss, its gradient's norm, and P^-1/2 with and without the floor."""
     value, grads = jax.value_and_grad(loss)(params, data)
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     roots = [jnp.ones(size, jnp.float32)]
     if tx is not None:
-        diagonal = preconditioner(tx, state, grads, params, averages, eps)
+        diagonal = preconditioner(tx, state, grads, params, averages, *constants)
         # Without a floor, coordinates whose gradient happens to vanish determine the
         # largest eigenvalue. Elements may be zero if `eps` is.
         floor = _FLOOR * jnp.sqrt(jnp.mean(jnp.square(diagonal)))

@@ -72,6 +72,7 @@ GUARDS: dict[str, Callable[[Transformation], Transformation]] = {
     # `stabilize` uses a trust region if `update` gets `value_fn=`.
     "stabilize_trust_region": stabilize,
 }
+EXTRA = ("value", "grad", "value_fn")
 PROBING = ("trust_region", "stabilize_trust_region")
 WORDS = {
     "optimizer": tuple(OPTIMIZERS),
@@ -96,8 +97,12 @@ class Candidate:
     name: str
     build: Callable[[Any, int], Transformation]  # rate, which may be traced; steps
     own_rate: bool = False  # Whether `build` ignores the rate: it runs at one only.
-    extra: tuple[str, ...] = ("value",)  # For `update`: "value", "grad", "value_fn".
+    extra: tuple[str, ...] = ("value",)  # For `update`, some of EXTRA.
     observes: bool = False  # Whether evaluated losses are passed to `observe_metric`.
+
+    def __post_init__(self):
+        known = lambda names: not isinstance(names, str) and set(names) <= set(EXTRA)
+        _checks.require("extra", self.extra, f"a tuple of some of {EXTRA}", known)
 
 
 def candidate(given: Any, name: str | None = None) -> Candidate:

@@ -100,18 +100,22 @@ def compare(
     Reference:
         LR sensitivity: Wortsman et al. (2023), https://arxiv.org/abs/2309.14322.
     """
-    rates: Any = learning_rates if np.ndim(learning_rates) else (learning_rates,)
+    given: Any = learning_rates
+    rates = (given,) if _is_one(given) else tuple(given)
+    least, most = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+    positive = lambda x: bool(x) and all(least <= 1.0 * rate <= most for rate in x)
+    _checks.require("learning_rates", rates, "finite rates > 0 in float32", positive)
     rates = tuple(map(float, rates))
-    positive = lambda x: len(x) > 0 and all(0 < rate < np.inf for rate in x)
-    _checks.require("learning_rates", rates, "finite rates > 0", positive)
-    several = isinstance(seeds, Iterable) and getattr(seeds, "ndim", 1) > 0
-    given: Any = seeds
-    if not several:
+    given = seeds
+    if _is_one(given):
+        _checks.require("seeds", given, "a number", lambda x: not isinstance(x, bool))
         _checks.require_steps("seeds", given)
         given = range(int(given))
-    seeds = tuple(map(int, given))
-    known = lambda x: min(x) >= 0 and max(x) < 2**32 and len(set(x)) == len(x)
-    _checks.require("seeds", seeds, "different integers in [0, 2**32)", known)
+    given = np.asarray(list(given))
+    known = lambda x: x.min() >= 0 and x.max() < 2**32 and len(np.unique(x)) == x.size
+    whole = lambda x: x.dtype.kind in "iu" and known(x)
+    _checks.require("seeds", given, "different integers in [0, 2**32)", whole)
+    seeds = tuple(given.tolist())
     told = lambda x: x is None or not np.isnan(x)
     _checks.require("trivial_loss", trivial_loss, "a number or None", told)
     counts = {"steps": steps, "evaluations": evaluations}
@@ -145,7 +149,7 @@ def compare(
             try:
                 runs = Runs(experiment, candidate)
                 # Runs that blow up are expected, and nan stands for what is not there.
-                with jax.debug_nans(False):
+                with jax.debug_nans(False), jax.debug_infs(False):
                     for done in runs.train():
                         report(name, done)
                 rows.append(make_row(runs, trivial_loss))
@@ -164,6 +168,13 @@ def compare(
         validated=validation is not None,
         interrupted=interrupted,
     )
+
+
+def _is_one(given: Any) -> bool:
+    """Return whether an argument is one number, or text, and not several of them."""
+    if isinstance(given, np.ndarray | jax.Array):
+        return given.ndim == 0
+    return isinstance(given, str) or not isinstance(given, Iterable)
 
 
 def label_entropy(labels: Any) -> float:

@@ -122,7 +122,8 @@ class Programs:
     def _draws(self, members: Members, first: int):
         """Draw for a whole interval, even if the runs end within it."""
         draw, number = self._experiment.draw, self._experiment.interval
-        by_seed = {seed: draw(seed, first, number) for _, seed in members}
+        seeds = {seed for _, seed in members}
+        by_seed = {seed: draw(seed, first, number) for seed in seeds}
         return jnp.stack([by_seed[seed] for _, seed in members])
 
 

@@ -1,5 +1,6 @@
 """The experiment that all candidates share: problem, data and training budget."""
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import _checks
+from .._trees import is_inexact
 from ..curvature._loss import outline
 
 SLICE = 1000  # Validation examples that are evaluated in one call.
@@ -54,10 +56,12 @@ def make_experiment(
             "`validation` with a training step needs `evaluate=`, a function of "
             "(params, batch)."
         )
-    if validation is None and hidden is not None:
-        raise ValueError("`hidden` needs `validation=`, the examples to evaluate.")
+    for name, given in ("hidden", hidden), ("evaluate", evaluate):
+        if validation is None and given is not None:
+            raise ValueError(f"`{name}` needs `validation=`, the examples to evaluate.")
     nnx: Any = sys.modules.get("flax.nnx")  # Imported if `params` is a module.
-    if nnx is not None and isinstance(params, nnx.Module):
+    is_module = lambda x: nnx is not None and isinstance(x, nnx.Module)
+    if any(map(is_module, jax.tree.leaves(params, is_leaf=is_module))):
         raise TypeError(
             "`params` must be a pytree or a function of a key, got a Flax NNX module. "
             "Split it:\n"
@@ -66,7 +70,10 @@ def make_experiment(
             " batch)"
         )
     leaves = [] if _is_function(params) else jax.tree.leaves(params)
-    if others := [x for x in leaves if not isinstance(x, (float, complex, *ARRAYS))]:
+    arrays = [x for x in leaves if isinstance(x, ARRAYS)]
+    # Beside arrays, a number is a setting of a module.
+    trained = [x for x in arrays or leaves if is_inexact(x)]
+    if others := [x for x in leaves if not any(x is own for own in trained)]:
         raise TypeError(
             "`params` must have floating-point arrays for leaves, got "
             f"{_checks.short_repr(others[0])}. Split an Equinox module:\n"
@@ -92,6 +99,8 @@ def make_experiment(
     )
     if experiment.slices:
         _check_evaluate(experiment)
+    if is_loss:
+        _check_loss(experiment)
     return experiment
 
 
@@ -122,6 +131,7 @@ def sampler(data, batch_size: int | None) -> Callable[[int, int, int], Any]:
         raise ValueError(f"`batch_size` must be <= {size} examples, got {batch_size}.")
     per_epoch = size // batch_size
 
+    @functools.lru_cache(maxsize=64)
     def shuffled(seed: int, epoch: int) -> np.ndarray:
         order = np.random.default_rng((seed, epoch)).permutation(size)
         return order[: per_epoch * batch_size].reshape(per_epoch, batch_size)
@@ -149,7 +159,7 @@ def _accepts(function, number: int) -> bool:
 
 def _arrays(name: str, tree: Any) -> Any:
     """Move arrays to the device, and check their numbers of examples."""
-    tree = jax.tree.map(jnp.asarray, tree)
+    tree = jax.tree.map(_on_one_device, tree)
     lengths = {x.shape[0] if x.ndim else 0 for x in jax.tree.leaves(tree)}
     if len(lengths) != 1 or lengths == {0}:
         raise ValueError(
@@ -159,10 +169,33 @@ def _arrays(name: str, tree: Any) -> Any:
     return tree
 
 
+def _on_one_device(x) -> jax.Array:
+    """Return an array where JAX puts new ones, though it may be sharded."""
+    elsewhere = isinstance(x, jax.Array) and x.committed
+    return jnp.asarray(jax.device_get(x) if elsewhere else x)
+
+
 def _slices(tree) -> list[tuple[int, Any]]:
     size = jax.tree.leaves(tree)[0].shape[0]
     cut = lambda first: jax.tree.map(lambda x: x[first : first + SLICE], tree)
     return [(min(SLICE, size - first), cut(first)) for first in range(0, size, SLICE)]
+
+
+def _check_loss(experiment: Experiment) -> None:
+    """Raise TypeError unless the loss of a batch is one real number."""
+
+    def first_loss(key):
+        draw = jax.tree.map(lambda x: x[0], experiment.draw(0, 0, 1))
+        return experiment.loss(experiment.init(key), experiment.batch(data, draw))
+
+    data = experiment.data
+    found = jax.eval_shape(first_loss, make_key(0))
+    is_scalar = getattr(found, "shape", None) == ()
+    if not (is_scalar and jnp.issubdtype(found.dtype, jnp.floating)):
+        raise TypeError(
+            "`loss_fn` must return the loss alone, a real scalar, got "
+            f"{outline(found)}."
+        )
 
 
 def _check_evaluate(experiment: Experiment) -> None:

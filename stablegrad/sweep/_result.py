@@ -14,7 +14,7 @@ from ._scores import Mean, Scores, before_training, capped, mean, score
 from ._table import table
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Row:
     """Results of one candidate.
 
@@ -42,7 +42,7 @@ class Row:
     at_once: int  # Runs that shared a program.
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Comparison:
     """Result of `compare`; `str()` gives the ranked table."""
 
@@ -72,6 +72,7 @@ class Comparison:
         result = {
             "steps": self.steps,
             "seeds": self.seeds,
+            "validated": self.validated,
             "interrupted": self.interrupted,
             "failed": self.failed,
             "rows": [{**_record(row), **_arrays(row)} for row in self.rows],
@@ -102,7 +103,9 @@ def _record(row: Row) -> dict[str, Any]:
         "loss": row.loss.mean,
         "loss_error": row.loss.error,
         "accuracy": row.accuracy.mean,
+        "accuracy_error": row.accuracy.error,
         "sensitivity": row.scores.sensitivity.mean,
+        "sensitivity_error": row.scores.sensitivity.error,
         "band_decades": row.scores.band,
         "cliff": row.scores.cliff,
         "skipped": row.skipped,
@@ -148,6 +151,9 @@ def make_row(runs: Runs, trivial_loss: float | None) -> Row:
         for i, ended in np.ndenumerate(runs.ended)
     ]
     of_runs = lambda statistic: np.reshape([*map(statistic, losses)], final.shape)
+    diverged = of_runs(divergence)
+    lost = ~np.isfinite(final) & (diverged < 0)
+    diverged = np.where(lost, steps[runs.ended - 1], diverged)
     return Row(
         name=runs.candidate.name,
         scores=scores,
@@ -161,7 +167,7 @@ def make_row(runs: Runs, trivial_loss: float | None) -> Row:
         skipped=float(skipped[best].mean()),
         spikes=float(of_runs(spikes)[best].mean()),
         rounds=float(steps[runs.best[best]].mean()),
-        diverged=of_runs(divergence),
+        diverged=diverged,
         trivial=scores.trivial & (trivial_loss is not None),
         dead=float(scores.dead[best]),
         seconds=runs.run_seconds,

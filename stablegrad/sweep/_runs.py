@@ -11,6 +11,8 @@ from ._compiled import Programs
 from ._experiment import Experiment
 from ._trainer import Trainer
 
+STUCK = 10  # Skipped steps at the end of a run that break it, as `roll_back(after=10)`.
+
 
 class Runs:
     """Runs of one candidate at every learning rate from every seed.
@@ -78,18 +80,27 @@ class Runs:
         alive = np.ones(programs.size, bool)
         lowest = np.full(programs.size, np.inf)
         train_loss = np.full(programs.size, np.nan)
+        broken = np.zeros(programs.size, int)  # Losses of the interval not finite.
         for index, step in enumerate(experiment.evaluations.tolist()):
             runs, found = programs.evaluate(runs, train_loss)
             for name, values in found.items():
                 values = np.broadcast_to(values, alive.shape)[alive]
                 by_run(self.measured[name])[indices[alive], index] = values
             self.ended.flat[indices[alive]] = index + 1
+            skipped = by_run(self.measured["skipped"])[indices]
+            rise = skipped[:, index] - skipped[:, max(index - 1, 0)]
+            harmless = (broken > 0) & (broken <= rise)  # A guard has skipped them all.
+            if not experiment.slices:
+                lost = alive & (broken > 0) & ~harmless
+                by_run(self.measured["loss"])[indices[lost], index] = np.nan
             loss = by_run(self.measured["loss"])[indices, index]  # nan after the end.
             better, lowest = loss < lowest, np.fmin(loss, lowest)
-            # All steps of an interval may be those that a guard has skipped.
-            skipped = by_run(self.measured["skipped"])[indices]
-            rises = skipped[:, index] > skipped[:, max(index - 1, 0)]
-            refused = ~np.isfinite(loss) & rises
+            # All steps of an interval may be those that a guard has skipped. Without a
+            # finite loss on a validation set, or in the last steps, a run is broken.
+            refused = ~np.isfinite(loss) & harmless & (not experiment.slices)
+            if step == experiment.steps:
+                last = by_run(self.train_loss)[indices, -STUCK:]
+                refused &= np.isfinite(last).any(axis=1) | (step < STUCK)
             counts = alive & ~refused if experiment.patience is None else better
             self.best.flat[indices[counts]] = index
             if experiment.patience is not None:
@@ -105,7 +116,7 @@ class Runs:
             self.steps_taken += count * number
             steps = slice(step, step + number)
             by_run(self.train_loss)[indices[alive], steps] = losses[alive]
-            # A guard may have skipped steps whose loss is not finite.
+            broken = np.sum(~np.isfinite(losses), axis=1)
             train_loss = np.ma.masked_invalid(losses).mean(axis=1).filled(np.nan)
             yield step + number
         self.run_seconds += time.perf_counter() - started

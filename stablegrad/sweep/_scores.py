@@ -87,6 +87,8 @@ def score(rates, trivial_loss: float, curves) -> Scores:
     low = max(outside[outside < best], default=-1) + 1
     high = min(outside[outside > best], default=len(loss)) - 1
     beyond = np.flatnonzero(loss > loss.min() + CLIFF)
+    known = np.isfinite(trivial_loss)
+    enough = trivial_loss - (TRIVIAL * abs(trivial_loss) if known else 0.0)
     return Scores(
         loss=loss,
         broken=np.sum(~np.isfinite(final), axis=0),
@@ -97,6 +99,6 @@ def score(rates, trivial_loss: float, curves) -> Scores:
         best_rate=float(rates[best]) if np.isfinite(loss[best]) else np.nan,
         band=float(np.log10(rates[high] / rates[low])),
         cliff=float(min((rates[i] for i in beyond if i > best), default=np.nan)),
-        trivial=np.any(~(final < (1 - TRIVIAL) * trivial_loss), axis=0),
+        trivial=np.any(~(final < enough), axis=0),
         dead=dead.mean(axis=0),
     )
