@@ -80,7 +80,7 @@ def events(state: Any, params: Any = None) -> Events:
 
     Args:
         state: A state with a guard's state anywhere in it, as for `metrics`.
-        params: Not needed: a guard knows the names. If given, they are read from it.
+        params: A pytree whose names are used instead of those that the guard stored.
 
     Returns:
         A list of `Event`s: first and last step (from 0), kind, reason, leaf, gradient

@@ -46,7 +46,8 @@ def metrics(state: Any) -> dict[str, jax.Array]:
         - `back_off_scale`: the part of `lr_scale` that comes from `back_off`.
         - `trust_radius`, `trust_ratio`, `trust_target`, `trust_scale`, `trust_probes`,
           `trust_cuts`: of a `trust_region`; the radius is inf while it does not bind.
-          `trust_mismatch`: it is off, as `value_fn` or gradients do not fit `value`.
+          `trust_mismatch`: 1 if it is off because `value_fn` or the gradients do not
+          belong to `value`.
         - `rolled_back`, `roll_backs`, `roll_back_refusal`, `snapshots`, `snapshot_age`:
           of a `roll_back`, which documents them.
         - `layer_health_checks`, `layer_health_excess`, and for each layer
@@ -104,7 +105,7 @@ def is_healthy(state: Any, *trees: Any, params: Any = None) -> jax.Array:
     Args:
         state: A state with a guard's state anywhere in it, as for `metrics`.
         *trees: Parameters, batch statistics and other pytrees to look at.
-        params: One more of them.
+        params: Another pytree to look at.
 
     Returns:
         A rank-0 bool, usable inside jit. A single skipped step is healthy.
@@ -158,7 +159,8 @@ def keep_if_skipped(state: Any, old: Any, new: Any) -> Any:
 
     Raises:
         ValueError: If there is no guard in the state, or if the trees differ in
-            structure, shapes or dtypes; of an ensemble, if an array has not its axes.
+            structure, shapes or dtypes; for an ensemble, if an array lacks its leading
+            axes.
 
     Example:
         >>> import jax.numpy as jnp, optax

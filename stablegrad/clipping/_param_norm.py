@@ -31,9 +31,9 @@ def clip_by_param_norm(
     Args:
         ratio: Tolerated share of the parameters' norm, > 0. The paper's 0.01 is for
             batches of 1024 and more; small batches need up to 0.16.
-        eps: Least norm of a unit's parameters that is assumed, > 0; may be 0 if
-            published. None: 1, usual at
-            initialisation; 1e-3 if published, which hardly moves layers of zeros.
+        eps: Lower bound on the norm of a unit's parameters, > 0, or >= 0 if published.
+            None: 1, the usual norm at initialisation; 1e-3 if published, with which
+            layers of zeros hardly move.
         axis: The axes of a unit, as for `units`.
         stacked: The leaves with a leading layer axis, as for `units`.
         exclude: The leaves that are not clipped, as for `units`; in the paper the

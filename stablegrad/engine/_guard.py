@@ -38,7 +38,7 @@ APPLY = "guard_apply"  # The attribute of a guard's `update` that holds its `app
 
 
 class GuardedTransformation(optax.GradientTransformationExtraArgs):
-    """A guard's `init` and `update`."""
+    """An Optax transformation that guards its inner optimizer; `guard` makes it."""
 
 
 def guard(

@@ -180,7 +180,7 @@ def _shortened(update: Callable[[], Any], scale, like):
 def _may_probe(response: Response, step: StepContext, searched: bool) -> bool:
     """Return whether a response probes along a step; raise if it lacks what it needs.
 
-    An optional probe rests beside a line search, which has evaluated the loss already.
+    An optional probe is off beside a line search, which has evaluated the loss already.
     """
     if response.look_ahead is None or (searched and not response.needs_value_fn):
         return False

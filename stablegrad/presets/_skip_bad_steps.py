@@ -56,7 +56,7 @@ def skip_bad_steps(
             (1, 0, 1), its floor (0, 1e-6, 0), and when half a window is reached.
         sigma: Deviations, for the first three, > 0.
         window: Steps that are remembered, for the first three, >= 4.
-        multiplier: As above, for the last two, > 1.
+        multiplier: Of the running mean, or of the deviation, for the last two, > 1.
         max_consecutive: Finite outliers rejected in a row at most; as published any
             number.
         halt_after: Non-finite steps, with none taken, until `halted` is raised.

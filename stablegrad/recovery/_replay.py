@@ -55,7 +55,7 @@ def replay(
         after: What the step returned, or of NNX the objects after it. It is needed for
             a step that was taken, or that rolled back, and is compared whole.
         times: Runs, >= 2.
-        device: Another `jax.Device` for one more run. Hold the state on one device.
+        device: Another `jax.Device` for one more run. The state must lie on one.
         by_example: Whether to take the step once for each example, with copies of it
             alone in the batch. Arrays with the same first axis as the first array of
             the batch are split. It takes as many more steps as there are examples.

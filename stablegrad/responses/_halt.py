@@ -23,7 +23,8 @@ def halt(after: int | jax.Array = 20) -> Response:
         halted_t = h_t >= after
 
     Non-finite steps are never applied. `raise_if_halted` turns the flag into an
-    exception on the host, and one good step clears it. Finite outliers do not halt.
+    exception on the host, and one step that is taken clears it. Finite outliers do not
+    halt.
 
     Args:
         after: Non-finite steps since the last taken one, >= 1.

@@ -12,7 +12,21 @@ FIRST_OUTLIER = 10
 
 
 class Reason(IntEnum):
-    """Reason why a step was skipped; a code below 10: something was nan or inf.
+    """Why a step was skipped. Codes below 10 mean that something was nan or inf.
+
+    - `NONE`: The step was taken.
+    - `NONFINITE_GRADIENT`: The norm of the incoming gradient was nan.
+    - `NONFINITE_VALUE`: The loss passed as `value=` was nan or inf.
+    - `NONFINITE_UPDATE`: No element of the optimizer's update was finite.
+    - `NONFINITE_STATE`: The new state was not finite: large trees on a CPU.
+    - `NONFINITE_SIGNAL`: A function given as `of=` returned nan or inf.
+    - `NONFINITE_PARAMETERS`: The parameters themselves were not finite.
+    - `GRADIENT_OVERFLOW`: The gradient norm was 1e18 or more, or inf.
+    - `GRADIENT_NORM`: The gradient norm was above its threshold.
+    - `VALUE`: The loss was above its threshold.
+    - `UPDATE_NORM`: The norm of the update was above its threshold.
+    - `SIGNAL`: A function given as `of=` was above its threshold.
+    - `PARAMETER_NORM`: Parameters or moments had outgrown a snapshot of `roll_back`.
 
     Example:
         >>> import stablegrad as sg
@@ -20,19 +34,19 @@ class Reason(IntEnum):
         'NONFINITE_UPDATE'
     """
 
-    NONE = 0  # The step was taken.
-    NONFINITE_GRADIENT = 1  # The norm of the incoming gradient was nan.
-    NONFINITE_VALUE = 2  # The loss passed as `value=` was nan or inf.
-    NONFINITE_UPDATE = 3  # No element of the optimizer's update was finite.
-    NONFINITE_STATE = 4  # The new state was not finite: large trees on a CPU.
-    NONFINITE_SIGNAL = 5  # A function given as `of=` returned nan or inf.
-    NONFINITE_PARAMETERS = 6  # The parameters themselves were not finite.
-    GRADIENT_OVERFLOW = 7  # The gradient norm was 1e18 or more, or inf.
-    GRADIENT_NORM = 10  # The gradient norm was above its threshold.
-    VALUE = 11  # The loss was above its threshold.
-    UPDATE_NORM = 12  # The norm of the update was above its threshold.
-    SIGNAL = 13  # A function given as `of=` was above its threshold.
-    PARAMETER_NORM = 14  # Parameters or moments had outgrown a snapshot: `roll_back`.
+    NONE = 0
+    NONFINITE_GRADIENT = 1
+    NONFINITE_VALUE = 2
+    NONFINITE_UPDATE = 3
+    NONFINITE_STATE = 4
+    NONFINITE_SIGNAL = 5
+    NONFINITE_PARAMETERS = 6
+    GRADIENT_OVERFLOW = 7
+    GRADIENT_NORM = 10
+    VALUE = 11
+    UPDATE_NORM = 12
+    SIGNAL = 13
+    PARAMETER_NORM = 14
 
 
 _CODES = {

@@ -23,7 +23,9 @@ def skip(*thresholds: Threshold, max_consecutive: int | jax.Array = 20) -> Respo
         c_t = min(c_{t-1} + 1, max_consecutive) if exceeded_t, 0 at a normal step taken
 
     A rejected step leaves the parameters and the inner optimizer's state bit for bit as
-    they were. A nan or inf is always rejected. Finite outliers are taken after
+    they were. A gradient, or a signal of `thresholds`, that is nan or inf is
+    always rejected; a loss only if one of them watches it, as `nonfinite(of="value")`
+    does. Finite outliers are taken after
     `max_consecutive` in a row, so that no threshold can stop a run for ever.
 
     Args:

@@ -90,7 +90,8 @@ def rarity(
         patience: Unusual values in a row after which more of their size are usual,
             >= 1.
         of: What is measured, as for `fixed`.
-        per: The granularity, as for `fixed`. The state holds 110 float32 a group.
+        per: The granularity, as for `fixed`. The state holds 116 numbers of 4
+            bytes a group.
 
     Returns:
         A threshold for a response. A nan or inf is never usual, and never enters the

@@ -72,8 +72,9 @@ def trust_region(
     detect gradients more than 1.5 times too large, and, where they find a step harmful,
     a `value_fn` that does not repeat the loss: most of the rise is at the parameters
     themselves, too. The first step also tells gradient ascent, which raises the loss as
-    its gradient promises. `trust_mismatch` is then set, and the trust region rests for
-    good. To maximise, pass the negative as the loss, with its own gradient.
+    its gradient promises. `trust_mismatch` is then set, and the trust region is
+    switched off for the rest of the run. To maximise, pass the negative as the loss,
+    with its own gradient.
 
     Args:
         every: Steps between probes, >= 1: each costs one forward pass.
@@ -124,7 +125,7 @@ def trust_region(
 
 
 def optional_trust_region() -> Response:
-    """Return the default trust region, which rests while no `value_fn=` is passed."""
+    """Return the default trust region, which is off while no `value_fn=` is passed."""
     return _trust_region(4, "forward", required=False)
 
 
