@@ -104,7 +104,7 @@ def explosion_aware_schedule(
         parameters in bfloat16, inject with `hyperparam_dtype=jnp.float32`: else optax
         rounds Adam's b2 of 0.999 to 1, and every update is nan. Give Adam also
         `mu_dtype=jnp.float32`, with `static_args=("mu_dtype",)`: else the dtype of mu
-        changes in the first step, which `lax.scan` refuses.
+        changes in the first step, which `lax.scan` refuses (optax 0.2.8).
 
     Raises:
         TypeError: If `schedule` is neither a number nor a function, or an argument is

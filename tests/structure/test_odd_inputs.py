@@ -20,6 +20,7 @@ def deviation(outputs):
     return float(outputs["w"].astype(jnp.float32).std())
 
 
+@pytest.mark.slow
 def test_lsuv_keeps_the_nearest_kernel_where_bfloat16_cannot_reach_the_tolerance():
     x = jax.random.normal(KEY, (256, 16)).astype(jnp.bfloat16)
     outputs = lambda params: {"w": x @ params["w"]}
@@ -52,6 +53,7 @@ def test_lsuv_leaves_a_kernel_before_a_norm_as_it_is():
     chex.assert_trees_all_equal(structure.lsuv(outputs, params), params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_scheduled_decay_keeps_the_dtype_of_updates(dtype):
     rate = optax.linear_schedule(1e-2, 0.0, 10)
@@ -91,6 +93,7 @@ def test_a_partitioned_initialiser_within_a_scaled_one_is_an_error(with_partitio
         structure.depth_scaled_init(inner, 4)(KEY, (4, 4), jnp.float32)
 
 
+@pytest.mark.slow
 def test_residuals_and_orthogonal_kernels_need_no_implicit_promotion():
     x = jnp.ones((2, 4), jnp.bfloat16)
     orthogonal = structure.activation_init(jax.nn.relu, distribution="orthogonal")
@@ -101,8 +104,12 @@ def test_residuals_and_orthogonal_kernels_need_no_implicit_promotion():
         chex.assert_trees_all_equal(branch.apply(variables, x), doubled)
         assert orthogonal(KEY, (4, 4), jnp.bfloat16).dtype == jnp.bfloat16
     np.testing.assert_array_equal(doubled.astype(float), 1.5)
-    with jax.enable_x64(True):
-        scale = branch.init(KEY, x)["params"]["scale"]
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_factor_of_a_residual_is_float32_whatever_the_default_dtype():
+    branch = linen_layers.ScaledResidual(lambda x: x)
+    scale = branch.init(KEY, jnp.ones((2, 4)))["params"]["scale"]
     assert scale.dtype == jnp.float32
 
 
@@ -183,6 +190,7 @@ def attention(heads=4, **settings):
     ), jax.random.normal(KEY, (2, 5, 16))
 
 
+@pytest.mark.slow
 def test_wrong_settings_of_layers_are_errors_where_they_are_made():
     with pytest.raises(ValueError, match="`max_norm`"):
         nnx_layers.LimitGradient(-1.0)
@@ -211,6 +219,7 @@ def test_a_layer_in_two_places_has_one_attention_and_is_none_of_them():
     assert list(nnx_layers.largest_logits({"a": layer, "b": layer})) == ["a"]
 
 
+@pytest.mark.slow
 def test_logits_behind_a_norm_shrink_by_its_gains_and_not_by_kernels():
     layer, x = attention(attention_fn=nnx_layers.Attention(4), normalize_qk=True)
     layer.query_ln.scale[...] *= 30
