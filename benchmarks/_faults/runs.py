@@ -1,5 +1,6 @@
 """A run under a schedule of faults, with everything that is judged about it."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -164,6 +165,7 @@ def run_many(run, schedules: Schedule, *, vmapped: bool) -> Outcome:
     return jax.tree.map(lambda *xs: np.stack(xs), *jax.device_get(found))
 
 
+@functools.cache
 def clean_loss(optimizer: str, dtype: str) -> float:
     """What the bare optimizer reaches without a fault."""
     return float(jax.jit(make_run(optimizer, dtype, "bare"))(none()).loss)
