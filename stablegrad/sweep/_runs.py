@@ -87,20 +87,13 @@ class Runs:
                 values = np.broadcast_to(values, alive.shape)[alive]
                 by_run(self.measured[name])[indices[alive], index] = values
             self.ended.flat[indices[alive]] = index + 1
-            skipped = by_run(self.measured["skipped"])[indices]
-            rise = skipped[:, index] - skipped[:, max(index - 1, 0)]
-            harmless = (broken > 0) & (broken <= rise)  # A guard has skipped them all.
-            if not experiment.slices:
-                lost = alive & (broken > 0) & ~harmless
+            skipped = self._skipped_all(indices, index, broken)
+            if not experiment.slices:  # The loss is the mean of the finite ones.
+                lost = alive & (broken > 0) & ~skipped
                 by_run(self.measured["loss"])[indices[lost], index] = np.nan
             loss = by_run(self.measured["loss"])[indices, index]  # nan after the end.
             better, lowest = loss < lowest, np.fmin(loss, lowest)
-            # All steps of an interval may be those that a guard has skipped. Without a
-            # finite loss on a validation set, or in the last steps, a run is broken.
-            refused = ~np.isfinite(loss) & harmless & (not experiment.slices)
-            if step == experiment.steps:
-                last = by_run(self.train_loss)[indices, -STUCK:]
-                refused &= np.isfinite(last).any(axis=1) | (step < STUCK)
+            refused = ~np.isfinite(loss) & skipped
             counts = alive & ~refused if experiment.patience is None else better
             self.best.flat[indices[counts]] = index
             if experiment.patience is not None:
@@ -121,3 +114,18 @@ class Runs:
             yield step + number
         self.run_seconds += time.perf_counter() - started
         yield experiment.steps
+
+    def _skipped_all(self, indices, index: int, broken) -> np.ndarray:
+        """Return whether a guard has skipped all steps whose loss is not finite.
+
+        `broken` counts them since the last evaluation. It is no excuse for a validation
+        loss that is not finite, nor for a run that is stuck at its end.
+        """
+        by_run = lambda values: values.reshape(len(self._members), -1)[indices]
+        skipped = by_run(self.measured["skipped"])
+        rise = skipped[:, index] - skipped[:, max(index - 1, 0)]
+        excused = (broken > 0) & (broken <= rise) & (not self.experiment.slices)
+        if index == len(self.experiment.evaluations) - 1:
+            last = by_run(self.train_loss)[:, -STUCK:]
+            excused &= np.isfinite(last).any(axis=1) | (last.shape[1] < STUCK)
+        return excused
