@@ -68,6 +68,7 @@ def rarity(
     statistics again: an outlier weighs 1 / `window` and hides nothing, and what comes
     again is usual after about share * window times. So that the limit does not stay
     open after a burst, a value above it is counted only if the one before it was not.
+    The first norm sets the level and counts for no edge, so the unit does not matter.
     After `patience` unusual values in a row, up to twice their mean is usual as well;
     after max(12, `patience`), the level moves to their mean. The first norm is accepted
     unchecked, the second up to 2^10 times the first, those up to the tenth up to 2^4
@@ -157,7 +158,8 @@ def _rule(settings: tuple):
         value = jnp.where(is_log, jnp.log2(jnp.maximum(signal, 1e-30)), bounded)
         distance, spread = value - state.level, spread_of(state)
         octaves = jnp.log2(jnp.maximum(distance, 1e-36)) - jnp.log2(spread)
-        r = jnp.where(is_log, distance, octaves)
+        # The first norm sets the level, so it lies at no distance from it.
+        r = jnp.where(is_log, jnp.where(state.seen > 0, distance, 0.0), octaves)
         unusual = r > base_reach(state)
         before = state.seen.astype(jnp.float32)
         # A spread means little before it has been followed for some steps.
@@ -180,7 +182,7 @@ def _rule(settings: tuple):
         near = jnp.clip(distance, -most, most)
         w = jnp.maximum(LEVEL_WEIGHT, 1 / (before + 1))
         most_run = jnp.maximum(patience, LASTING)
-        lasting = state.run.astype(jnp.float32) >= most_run
+        lasting = unusual & (state.run.astype(jnp.float32) >= most_run)
         wider = state.spread + w * (jnp.abs(near) - state.spread)
         # A run of unusual values widens the spread by its first, so it stays unusual.
         spread_now = jnp.where(unusual & (state.run > 0), state.spread, wider)

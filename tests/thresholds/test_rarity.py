@@ -34,7 +34,7 @@ def oracle(signals, share, window, margin, norm, patience=4):
         if not np.isfinite(x):
             continue
         y = np.log2(x) if norm else x
-        r = y - level if norm else np.log2(max(y - level, 1e-36) / s)
+        r = (y - level) * (seen > 0) if norm else np.log2(max(y - level, 1e-36) / s)
         unusual = r > reach + early
         counted = seen if norm else seen - 10
         weight = max(1 / window, 1 / (max(counted, 0) + 1))
@@ -47,7 +47,7 @@ def oracle(signals, share, window, margin, norm, patience=4):
         near = np.clip(y - level, -bound, bound)
         if not norm and (not unusual or run == 0):
             spread = 0.0 if seen == 0 else spread + w * (abs(near) - spread)
-        if run >= max(patience, 12):
+        if unusual and run >= max(patience, 12):
             level, run = run_mean, 0
         else:
             level, run = level + w * near, run + 1 if unusual else 0
@@ -144,12 +144,25 @@ def test_a_lasting_fall_is_followed():
     assert limits(DEFAULT, norms)[0][-1] < 1e-3
 
 
-def test_a_burst_leaves_the_limit_where_it_was():
+@pytest.mark.parametrize("steps", [5, 12])
+def test_a_burst_leaves_the_limit_where_it_was(steps):
     norms = lognormal(600)
-    norms[500:505] *= 1e3
+    norms[500 : 500 + steps] *= 1e3
     seen, exceeded, _ = limits(DEFAULT, norms)
     assert exceeded[500:504].all()
-    assert (seen[555:] < 10).all()
+    assert (seen[550 + steps :] < 10).all()
+
+
+def test_the_unit_of_a_norm_does_not_matter():
+    norms = lognormal(400)
+    norms[[50, 80]] *= 40
+    seen, exceeded, _ = limits(DEFAULT, norms)
+    assert exceeded[[50, 80]].all()
+    for unit in (1e-3, 10.0, 1e3, 1e6):
+        found, again, _ = limits(DEFAULT, unit * norms)
+        np.testing.assert_array_equal(again, exceeded)
+        close = np.isclose(found[1:], unit * seen[1:], rtol=RTOL)
+        assert close.mean() > 0.99
 
 
 @pytest.mark.parametrize("factor", [3, 50, 1e6, 1e11])
