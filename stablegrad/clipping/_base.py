@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
+from jax.core import Tracer
 
 from .. import _checks, _trees
 from .._compiled import compiled
@@ -131,12 +133,20 @@ def only_published(clip: Callable[..., Any], **settings) -> None:
     """Raise ValueError if a setting of the published method of a clip was given."""
     defaults = clip.__kwdefaults__ or {}
     for name, value in settings.items():
-        # `optax.inject_hyperparams` passes a default as an array.
-        if not isinstance(value, jax.Array) and value != defaults[name]:
+        default = defaults[name]
+        # `optax.inject_hyperparams` passes a default as an array, in its dtype.
+        if isinstance(value, jax.Array) and default is not None:
+            default = jnp.asarray(default, value.dtype)
+        if not isinstance(value, Tracer) and value != default:
             raise ValueError(
                 f"`{name}` belongs to the published rule: pass `published=True`, or "
                 f"leave it out; got {value!r}."
             )
+
+
+def patience_after(warmup_steps: int) -> int:
+    """Return the patience of a threshold: 50, or its warm-up if that is longer."""
+    return max(50, warmup_steps) if isinstance(warmup_steps, int | np.integer) else 50
 
 
 def clip_to_threshold(threshold: Threshold) -> NormClip:

@@ -8,7 +8,14 @@ from .._checks import require, require_count
 from ..granularity._groups import Granularity
 from ..thresholds._base import Scope
 from ..thresholds._ema_ratio import ema_ratio
-from ._base import NormClip, NormStep, clip_norms, clip_to_threshold, only_published
+from ._base import (
+    NormClip,
+    NormStep,
+    clip_norms,
+    clip_to_threshold,
+    only_published,
+    patience_after,
+)
 
 EPS = 1e-8
 
@@ -26,7 +33,7 @@ def clip_by_ema(
 
         g_i <- g_i * min(1, ratio * m_i / ||g_i||),    m that of `ema_ratio`
 
-    As published, with h the factor on the leaf and G the whole gradient, m rises by at
+    As published, with h the factor on the leaf and G all that is clipped, m rises by at
     most 0.1 % a step, so that most healthy steps are clipped:
 
         warm-up:  h = min(1, max_norm / (||G|| + 1e-8));  m = min(m, h ||g||)
@@ -64,7 +71,10 @@ def clip_by_ema(
         only_published(clip_by_ema, max_norm=max_norm)
         ratio = 2.0 if ratio is None else ratio
         warmup_steps = 25 if warmup_steps is None else warmup_steps
-        threshold = ema_ratio(ratio, decay=decay, warmup_steps=warmup_steps, per=per)
+        patience = patience_after(warmup_steps)
+        threshold = ema_ratio(
+            ratio, decay=decay, warmup_steps=warmup_steps, patience=patience, per=per
+        )
         clip = clip_to_threshold(threshold)
     return clip_norms("clip_by_ema", clip)
 

@@ -116,7 +116,8 @@ def _published(decay, reset_every: int) -> optax.GradientTransformationExtraArgs
         clipped = _elements.scale_above(updates, limit, shrink)
         if reset_every:
             steps = jnp.where(total % reset_every == 0, 1, steps)
-        norm, scale = measure(clipped).norm, jnp.min(shrink, initial=1.0)
+        shrunk = jnp.where(largest > limit, shrink, 1.0)
+        norm, scale = measure(clipped).norm, jnp.min(shrunk, initial=1.0)
         statistics = (running, steps, total)
         numbers = (statistics, measured, norm, limit, scale)
         return Clipped(clipped, *numbers, overflows=False)

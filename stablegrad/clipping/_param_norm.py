@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from .._checks import require
@@ -34,7 +35,8 @@ def clip_by_param_norm(
         eps: Lower bound on the norm of a unit's parameters, > 0, or >= 0 if published.
             None: 1, the usual norm at initialisation; 1e-3 if published, with which
             layers of zeros hardly move.
-        axis: The axes of a unit, as for `units`.
+        axis: The axes of a unit, as for `units`. None: inferred; if published, as in
+            the paper: the first for two or three axes, the first three for four.
         stacked: The leaves with a leading layer axis, as for `units`.
         exclude: The leaves that are not clipped, as for `units`; in the paper the
             classifier, for example "head".
@@ -58,6 +60,8 @@ def clip_by_param_norm(
     Reference:
         Brock et al. (2021), https://arxiv.org/abs/2102.06171.
     """
+    if published and axis is None and stacked is None:
+        axis = _published_axes
     per = units(axis, stacked, exclude)
     if published:
         clip = _published(ratio, 1e-3 if eps is None else eps, per)
@@ -65,6 +69,15 @@ def clip_by_param_norm(
         threshold = param_ratio(ratio, eps=1.0 if eps is None else eps, per=per)
         clip = clip_to_threshold(threshold)
     return clip_norms("clip_by_param_norm", clip)
+
+
+def _published_axes(path, leaf) -> tuple[int, ...]:
+    """Return the axes of a unit by the paper's code, and by optax's for five axes."""
+    del path
+    rank = np.ndim(leaf)
+    if sum(size > 1 for size in np.shape(leaf)) <= 1:
+        return tuple(range(rank))
+    return (0,) if rank <= 3 else tuple(range(rank - 1))
 
 
 def _published(ratio, eps, per: Units) -> NormClip:

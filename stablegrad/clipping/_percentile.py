@@ -71,7 +71,8 @@ def _published(q, window: int, per: Granularity) -> NormClip:
     def step(statistics, norms, scope: Scope) -> NormStep:
         ring, seen = statistics
         ring, seen = write(ring, seen % window, norms), seen + 1
-        used = jnp.arange(window)[None, :] < seen[:, None]
+        place = jnp.arange(window, dtype=jnp.int32)
+        used = place[None, :] < seen[:, None]
         limit = jnp.nanpercentile(jnp.where(used, ring, jnp.nan), q, axis=-1)
         poisoned = jnp.any(used & jnp.isnan(ring), axis=-1)
         limit = jnp.where(poisoned, jnp.nan, limit)

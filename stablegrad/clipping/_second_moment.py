@@ -187,7 +187,7 @@ def _published(
         armed = (number >= PROTECTED) & (age >= PROTECTED)
 
         def bound(v):
-            limit = jnp.sqrt(threshold * v.astype(jnp.float32))
+            limit = jnp.sqrt(threshold * v.real.astype(jnp.float32))
             return jnp.where(armed, limit, jnp.inf)
 
         bounds = _trees.map_inexact(bound, updates, yardstick)

@@ -162,7 +162,8 @@ def _published(optimizer, max_rms, decay, eps) -> optax.GradientTransformationEx
 
         ratios = _trees.map_inexact(squares, updates, updates, moment)
         rms = root(_moments.means(ratios, updates))
-        scales = Scales(1 / jnp.maximum(rms / max_rms, 1.0))
+        # As Python's `max(1, nan)`, which is 1.
+        scales = Scales(jnp.where(rms > max_rms, max_rms / rms, 1.0))
         out, inner = optimizer.update(updates, inner, params, **extra)
         measured = measure(out, updates)
         norm = scaled_norm(measured, scales, out, updates)

@@ -9,7 +9,14 @@ from ..granularity._groups import Granularity
 from ..thresholds._base import Scope
 from ..thresholds._statistics import write
 from ..thresholds._zscore import zscore
-from ._base import NormClip, NormStep, clip_norms, clip_to_threshold, only_published
+from ._base import (
+    NormClip,
+    NormStep,
+    clip_norms,
+    clip_to_threshold,
+    only_published,
+    patience_after,
+)
 
 MODES = ("zscore", "percentile")
 OPTIONS = ("adaptive_scaling", "mean")
@@ -88,7 +95,10 @@ def clip_by_zscore(
     else:
         only_published(clip_by_zscore, **settings)
         decay = 0.98 if decay is None else decay
-        threshold = zscore(z, decay=decay, warmup_steps=warmup_steps, per=per)
+        patience = patience_after(warmup_steps)
+        threshold = zscore(
+            z, decay=decay, warmup_steps=warmup_steps, patience=patience, per=per
+        )
         clip = clip_to_threshold(threshold)
     return clip_norms("clip_by_zscore", clip)
 

@@ -1,6 +1,7 @@
 """The decision on a step: signals to judgements, judgements to one verdict."""
 
 import difflib
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -147,12 +148,13 @@ def verdict_on(responses, states: tuple, judgements: PerThreshold) -> Verdict:
 def limit_names(responses: Iterable[Response]) -> list[str]:
     """Return one name a threshold, as `skip_zscore_value_limit`, repeats numbered."""
     names: list[str] = []
+    uses: Counter[str] = Counter()
     for response in responses:
         for threshold in response.thresholds:
             of = signal_name(threshold.of)
             base = f"{response.name}_{threshold.name}_{of}_limit"
-            repeats = sum(name.startswith(base) for name in names)
-            names.append(f"{base}_{repeats + 1}" if repeats else base)
+            uses[base] += 1
+            names.append(f"{base}_{uses[base]}" if uses[base] > 1 else base)
     return names
 
 

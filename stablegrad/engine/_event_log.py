@@ -116,10 +116,12 @@ def cause_of(
         rejects = (reason > 0) & (asked.reason == reason)
         cuts = backed_off & (reason == 0) & (asked.lr_scale < 1)
         for i, own in reversed([*enumerate(judged)]):
+            if not own.grouping.count:
+                continue
             worst = 0
             if own.grouping.count > 1:
-                some = jnp.any(own.nonfinite)
-                worst = jnp.argmax(jnp.where(some, own.nonfinite, own.exceeded))
+                excess = jnp.where(own.exceeded, own.signal / own.limit, 0.0)
+                worst = jnp.argmax(jnp.where(own.nonfinite, jnp.inf, excess))
             bad, large = own.nonfinite[worst], own.exceeded[worst]
             code = reason_code(response.thresholds[i].of, bad, large)
             at_fault = (rejects & (code == reason)) | (cuts & (bad | large))

@@ -165,9 +165,12 @@ def _unit_groups(settings: Units, tree, leaves) -> Grouping:
 
 def _label(per, path, leaf) -> Hashable:
     label = per(path, leaf)
-    if isinstance(label, Hashable):
-        return label
-    raise ValueError(
-        "the function `per` must return a label that can be hashed, such as a string, "
-        f"or None to leave the leaf out, got {label!r} for {_trees.path_name(path)!r}."
-    )
+    try:
+        hash(label)
+    except TypeError as error:
+        raise ValueError(
+            "the function `per` must return a label that can be hashed, such as a "
+            f"string, or None to leave the leaf out, got {label!r} for "
+            f"{_trees.path_name(path)!r}."
+        ) from error
+    return label

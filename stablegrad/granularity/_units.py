@@ -120,7 +120,7 @@ def _inferred_axes(leaf: Leaf, depth: int | None, declared: bool) -> Axes | None
     rank, rest = len(leaf.shape), leaf.shape[depth:]
     if len(rest) <= 1 or leaf.gain:
         return tuple(range(depth, rank))
-    if leaf.kind.endswith("embedding"):
+    if leaf.kind.endswith(("embedding", "embeddings")):
         return (rank - 1,)
     if depth in leaf.readings:
         return leaf.readings[depth]
@@ -133,7 +133,8 @@ def _inferred_axes(leaf: Leaf, depth: int | None, declared: bool) -> Axes | None
         return None  # No known layer has such a bias.
     if leaf.kind not in BIAS_OF and sum(size > 1 for size in rest) <= 1:
         return tuple(range(depth, rank))  # A vector: a class token (1, 1, features).
-    outputs = leaf.outputs if len(rest) == 3 else 1
+    # Four axes are taken for a convolution, unless names tell.
+    outputs = leaf.outputs or (1 if len(rest) == 4 else None)
     return None if outputs is None else tuple(range(depth, rank - outputs))
 
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from .._norms import OVERFLOW
 from ..thresholds._base import Scope, Threshold
 from ..thresholds._signals import Signal
 from ..thresholds._statistics import write
@@ -46,8 +47,9 @@ def window_mean(
 
     def limit(state: WindowState, scope: Scope) -> jax.Array:
         del scope
-        used = jnp.arange(window)[None, :] < state.values_seen[:, None]
-        count = jnp.sum(used, axis=-1)
+        place = jnp.arange(window, dtype=jnp.int32)
+        used = place[None, :] < state.values_seen[:, None]
+        count = jnp.sum(used, axis=-1).astype(jnp.float32)
         mean = jnp.sum(state.past_values, axis=-1, where=used) / count
         off = jnp.square(state.past_values - mean[:, None])
         spread = jnp.sqrt(jnp.sum(off, axis=-1, where=used) / (count - ddof))
@@ -82,14 +84,14 @@ def accepted_mean(multiplier: float | jax.Array, deviations: bool) -> Threshold:
         return jnp.nextafter(drops_from, jnp.float32(-jnp.inf))
 
     def update(state: AcceptedState, signal, exceeded) -> AcceptedState:
-        accepted = jnp.isfinite(signal) & ~exceeded
+        accepted = (signal < OVERFLOW) & ~exceeded
         count = state.accepted_steps.astype(jnp.float32)
         weight = DECAY * (1 - DECAY**count) / (1 - DECAY ** (count + 1))
         value = jnp.where(accepted, signal, 0.0)
         mean = weight * state.accepted_mean + (1 - weight) * value
         square = weight * state.accepted_square + (1 - weight) * jnp.square(value)
         return AcceptedState(
-            state.accepted_steps + accepted,
+            state.accepted_steps + accepted.astype(jnp.int32),
             jnp.where(accepted, mean, state.accepted_mean),
             jnp.where(accepted, square, state.accepted_square),
         )

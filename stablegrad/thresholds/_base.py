@@ -65,10 +65,11 @@ class Judgement(NamedTuple):
 
 def as_float32(settings: tuple) -> tuple:
     """Return settings as float32; numbers stay NumPy's, to outlive a trace."""
-    return tuple(
-        x.astype(jnp.float32) if isinstance(x, jax.Array) else np.float32(x)
-        for x in settings
-    )
+    with np.errstate(over="ignore"):  # A number beyond float32 is an inf.
+        return tuple(
+            x.astype(jnp.float32) if isinstance(x, jax.Array) else np.float32(x)
+            for x in settings
+        )
 
 
 def judge(

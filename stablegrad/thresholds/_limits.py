@@ -5,11 +5,12 @@ import jax.numpy as jnp
 
 from .._checks import require
 from ..granularity._groups import Granularity
-from ._base import Threshold
+from ._base import Threshold, as_float32
 from ._signals import Signal, check_signal, is_norm
 
 
 def _stateless(name, of, per, limit) -> Threshold:
+    (limit,) = as_float32((limit,))
     return Threshold(
         name,
         of,

@@ -78,7 +78,8 @@ def remember(recent: Recent, value, above, below, patience: int, like):
 def in_order(recent: Recent) -> jax.Array:
     """Return the remembered values of a full ring, oldest first."""
     width = recent.recent_values.shape[-1]
-    place = (recent.finite_seen[:, None] + jnp.arange(width)[None, :]) % width
+    place = jnp.arange(width, dtype=jnp.int32)
+    place = (recent.finite_seen[:, None] + place[None, :]) % width
     return jnp.take_along_axis(recent.recent_values, place, axis=-1)
 
 
