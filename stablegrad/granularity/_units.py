@@ -8,7 +8,8 @@ a scan or vmap over layers puts in front are found first, in order of evidence:
 3. Other leaves have the layer axes of the nearest subtree with a leaf of (1) or (2).
 
 The other axes give the unit: all of a gain, the row of an embedding, or the inputs of a
-weight by its bias, name or rank. More than one possible layout is an error.
+weight by its bias, name or rank. More than one possible layout is an error, but without
+a bias four axes and more are taken for a convolution.
 """
 
 import operator
@@ -133,8 +134,8 @@ def _inferred_axes(leaf: Leaf, depth: int | None, declared: bool) -> Axes | None
         return None  # No known layer has such a bias.
     if leaf.kind not in BIAS_OF and sum(size > 1 for size in rest) <= 1:
         return tuple(range(depth, rank))  # A vector: a class token (1, 1, features).
-    # Four axes are taken for a convolution, unless names tell.
-    outputs = leaf.outputs or (1 if len(rest) == 4 else None)
+    # Four axes and more are taken for a convolution.
+    outputs = leaf.outputs if len(rest) == 3 else 1
     return None if outputs is None else tuple(range(depth, rank - outputs))
 
 
