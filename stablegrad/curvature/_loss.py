@@ -71,12 +71,11 @@ def problem(
         raise TypeError(f"`loss_fn` must be a function of (params, batch), got {kind}.")
     graphdef, other_state = None, None
     nnx: Any = sys.modules.get("flax.nnx")  # It is loaded if `params` is its module.
-    is_module = lambda x: nnx is not None and isinstance(x, nnx.Module)
-    if is_module(params):
+    if nnx is not None and isinstance(params, nnx.Module):
         graphdef, *states = nnx.split(params, nnx.Param, ...)
         pure = getattr(nnx, "as_pure", None) or nnx.pure  # The older name.
         params, other_state = map(pure, states)
-    elif any(map(is_module, jax.tree.leaves(params, is_leaf=is_module))):
+    elif holds_nnx_module(params):
         raise TypeError(
             "`params` must be one Flax NNX module, got modules in a container. Put "
             "them in one: `nnx.Dict(first=..., second=...)`."
@@ -96,6 +95,13 @@ def problem(
         raise ValueError("`params` must have a floating-point leaf, got none.")
     loss = Loss(_hashable(loss_fn), treedef, tuple(constants), graphdef)
     return loss, treedef.unflatten(trained), (tuple(frozen), other_state)
+
+
+def holds_nnx_module(tree) -> bool:
+    """Return whether a tree is a Flax NNX module, or has one anywhere within it."""
+    nnx: Any = sys.modules.get("flax.nnx")
+    is_module = lambda x: nnx is not None and isinstance(x, nnx.Module)
+    return any(map(is_module, jax.tree.leaves(tree, is_leaf=is_module)))
 
 
 def optimizer(tx, asker: str) -> optax.GradientTransformationExtraArgs:

@@ -128,7 +128,8 @@ def normalize_qk(
         wide = x.astype(np.promote_types(x.dtype, np.float32))
         # The result does not depend on the unit; without it large squares overflow.
         unit = jnp.max(jnp.abs(wide), axis=-1, keepdims=True, initial=1.0)
-        wide /= jax.lax.stop_gradient(jnp.where(jnp.isfinite(unit), unit, 1.0))
+        unit = jax.lax.stop_gradient(jnp.where(jnp.isfinite(unit), unit, 1.0))
+        wide /= unit
         square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
         least = jnp.asarray(eps, wide.dtype) / jnp.square(unit)
         return (wide * jax.lax.rsqrt(square + least)).astype(x.dtype)

@@ -78,7 +78,8 @@ def compare(
     Returns:
         A `Comparison`: `str()` is the ranked table, `figure()` draws curves,
         `records()` is for data frames, and `save()` writes JSON. A run whose loss is
-        nan or inf counts with its loss before training.
+        nan or inf counts with its loss before training, unless a guard skipped those
+        steps and training went on: not if it skipped the last ten.
 
     Raises:
         TypeError: If `loss_fn` takes neither two nor four arguments, or a candidate has

@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ import numpy as np
 
 from .. import _checks
 from .._trees import is_inexact
-from ..curvature._loss import outline
+from ..curvature._loss import holds_nnx_module, outline
 
 SLICE = 1000  # Validation examples that are evaluated in one call.
 ARRAYS = (jax.Array, np.ndarray, np.generic)
@@ -59,9 +58,7 @@ def make_experiment(
     for name, given in ("hidden", hidden), ("evaluate", evaluate):
         if validation is None and given is not None:
             raise ValueError(f"`{name}` needs `validation=`, the examples to evaluate.")
-    nnx: Any = sys.modules.get("flax.nnx")  # Imported if `params` is a module.
-    is_module = lambda x: nnx is not None and isinstance(x, nnx.Module)
-    if any(map(is_module, jax.tree.leaves(params, is_leaf=is_module))):
+    if holds_nnx_module(params):
         raise TypeError(
             "`params` must be a pytree or a function of a key, got a Flax NNX module. "
             "Split it:\n"
@@ -70,10 +67,11 @@ def make_experiment(
             " batch)"
         )
     leaves = [] if _is_function(params) else jax.tree.leaves(params)
-    arrays = [x for x in leaves if isinstance(x, ARRAYS)]
+    has_array = any(isinstance(x, ARRAYS) for x in leaves)
     # Beside arrays, a number is a setting of a module.
-    trained = [x for x in arrays or leaves if is_inexact(x)]
-    if others := [x for x in leaves if not any(x is own for own in trained)]:
+    kinds = ARRAYS if has_array else (float, complex)
+    is_trained = lambda x: isinstance(x, kinds) and is_inexact(x)
+    if others := [x for x in leaves if not is_trained(x)]:
         raise TypeError(
             "`params` must have floating-point arrays for leaves, got "
             f"{_checks.short_repr(others[0])}. Split an Equinox module:\n"
