@@ -71,16 +71,16 @@ def decay_with_schedule(
         return ScheduledDecayState(jnp.zeros((), jnp.int32))
 
     def update_fn(updates, state: Any, params: Any = None):
-        # Optax 0.2.6 takes a schedule here, but never counts its steps.
         if params is None:
             raise missing_params("`decay_with_schedule`")
-        rate = jnp.asarray(schedule(state.decay_steps), jnp.float32)
+        rate = jnp.asarray(schedule(state.decay_steps))
         factor = weight_decay * rate / peak
 
         def decayed(update, param):
             if update is None:
                 return None
-            wide = np.promote_types(jnp.result_type(param), np.float32)
+            narrow = np.promote_types(jnp.result_type(param), update.dtype)
+            wide = np.promote_types(narrow, np.float32)
             decay = factor.astype(wide) * jnp.asarray(param, wide)
             return (jnp.asarray(update, wide) + decay).astype(update.dtype)
 

@@ -155,8 +155,8 @@ def attend(
 
     Args:
         query: Shape (..., queries, heads, depth d).
-        key: Shape (..., keys, heads, depth d).
-        value: Shape (..., keys, heads, depth).
+        key: Shape (..., keys, heads, depth d); one head is shared by all queries.
+        value: Shape (..., keys, heads, depth); one head is shared by all queries.
         mask: Broadcastable to (..., heads, queries, keys). What is False or 0 is not
             seen, as in Flax's masks; a bias to be added to the logits is no mask.
         cap: Bound of `soft_cap` on the logits, > 0. None: no cap.
@@ -168,8 +168,8 @@ def attend(
         float32 or wider.
 
     Raises:
-        ValueError: If a concrete `cap` is not > 0, or queries, keys and values differ
-            in their number of heads.
+        ValueError: If a concrete `cap` is not > 0, or keys or values have another
+            number of heads than 1 and that of the queries.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -182,11 +182,12 @@ def attend(
     Reference:
         Vaswani et al. (2017), https://arxiv.org/abs/1706.03762.
     """
-    if len({x.shape[-2] for x in (query, key, value)}) > 1:
+    heads = query.shape[-2]
+    if not {key.shape[-2], value.shape[-2]} <= {1, heads}:
         raise ValueError(
-            f"`query`, `key` and `value` have {query.shape[-2]}, {key.shape[-2]} and "
-            f"{value.shape[-2]} heads, which must be equal. Repeat keys and values "
-            "that several queries share: `jnp.repeat(key, times, axis=-2)`."
+            f"`key` and `value` must have 1 head or the {heads} of `query`, got "
+            f"{key.shape[-2]} and {value.shape[-2]}. Repeat those that several queries "
+            "share: `jnp.repeat(key, times, axis=-2)`."
         )
     if qk_norm:
         query, key = normalize_qk(query, key)

@@ -180,10 +180,15 @@ def test_integer_logits_are_an_error(function):
         function(jnp.arange(4))
 
 
-def test_fewer_keys_than_queries_are_an_error_with_a_cure():
-    query, key = jnp.ones((2, 5, 4, 8)), jnp.ones((2, 5, 2, 8))
-    with pytest.raises(ValueError, match=r"4, 2 and 2 heads.*jnp.repeat"):
-        structure.attend(query, key, key)
+def test_keys_and_values_have_one_head_or_as_many_as_queries():
+    query, keys = jax.random.normal(KEY, (2, 2, 5, 4, 8))
+    shared = keys[..., :1, :]
+    repeated = jnp.repeat(shared, 4, axis=-2)
+    found = structure.attend(query, shared, shared)
+    expected = structure.attend(query, repeated, repeated)
+    chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match=r"got 2 and 4.*jnp.repeat"):
+        structure.attend(query, keys[..., :2, :], keys)
 
 
 def attention(heads=4, **settings):
