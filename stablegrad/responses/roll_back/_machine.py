@@ -19,7 +19,7 @@ from ..._trees import count_if, increment
 NOTHING, REPLACE, SHIFT, RESTORE = 0, 1, 2, 3  # RESTORE + i: the snapshot in slot i.
 # Largest growth of the norm of the parameters since the last snapshot, and of the norm
 # of the moments over that of any snapshot; beyond either, the snapshot is restored.
-MOST_GROWTH = (100.0, 1e6)
+PARAMETER_GROWTH, MOMENT_GROWTH = 100.0, 1e5
 
 
 class Refusal(IntEnum):
@@ -153,8 +153,8 @@ def plan(
     steps = increment(state.steps)
     later = jnp.maximum(steps - ages[newest], 1).astype(jnp.float32)
     later = steps.astype(jnp.float32) / later
-    largest = jnp.asarray(MOST_GROWTH, jnp.float32) * jnp.square(later) * before
-    largest = jnp.where(judged, largest, jnp.inf)
+    growth = jnp.stack([PARAMETER_GROWTH * jnp.square(later), MOMENT_GROWTH])
+    largest = jnp.where(judged, growth * before, jnp.inf)
     planned = Plan(
         action.astype(jnp.int32),
         instead.astype(jnp.int32),
