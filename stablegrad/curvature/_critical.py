@@ -131,10 +131,10 @@ def critical_learning_rate(
 
 def _listed_batches(more_batches, batch) -> list[Any]:
     """List `more_batches`; raise ValueError if one is not structured like `batch`."""
-    is_array = hasattr(more_batches, "dtype")
-    found = more_batches if is_array else list(more_batches)
+    many = isinstance(more_batches, Iterable) and not hasattr(more_batches, "dtype")
+    found = list(more_batches) if many else more_batches
     expected = jax.tree.structure(batch)
-    if is_array or any(jax.tree.structure(one) != expected for one in found):
+    if not many or any(jax.tree.structure(one) != expected for one in found):
         raise ValueError(
             "`more_batches` must be a list of batches with the structure of `batch`, "
             f"even for a single one, got {_loss.outline(found)}."

@@ -205,6 +205,8 @@ def outline(tree) -> str:
     """Return the shapes of a pytree, on one line."""
     if hasattr(tree, "dtype"):
         return f"an array of shape {tuple(tree.shape)}"
+    if tree is None or isinstance(tree, int | float):
+        return repr(tree)
     return " ".join(repr(jax.tree.map(np.shape, tree)).split())[:100]
 
 

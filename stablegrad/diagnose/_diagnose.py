@@ -94,6 +94,8 @@ def diagnose(
     _checks.require_count("steps", steps, 0)
     if steps and tx is None:
         raise ValueError(f"`steps` must be 0 without `tx`, got {steps}.")
+    if not isinstance(more_batches, Iterable):
+        raise ValueError(f"`more_batches` must be a list, got {more_batches!r}.")
     more_batches = list(more_batches)
     _require_batches(batch, more_batches)
     with jax.debug_nans(False), jax.debug_infs(False):  # A nan is a finding.

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from .._text_files import write_whole
 from . import _figure, _html, _table
 from ._layers import Layer
 from .rules import SEVERITIES, Facts, Rule, Verdict
@@ -77,14 +78,14 @@ class Report:
         """Return the same as JSON, and write it to `path` if one is given."""
         text = json.dumps(self.to_dict(), indent=1, allow_nan=False)
         if path is not None:
-            Path(path).write_text(text, encoding="utf-8")
+            write_whole(Path(path), text)
         return text
 
     def to_html(self, path: str | Path | None = None) -> str:
         """Return a page without outside references, and write it to `path`."""
         page = _html.page(self)
         if path is not None:
-            Path(path).write_text(page, encoding="utf-8")
+            write_whole(Path(path), page)
         return page
 
     def figure(self) -> Any:

@@ -10,9 +10,9 @@ from typing import Any
 
 from .._checks import require
 from .._events import Event, Events, event_key, events
+from .._text_files import write_whole
 from ..engine._event_log import NUMBERS
 from ..engine._record import EventKind
-from ._files import write_whole
 
 KINDS = tuple(kind.name.lower() for kind in EventKind)
 

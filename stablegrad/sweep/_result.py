@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from .._text_files import write_whole
 from ._curves import divergence, spikes, without_refused
 from ._figure import draw
 from ._runs import Runs
@@ -78,7 +79,7 @@ class Comparison:
             "rows": [{**_record(row), **_arrays(row)} for row in self.rows],
         }
         finite = json.loads(json.dumps(result), parse_constant=lambda name: None)
-        Path(path).write_text(json.dumps(finite))
+        write_whole(Path(path), json.dumps(finite))
 
     def figure(self, most: int = 10) -> Any:
         """Draw training curves, and final loss against learning rate.

@@ -280,6 +280,8 @@ def test_another_rate_than_the_one_in_the_optimizers_state_is_an_error():
         (DIAGONAL, np.ones(2), r"an array of shape \(2,\)"),
         ((DIAGONAL, DIAGONAL), (DIAGONAL, DIAGONAL), r"\[\(2,\), \(2,\)\]"),
         ({"x": DIAGONAL}, {"x": DIAGONAL}, r"\[\(\)\]"),
+        (DIAGONAL, None, "None"),
+        (DIAGONAL, 3, "3"),
     ],
 )
 def test_one_batch_in_place_of_a_list_of_more_is_an_error(batch, more, got):

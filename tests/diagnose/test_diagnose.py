@@ -504,3 +504,5 @@ def test_further_batches_must_be_shaped_as_the_first(more):
     params, x = {"w": jnp.ones((3, 1))}, jnp.ones((8, 3))
     with pytest.raises(ValueError, match="shaped as `batch`"):
         sg.diagnose(loss_fn, params, x, optax.sgd(0.1), steps=2, more_batches=more)
+    with pytest.raises(ValueError, match="`more_batches` must be a list, got None"):
+        sg.diagnose(loss_fn, params, x, optax.sgd(0.1), steps=2, more_batches=None)

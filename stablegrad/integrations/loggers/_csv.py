@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ...flight_recorder._files import append_lines, write_whole
+from ..._text_files import append_lines, write_whole
 
 
 class CSV:

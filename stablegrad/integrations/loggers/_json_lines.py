@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from ...flight_recorder._files import append_lines
+from ..._text_files import append_lines
 
 
 class JSONLines:

@@ -8,9 +8,13 @@ def write_whole(path: Path, text: str) -> None:
     """Replace a file at once: it holds the whole old text or the whole new text.
 
     A draft that a killed process left is overwritten by the next one. Of a symbolic
-    link, the file that it leads to is replaced.
+    link, the file that it leads to is replaced. A device, such as `/dev/stdout`, is
+    written to.
     """
     path = path.resolve()
+    if path.exists() and not path.is_file():
+        path.write_bytes(text.encode())
+        return
     draft = path.with_name(f"{path.name}.tmp")
     try:
         draft.write_bytes(text.encode())
