@@ -37,6 +37,9 @@ def compiled(
         check_state(state)
         check_extra(extra)
         whole, params = params, matching_params(params, updates)
+        value = extra.get("value")
+        if isinstance(value, int | np.integer):
+            extra["value"] = float(value)  # It may be beyond int32.
         value_fn = extra.get("value_fn")
         if callable(value_fn) and jax.tree.structure(whole) != jax.tree.structure(
             params

@@ -19,17 +19,17 @@ Packed = tuple[jax.Array, ...]
 class Packing:
     """The columns of a pytree of arrays.
 
-    float32 arrays go to the first packed array. int32 and bool arrays go to the second
-    one, as int32. A packed array without columns is left out.
+    Floating-point arrays go to the first packed array, as float32. Integers and bools
+    go to the second one, as int32. A packed array without columns is left out.
     """
 
     def __init__(self, structs: Any):
         """Lay out the columns of arrays, or of their shapes and dtypes."""
         leaves, self._structure = jax.tree.flatten(structs)
-        self._columns = []  # (0: float32, 1: int32; dtype, shape, start, stop)
+        self._columns = []  # (0: floating, 1: integer; dtype, shape, start, stop)
         self.widths = [0, 0]  # Columns of either array.
         for leaf in leaves:
-            kind = 0 if leaf.dtype == np.float32 else 1
+            kind = 0 if jnp.issubdtype(leaf.dtype, jnp.floating) else 1
             shape = leaf.shape
             start, size = self.widths[kind], int(np.prod(shape, dtype=np.int64))
             self._columns.append((kind, leaf.dtype, shape, start, start + size))

@@ -132,12 +132,13 @@ def critical_learning_rate(
 def _listed_batches(more_batches, batch) -> list[Any]:
     """List `more_batches`; raise ValueError if one is not structured like `batch`."""
     many = isinstance(more_batches, Iterable) and not hasattr(more_batches, "dtype")
-    found = list(more_batches) if many else more_batches
+    found = list(more_batches) if many else []
     expected = jax.tree.structure(batch)
     if not many or any(jax.tree.structure(one) != expected for one in found):
+        got = _loss.outline(found if many else more_batches)
         raise ValueError(
             "`more_batches` must be a list of batches with the structure of `batch`, "
-            f"even for a single one, got {_loss.outline(found)}."
+            f"even for a single one, got {got}."
         )
     return found
 

@@ -11,7 +11,7 @@ from ..granularity._group_norms import group_scales
 from ..thresholds._base import Judgement, Threshold
 from ..thresholds._signals import Signal, is_outgoing
 from ._base import Response, check_thresholds, proceed
-from ._clip import factors
+from ._clip import factors, unclipped
 from ._explosions import (
     MOST_EXCESS,
     Explosion,
@@ -38,7 +38,8 @@ def back_off(
 
     x_t is the excess of a signal over its limit, and x' is the excess at the last cut.
     e_t says that a threshold is exceeded for at least the `confirm_steps`-th time in a
-    row, with no signal below the one before. c_t says that `hold_steps` calm steps have
+    row. A row starts anew where a signal is below the one before and none is above it,
+    and a rejected step does not lengthen it. c_t says that `hold_steps` calm steps have
     been taken since the last explosion:
 
         k_t = max(factor * k_{t-1}, min_scale)        if e_t and (c_t or x_t > 2 x')
@@ -61,12 +62,13 @@ def back_off(
     Args:
         *thresholds: What counts as an explosion; at least one.
         factor: One cut. Dimensionless, in (0, 1).
-        confirm_steps: Explosions in a row, with no signal below the one before, after
-            which the rate is cut, >= 1. With 2, a single bad batch, for which the
-            learning rate is not to blame, costs nothing.
+        confirm_steps: Explosions in a row after which the rate is cut, >= 1. With 2, a
+            single bad batch, for which the learning rate is not to blame, costs
+            nothing.
         hold_steps: Calm steps after which the next rise cuts again and regrowth starts,
             >= 0. 0: every explosion cuts.
-        regrow_steps: Calm steps that undo one cut, >= 1.
+        regrow_steps: Calm steps that undo one cut, >= 1. What has regrown is computed
+            anew in each step, so a schedule of this or of `factor` moves k.
         min_scale: Smallest factor on the learning rate, in (0, 1].
         limit: A threshold to clip to while the rate is low, as `clip` does; exceeding
             it is not an explosion. None: no clip. A cut by an explosion of the update
@@ -130,7 +132,8 @@ def explosion_response(
         scales = group_scales(judgements[-1].grouping, factors(judgements[-1]))
         clipped = scales.where(low)
         if outgoing:
-            return verdict._replace(update_scales=clipped)
+            reason = jnp.where(low, unclipped(limit, judgements[-1]), 0)
+            return verdict._replace(update_scales=clipped, reason=reason)
         return verdict._replace(gradient_scales=clipped)
 
     def settle(state: ExplosionState, judgements, reason) -> ExplosionState:

@@ -7,13 +7,23 @@ from ..granularity._group_norms import group_scales
 from ..thresholds._base import Judgement, Threshold
 from ..thresholds._signals import is_outgoing
 from ._base import Response, check_thresholds, proceed
+from ._reasons import reason_code
 
 
 def factors(judgement: Judgement) -> jax.Array:
     """Return the factor in [0, 1] by which each group meets its limit, (groups,)."""
-    shrink = judgement.exceeded & (judgement.signal > 0)
+    # A norm that counts as an overflow may be a number all the same.
+    above = judgement.nonfinite & (judgement.limit < judgement.signal)
+    above = judgement.exceeded | (above & (judgement.signal < jnp.inf))
+    shrink = above & (judgement.signal > 0)
     signal = jnp.where(shrink, judgement.signal, 1.0)
     return jnp.where(shrink, jnp.maximum(judgement.limit, 0.0), 1.0) / signal
+
+
+def unclipped(threshold: Threshold, judgement: Judgement) -> jax.Array:
+    """Return the int32 reason to reject an update that has no finite norm to shrink."""
+    infinite = judgement.nonfinite & ~(judgement.signal < jnp.inf)
+    return reason_code(threshold.of, jnp.any(infinite), jnp.zeros((), bool))
 
 
 def clip(threshold: Threshold) -> Response:
@@ -32,7 +42,7 @@ def clip(threshold: Threshold) -> Response:
 
     Returns:
         A response for `guard`. A nan or inf is not shrunk, so clipping cannot spread
-        it; the guard rejects the step if it reaches the update.
+        it; the guard rejects the step.
 
     Raises:
         TypeError: If `threshold` is not a threshold.
@@ -56,7 +66,8 @@ def clip(threshold: Threshold) -> Response:
     def propose(state, judgements):
         (judgement,) = judgements
         scales = group_scales(judgement.grouping, factors(judgement))
-        kind = "update_scales" if is_outgoing(threshold.of) else "gradient_scales"
-        return proceed(**{kind: scales})
+        if not is_outgoing(threshold.of):
+            return proceed(gradient_scales=scales)
+        return proceed(update_scales=scales, reason=unclipped(threshold, judgement))
 
     return Response("clip", (threshold,), propose=propose)

@@ -59,7 +59,9 @@ def check_settings(settings: ExplosionSettings) -> None:
     require("factor", settings.factor, "in (0, 1)", lambda x: 0 < x < 1)
     for name, least in (("confirm_steps", 1), ("hold_steps", 0), ("regrow_steps", 1)):
         require_steps(name, getattr(settings, name), least)
-    require("min_scale", settings.min_scale, "in (0, 1]", lambda x: 0 < x <= 1)
+    least = float(jnp.finfo(jnp.float32).tiny)  # Below, a scale may become 0.
+    expected = f"in [{least:.2g}, 1]"
+    require("min_scale", settings.min_scale, expected, lambda x: least <= x <= 1)
 
 
 def init_explosions(thresholds: int) -> ExplosionState:

@@ -107,7 +107,11 @@ def learn(threshold: Threshold, state, judgement: Judgement):
     signal = jnp.where(judgement.teaches, judgement.signal, 1.0)
     new = threshold.update(state, signal, judgement.exceeded)
     # Hyperparameters may be wider than the state; the state keeps its dtypes.
-    return where_groups(judgement.teaches, cast_like(new, state), state)
+    new = cast_like(new, state)
+    if not threshold.learns_all:  # A traced setting may be nan in one step.
+        finite = lambda x, old: jnp.where(jnp.isfinite(x), x, old)
+        new = jax.tree.map(finite, new, state)
+    return where_groups(judgement.teaches, new, state)
 
 
 def optional(threshold: Threshold, unless: str = "") -> Threshold:

@@ -68,7 +68,8 @@ def rarity(
     statistics again: an outlier weighs 1 / `window` and hides nothing, and what comes
     again is usual after about share * window times. So that the limit does not stay
     open after a burst, a value above it is counted only if the one before it was not.
-    The first norm sets the level and counts for no edge, so the unit does not matter.
+    The first norm sets the level and counts for no edge, so the unit does not matter;
+    r_2 enters the level whole.
     After `patience` unusual values in a row, up to twice their mean is usual as well;
     after max(12, `patience`), the level moves to their mean. The first norm is accepted
     unchecked, the second up to 2^10 times the first, those up to the tenth up to 2^4

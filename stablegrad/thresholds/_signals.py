@@ -63,7 +63,11 @@ def scalar_signal(name: str, value) -> jax.Array:
             f"`{name}` must be a real scalar, got {given}. Of `(loss, aux)`, pass the "
             "loss alone."
         )
-    if isinstance(value, float | np.ndarray) and np.asarray(value).dtype == np.float64:
+    if isinstance(value, int | float | np.ndarray | np.generic):
+        value = np.asarray(value)
+        whole = np.issubdtype(value.dtype, np.integer) or value.dtype == object
+        value = value.astype(np.float64) if whole else value  # Beyond int32.
+    if isinstance(value, np.ndarray) and value.dtype == np.float64:
         # A number of the host beyond float32 is finite all the same.
         value = np.where(np.isfinite(value), np.clip(value, -LARGEST, LARGEST), value)
     value = jnp.asarray(value)

@@ -149,7 +149,7 @@ def median_and_spread(values, seen) -> tuple[jax.Array, jax.Array]:
 def floored(spread, center, relative, in_log) -> jax.Array:
     """Return the spread, or `relative` of the level if that is larger."""
     level = jnp.where(in_log, 1.0, jnp.abs(center))
-    least = jnp.maximum(relative * level, 1e-12)
+    least = jnp.maximum(relative * level, 1e-30)
     return jnp.maximum(spread, least).astype(spread.dtype)
 
 

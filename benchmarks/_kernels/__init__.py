@@ -1,0 +1,1 @@
+"""Kernels: the HLO that XLA compiles for an accelerator, counted."""
