@@ -6,7 +6,7 @@
                minute
     expected:  see `faults.md`
 
-A small network is trained for 1,500 steps under 1 to 3 episodes of faults of 1 to 50
+A small network is trained for 2,000 steps under 1 to 3 episodes of faults of 1 to 50
 steps each: nan, inf, 1e20, denormal numbers or 7e4, in one element or a whole leaf, of
 gradient, loss, update, parameters or inner state. Six optimizers, float32, bfloat16 and
 float16 with a scaled loss. The preset meets the faults that it is meant for, in

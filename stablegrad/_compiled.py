@@ -8,6 +8,7 @@ import numpy as np
 from jax.core import Tracer
 
 from ._checks import completed, matching_params
+from ._extra_args import as_float32
 
 NUMBERS = (jax.Array, np.ndarray, np.generic, bool, int, float, complex)
 
@@ -37,9 +38,8 @@ def compiled(
         check_state(state)
         check_extra(extra)
         whole, params = params, matching_params(params, updates)
-        value = extra.get("value")
-        if isinstance(value, int | np.integer):
-            extra["value"] = float(value)  # It may be beyond int32.
+        if "value" in extra:
+            extra["value"] = as_float32(extra["value"])  # Before JAX makes it narrow.
         value_fn = extra.get("value_fn")
         if callable(value_fn) and jax.tree.structure(whole) != jax.tree.structure(
             params

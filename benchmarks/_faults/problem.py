@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-STEPS = 1500  # Each optimizer has converged by then, so lost steps cost nothing.
+STEPS = 2000  # Each optimizer has converged by then, so lost steps cost nothing.
 JUDGED = 50  # Steps at the end over which the loss is averaged.
 BATCH = 32
 SCALE = 2.0**8  # Of the float16 loss.

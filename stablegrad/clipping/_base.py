@@ -16,7 +16,7 @@ import optax
 from jax import lax
 from jax.core import Tracer
 
-from .. import _checks, _trees
+from .. import _checks, _missing, _trees
 from .._compiled import compiled
 from .._norms import OVERFLOW, Measurement, measure
 from .._packing import Packing
@@ -170,7 +170,7 @@ def clip_norms(name: str, clip: NormClip) -> optax.GradientTransformationExtraAr
         param_norms = None
         if clip.of_params:
             if params is None:
-                raise _checks.missing_params(f"`{name}`")
+                raise _missing.missing_params(f"`{name}`")
             own = _trees.inexact_leaves(params, updates)
             param_norms = group_norms(grouping, measure(params, updates), own)
         done = clip.step(statistics, norms, Scope(grouping, param_norms))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from .. import _checks, _trees
+from .. import _checks, _missing, _trees
 from .._checks import require
 from .._compiled import compiled
 from .._packing import Packing
@@ -91,7 +91,7 @@ def clip_logits(
     def update_fn(updates, state, params=None, *, largest_logits=None, **extra):
         del extra
         if params is None:
-            raise _checks.missing_params(f"`{NAME}`")
+            raise _missing.missing_params(f"`{NAME}`")
         if not isinstance(largest_logits, Mapping) or not largest_logits:
             raise ValueError(
                 f"`{NAME}` needs the largest logits of the step. Pass them:\n"

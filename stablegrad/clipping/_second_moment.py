@@ -7,6 +7,7 @@ from jax import lax
 
 from .. import _checks, _trees
 from .._checks import require, require_count
+from .._extra_args import with_extra_args
 from .._norms import measure
 from .._platform import cond_on_cpu
 from .._scales import Scales, scale_leaves
@@ -81,7 +82,7 @@ def clip_by_second_moment(
     require_count("rewarmup_steps", rewarmup, 0)
     if inner is not None:
         _checks.require_optimizer(NAME, inner)
-    optimizer = optax.with_extra_args_support(inner or optax.identity())
+    optimizer = with_extra_args(inner or optax.identity())
     settings = (threshold, optimizer, inner is None, decay, period, rewarmup)
     if published:
         require("reset_on_spike", reset_on_spike, "False as published", lambda x: not x)

@@ -6,6 +6,7 @@ import optax
 
 from .. import _checks, _trees
 from .._checks import require
+from .._extra_args import with_extra_args
 from .._norms import measure, root
 from .._scales import Scales, scale_leaves, scaled_norm
 from ..granularity._groups import independent
@@ -81,7 +82,7 @@ def clip_update_rms(
         )
     if inner is not None:
         _checks.require_optimizer(NAME, inner)
-    optimizer = optax.with_extra_args_support(inner or optax.identity())
+    optimizer = with_extra_args(inner or optax.identity())
     if published:
         return _published(optimizer, top, decay, eps)
     return _clip_gradient(optimizer, top, decay, eps, threshold)

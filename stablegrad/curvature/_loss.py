@@ -13,6 +13,7 @@ import numpy as np
 import optax
 
 from .. import _checks, _trees
+from .._extra_args import with_extra_args
 
 # Hyperparameters may be kept in bfloat16.
 _close = functools.partial(math.isclose, rel_tol=1e-2)
@@ -107,7 +108,7 @@ def holds_nnx_module(tree) -> bool:
 def optimizer(tx, asker: str) -> optax.GradientTransformationExtraArgs:
     """Return the same transformation, as a static argument of `jax.jit`."""
     _checks.require_optimizer(asker, tx)
-    tx = optax.with_extra_args_support(tx)
+    tx = with_extra_args(tx)
     init, update = _hashable(tx.init), _hashable(tx.update)
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -4,7 +4,8 @@ from typing import Any
 
 import optax
 
-from .. import _checks
+from .. import _checks, _missing
+from .._extra_args import with_extra_args
 from ._guard import APPLY
 
 
@@ -46,12 +47,12 @@ def apply(
         [0.800000011920929, 1.600000023841858]
     """
     if params is None:
-        raise _checks.missing_params("`apply`")
+        raise _missing.missing_params("`apply`")
     guarded_apply = getattr(tx.update, APPLY, None)
     if guarded_apply is not None:
         new, state = guarded_apply(grads, state, params, **extra)
     else:
-        tx = optax.with_extra_args_support(tx)
+        tx = with_extra_args(tx)
         updates, state = tx.update(grads, state, params, **extra)
         new = optax.apply_updates(_checks.matching_params(params, updates), updates)
     return _checks.completed(new, params), state

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from .. import _checks, _trees
+from .. import _missing, _trees
 from .._mapped_axes import MappedAxes, warn_of_replicas
 from .._norms import Measurement, measure
 from .._scales import Scales, scale_leaves
@@ -53,11 +53,11 @@ def overlooked(responses: tuple[Response, ...], extra: dict[str, Any]) -> str | 
     # With `value_fn=` alone, the trust region raises an error.
     passed = {"value", "value_fn"} & extra.keys()
     if watches and not passed:
-        return _checks.unseen_value(extra)
+        return _missing.unseen_value(extra)
     if "value_fn" in passed or not any(response.look_ahead for response in responses):
         return None
     alike = difflib.get_close_matches("value_fn", extra.keys() - passed, n=1)
-    return _checks.misspelt_value_fn(*alike) if alike else None
+    return _missing.misspelt_value_fn(*alike) if alike else None
 
 
 def limits_of(
@@ -70,7 +70,7 @@ def limits_of(
     norms, leaves = None, []
     if any(t.of_params for response in responses for t in response.thresholds):
         if step.params is None:
-            raise _checks.missing_params("`param_ratio`")
+            raise _missing.missing_params("`param_ratio`")
         leaves = _trees.inexact_leaves(step.params, step.like)
         norms = measure(step.params, step.like, step.axes)
 
@@ -182,5 +182,5 @@ def _scalar(threshold: Threshold, step: StepContext) -> jax.Array | None:
     if step.extra.get("value") is not None:
         return step.axes.mean(scalar_signal("value", step.extra["value"]))
     if threshold.required:
-        raise _checks.missing_value(f"`{threshold.name}(..., of='value')`")
+        raise _missing.missing_value(f"`{threshold.name}(..., of='value')`")
     return None

@@ -135,9 +135,8 @@ def check_batch(extra: dict[str, Any]) -> None:
     given = extra.get("batch_id")
     if given is None or isinstance(given, jax.Array):  # Not waited for.
         return
-    _checks.require(
-        "batch_id", given, "an integer in [0, 2**31)", lambda x: 0 <= int(x) < 2**31
-    )
+    within = lambda x: not isinstance(x, str) and 0 <= int(x) < 2**31
+    _checks.require("batch_id", given, "an integer in [0, 2**31)", within)
 
 
 def batch_of(extra: dict[str, Any]) -> jax.Array:
@@ -152,7 +151,8 @@ def batch_of(extra: dict[str, Any]) -> jax.Array:
             f"`batch_id` must be one integer, got shape {batch.shape} and dtype "
             f"{batch.dtype}. Pass the batch's place in the data, such as its step."
         )
-    # An id on the device cannot be refused: one that int32 cannot hold is not kept.
+    # An id on the device cannot be refused: one that int32 cannot hold is not kept. JAX
+    # has wrapped a 64-bit argument of the caller's `jax.jit` to int32 before.
     kept = batch.astype(jnp.int32)
     held = (kept >= 0) & (kept.astype(batch.dtype) == batch)
     return jnp.where(held, kept, NO_BATCH)

@@ -65,7 +65,7 @@ def guard(
     256th, where a leaf norm exceeds 1e12, and after a step that kept something out; a
     step that would break the state is then rejected.
 
-    An integer passed as `batch_id=`, at least 0 and the same on all devices, is kept
+    An integer passed as `batch_id=`, in [0, 2**31) and the same on all devices, is kept
     with the event if the guard intervenes: see `batches_to_leave_out`.
 
     Thresholds judge by past steps alone. They see the raw signals, and learn from every

@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import optax
 
-from .. import _checks, _trees
+from .. import _missing, _trees
+from .._extra_args import takes_all, with_extra_args
 
 
 class Inner:
@@ -15,23 +16,19 @@ class Inner:
 
     def __init__(self, inner: optax.GradientTransformation):
         """Find the arguments of its `update`."""
-        inner = optax.with_extra_args_support(inner)
+        inner = with_extra_args(inner)
         self._init, self._update = inner.init, inner.update
         parameters = inspect.signature(inner.update).parameters
-        takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        self._names = None if takes_all else parameters.keys()
+        self._names = None if takes_all(inner.update) else parameters.keys()
 
     def init(self, params) -> Any:
         """Return the state before the first step."""
-        try:
-            return self._init(params)
-        except TypeError as error:
-            if all(map(_trees.is_array, jax.tree.leaves(params))):
-                raise
+        if not all(map(_trees.is_array, jax.tree.leaves(params))):
             raise TypeError(
                 "`init` got parameters with leaves that are not arrays. Of an Equinox "
                 "model, pass `eqx.filter(model, eqx.is_inexact_array)`."
-            ) from error
+            )
+        return self._init(params)
 
     def given(self, extra: dict[str, Any]) -> Callable[[Any, Any, Any], tuple]:
         """Return `update` of gradient, inner state and parameters in one step.
@@ -46,7 +43,7 @@ class Inner:
                 return self._update(updates, inner_state, params, **known)
             except ValueError as error:
                 if params is None and "params" in str(error):
-                    raise _checks.missing_params("the guarded optimizer") from error
+                    raise _missing.missing_params("the guarded optimizer") from error
                 raise
 
         return update

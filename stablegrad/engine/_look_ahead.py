@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .. import _checks, _trees
+from .. import _checks, _missing, _trees
 from .._mapped_axes import MappedAxes, manual_axes, warn_of_replicas
 from .._norms import Measurement, measure
 from .._scales import Scales, scale_leaves, scaled_norm, uniform
@@ -107,7 +107,7 @@ def layer_inputs(
 ) -> LayerInputs:
     """Return what `layer_health` can see of a step."""
     if step.params is None:
-        raise _checks.missing_params("`layer_health`")
+        raise _missing.missing_params("`layer_health`")
 
     def update():
         made, _ = step.run_inner(decision.verdict.gradient_scales, step.operands)
@@ -186,27 +186,27 @@ def _may_probe(response: Response, step: StepContext, searched: bool) -> bool:
         return False
     absent = [name for name in ("value", "value_fn") if step.extra.get(name) is None]
     if absent and (response.needs_value_fn or "value_fn" not in absent):
-        raise _checks.missing_value_fn(f"`{response.name}`", absent[-1])
+        raise _missing.missing_value_fn(f"`{response.name}`", absent[-1])
     if not absent and step.params is None:
-        raise _checks.missing_params(f"`{response.name}`")
+        raise _missing.missing_params(f"`{response.name}`")
     return not absent
 
 
 def _checked(value_fn, axes: MappedAxes) -> Callable[[Any], Any]:
     """Return `value_fn` with a clear error if it does not return a scalar loss."""
     if not callable(value_fn):
-        raise _checks.not_a_loss(f"it is {_checks.short_repr(value_fn)}")
+        raise _missing.not_a_loss(f"it is {_checks.short_repr(value_fn)}")
     try:
         inspect.signature(value_fn).bind(None)
     except TypeError as error:
-        raise _checks.not_a_loss(f"it needs more than them: {error}") from error
+        raise _missing.not_a_loss(f"it needs more than them: {error}") from error
     except ValueError:
         pass  # It has no signature to look at.
 
     def loss_fn(params):
         loss = value_fn(params)
         if isinstance(loss, (tuple, list, dict)) or loss is None:
-            raise _checks.not_a_loss(f"it returns a {type(loss).__name__}")
+            raise _missing.not_a_loss(f"it returns a {type(loss).__name__}")
         return axes.mean(jnp.asarray(loss)) if axes.names else loss
 
     return loss_fn

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .. import _checks, _trees
+from .. import _missing, _trees
 from .._norms import first_true
 from .._packing import Packing
 from ..responses._base import Response, any_true
@@ -87,7 +87,7 @@ class RollBack:
             no = jnp.zeros((), bool)
             return RollBackResult(written, snapshots, trouble, states, no)
         if step.params is None:
-            raise _checks.missing_params("`roll_back`")
+            raise _missing.missing_params("`roll_back`")
         own = judgements[self._place]
         above = any_true(own, "exceeded") | any_true(own, "nonfinite")
         reason = trouble.reason

@@ -48,9 +48,10 @@ def save_events(state: Any, path: str | os.PathLike) -> None:
     A guard remembers its last 64 events, and the file keeps every event saved to it.
     Call this before 64 new events have occurred, such as with each checkpoint. A
     later event of the same step and kind replaces the earlier one but keeps its batch
-    ids, so a resumed run may save to the same file. Where events were
-    lost in between, a line {"events_forgotten": n} says how many. Of
-    several processes, let only one save.
+    ids, so a resumed run may save to the same file. Where events were lost in between,
+    a line {"events_forgotten": n} says how many; at most that many, if the file also
+    has events from after the checkpoint at which the run was resumed. Of several
+    processes, let only one save.
 
     Args:
         state: A state with a guard's state anywhere in it, as for `metrics`. Pass all
@@ -80,16 +81,33 @@ def save_events(state: Any, path: str | os.PathLike) -> None:
     new = events(state)
     old = load_events(path) if path.exists() else Events()
     merged = {event_key(event): event for event in old}
-    known = len(merged.keys() - {event_key(event) for event in new})
+    lost = new.forgotten - len(merged.keys() - {event_key(event) for event in new})
+    if _is_of_another_course(merged, new, lost):
+        lost = new.forgotten  # None of those in the file need be one of them.
     for event in new:
         earlier = merged.get(event_key(event), event).batch_ids
         gone = [batch for batch in earlier if batch not in event.batch_ids]
         ids = (*gone, *event.batch_ids)
         merged[event_key(event)] = event._replace(batch_ids=ids)
-    forgotten = max(old.forgotten, new.forgotten - known)
+    forgotten = max(old.forgotten, lost)
     lines = [json.dumps({FORGOTTEN: forgotten})] if forgotten else []
     lines += [_to_json(merged[key]) for key in sorted(merged)]
     write_whole(path, "".join(f"{line}\n" for line in lines))
+
+
+def _is_of_another_course(old: dict[Any, Event], new: Events, lost: int) -> bool:
+    """Return whether a file holds events of steps that were taken again later."""
+    told = lambda event: (event.kind, repr((event.grad_norm, event.loss)))
+    same = [
+        event
+        for event in new
+        if event_key(event) in old
+        and told(old[event_key(event)]) == told(event)
+        and {*old[event_key(event)].batch_ids} >= {*event.batch_ids[:1]}
+    ]
+    if same or not new:  # Up to there, it is the same course.
+        return False
+    return lost < 0 or any(event.step >= new[0].step for event in old.values())
 
 
 def load_events(path: str | os.PathLike) -> Events:

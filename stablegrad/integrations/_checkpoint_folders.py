@@ -3,6 +3,7 @@
 import json
 import operator
 import os
+import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,14 @@ def claim(place: str | os.PathLike) -> None:
     folder = Path(place)
     mark = folder / MARK
     if not mark.exists():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        foreign = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+        # Another process may be marking it at this moment.
+        if foreign and not _marked(folder):
             raise ValueError(f"{folder} holds something else than checkpoints.")
         folder.mkdir(parents=True, exist_ok=True)
-        mark.write_text(json.dumps({"format": FORMAT}))
+        draft = folder / f"{MARK}.{os.getpid()}.{threading.get_ident()}"
+        draft.write_text(json.dumps({"format": FORMAT}))
+        os.replace(draft, mark)
         return
     try:
         version = json.loads(mark.read_text())["format"]
@@ -41,6 +46,11 @@ def claim(place: str | os.PathLike) -> None:
             f"{folder} is of format {version!r}; this version of stablegrad reads "
             f"{FORMAT}. A newer one wrote it: update stablegrad."
         )
+
+
+def _marked(folder: Path) -> bool:
+    """Return whether a folder holds the mark, or the draft of one, at most."""
+    return folder.is_dir() and all(x.name.startswith(MARK) for x in folder.iterdir())
 
 
 def step_number(step: Any) -> int:

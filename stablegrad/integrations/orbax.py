@@ -136,8 +136,6 @@ class HealthyCheckpoints:
     ) -> Restored | None:
         """Read a checkpoint, the newest by default; None if there is none.
 
-        To save again after going back to an older one, call `delete_newer`.
-
         Args:
             trees: A pytree like the one that was saved, for structure, shapes, dtypes
                 and devices.
@@ -208,6 +206,8 @@ class HealthyCheckpoints:
         except Exception as error:
             self._manager.reload()
             raise self._failed("the last checkpoint was not written", error) from error
+        if self._writes:
+            self._manager.reload()  # One may have been deleted by hand.
         steps = self.steps if self._writes else []
         calm = [step for step in steps if self._calmness(step)]
         for step in set(steps[: -self._keep]) - set(calm[-1:]):

@@ -3,7 +3,7 @@
 import jax
 import optax
 
-from .._checks import require, require_count
+from .._checks import require, require_count, require_steps
 from .._mapped_axes import AxisName
 from ..engine._guard import GuardedTransformation, guard
 from ..responses._halt import halt
@@ -85,6 +85,7 @@ def skip_bad_steps(
     require("rule", rule, f"one of {RULES}", lambda x: x in RULES)
     require("sigma", sigma, "> 0", lambda x: 0 < x < float("inf"))
     require_count("window", window, 4)
+    require_steps("max_consecutive", max_consecutive, least=0)
     require("multiplier", multiplier, "> 1", lambda x: 1 < x < float("inf"))
     if published and rule in WINDOWS:
         ddof, floor, counts = WINDOWS[rule]

@@ -73,7 +73,7 @@ def adopt(
             stacklevel=2,
         )
     given = filled(unwrap(fresh), unwrap(inner_state), "adopt")
-    begun = lambda guard: _starting_at(guard, jnp.asarray(step))
+    begun = lambda guard: _starting_at(guard, jnp.asarray(step).astype(jnp.int32))
     return rebuilt(fresh, given, begun, params)
 
 

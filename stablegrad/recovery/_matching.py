@@ -4,12 +4,16 @@ Orbax gives lists and dicts back for tuples, and leaves empty nodes out. Flax NN
 variable around each array. The names of the leaves stay.
 """
 
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from .._trees import without_variables
+from ..engine._layout import State
 
 _SHOWN = 5  # Names in an error.
 
@@ -69,3 +73,37 @@ def _differing(wanted, found) -> str:
     extra = [name for name in found if name not in wanted]
     parts = [("missing", missing), ("unexpected", extra)]
     return "; ".join(f"{what}: {listed(names)}" for what, names in parts if names)
+
+
+def require_on_host(asker: str, *trees: Any) -> None:
+    """Raise ValueError if something is traced."""
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(trees)):
+        raise ValueError(
+            f"`{asker}` reads its arguments on the host, so call it outside of "
+            "`jax.jit` and `jax.vmap`. Of an ensemble, take one member after the "
+            "other, and stack the states."
+        )
+
+
+def require_same_names(old: Sequence[str], new: Sequence[str]) -> None:
+    """Raise ValueError unless two guards watch parameters of the same names."""
+    if {*old} != {*new}:
+        raise ValueError(
+            "`migrate` got the state of other parameters: it has "
+            f"{sorted({*old} - {*new})[:_SHOWN]} in place of "
+            f"{sorted({*new} - {*old})[:_SHOWN]}."
+        )
+
+
+def warn_of_dropped(old: Sequence[Any], new: Sequence[Any]) -> None:
+    """Warn if some but not all `back_off`s of a guard are dropped."""
+    cuts = lambda parts: sum(
+        isinstance(part, State) and part.name == "back_off" for part in parts
+    )
+    if cuts(old) > cuts(new) > 0:
+        warnings.warn(
+            f"the old guard has {cuts(old)} `back_off`s and the new one {cuts(new)}. "
+            "Their states are carried over in order, so a cut in force may be lost: "
+            "check `lr_scale` in the next step.",
+            stacklevel=4,
+        )

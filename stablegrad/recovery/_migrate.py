@@ -21,7 +21,12 @@ from ..engine._step import GuardState
 from ..engine._unwrap import unwrap
 from ..responses.roll_back._machine import RollBackState
 from ._adopt import opt_state_of
-from ._matching import filled
+from ._matching import (
+    filled,
+    require_on_host,
+    require_same_names,
+    warn_of_dropped,
+)
 from ._rebuild import rebuilt, require_finite
 from ._watched import watched_layers, watched_steps
 
@@ -33,7 +38,8 @@ def migrate(tx: optax.GradientTransformation, params: Any, old: Any) -> Any:
     """Return a state for a guard with other responses, from the state of another.
 
     Carried over are: the inner optimizer's state; all counts and events; the states of
-    responses that both guards have, such as a cut of the learning rate; and statistics
+    responses that both guards have, such as a cut of the learning rate, several of one
+    kind in order; and statistics
     of thresholds that both have, by name, signal and granularity, with those of
     `layer_health` if it watches the same signals of the same groups; and the rows of
     `record_norms`. What is new starts as at the start of a run. Snapshots of
@@ -66,6 +72,7 @@ def migrate(tx: optax.GradientTransformation, params: Any, old: Any) -> Any:
         >>> state = sg.migrate(tx, params, old)
     """
     require_optimizer("migrate", tx)
+    require_on_host("migrate", params, old)
     require_finite("migrate", params)
     fresh = tx.init(params)
     old = _as_guards(_trees.without_variables(opt_state_of(old)))
@@ -135,9 +142,11 @@ def _carried(old: GuardState, new: GuardState) -> GuardState:
     )
     log = _with_moved(kept.log, "cause", limit_names(old), limit_names(new))
     names = _trees.decode_names(old.names), _trees.decode_names(new.names)
+    require_same_names(*names)
     kept = kept._replace(log=_with_moved(log, "leaf", *names))
     found = _known(parts_of(old.layout), old_parts)
     used: collections.Counter[Any] = collections.Counter()
+    warn_of_dropped(parts_of(old.layout), parts_of(new.layout))
 
     def best(key, otherwise):
         """Return the next old arrays of this kind, else `otherwise`.

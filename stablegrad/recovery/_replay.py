@@ -91,6 +91,7 @@ def replay(
         which takes a step again on the same device, then on another one.
     """
     require_count("times", times, least=2)
+    _require_kept(state, batch)
     recorded, number = _recorded(state, after)
     take = lambda batch, where=None: _taken(step, state, batch, where)
     results = [take(batch) for _ in range(times)]
@@ -151,12 +152,13 @@ def _recorded(state: Any, after: Any) -> tuple[Run, int]:
                 f"steps; it has seen {later}."
             )
         return _run(after), steps
-    held = steps and seen["skipped"] and not seen.get("rolled_back", False)
+    back = bool(seen.get("rolled_back", False))
+    held = steps and seen["skipped"] and not back
     if not held:
         raise ValueError(
-            "the last step was not skipped, so the state from before it is gone. Pass "
-            "it, and what the step returned as `after=`; or restore a checkpoint, and "
-            "take the steps from there."
+            f"the last step {'rolled back' if back else 'was not skipped'}, so the "
+            "state from before it is gone. Pass it, and what the step returned as "
+            "`after=`; or restore a checkpoint, and take the steps from there."
         )
     return _run(state), steps - 1
 
@@ -176,6 +178,16 @@ def _taken(step: Step, state: Any, batch: Any, device) -> Any:
             f"took {later - before}."
         )
     return result
+
+
+def _require_kept(*trees: Any) -> None:
+    """Raise ValueError if an array was donated to the step that is to be replayed."""
+    leaves = [x for x in jax.tree.leaves(trees) if isinstance(x, jax.Array)]
+    if any(leaf.is_deleted() for leaf in leaves):
+        raise ValueError(
+            "`replay` needs state and batch as they were before the step, and they "
+            "were donated to it. Keep a copy of what is to be replayed."
+        )
 
 
 def _copied(tree: Any, device: Any) -> Any:

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from .._checks import missing_params, require
+from .._checks import require
+from .._missing import missing_params
 from .._trees import increment
 
 

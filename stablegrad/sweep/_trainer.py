@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from .._extra_args import with_extra_args
 from .._observe import metrics
 from .._trees import nodes
 from ..learning_rate._observe_metric import observe_metric
@@ -70,7 +71,7 @@ class Trainer:
     def _optimizer(self, rate) -> optax.GradientTransformationExtraArgs:
         rate = rate if self.rate is None else self.rate
         tx = self.candidate.build(rate, self.experiment.steps)
-        tx = optax.with_extra_args_support(tx)
+        tx = with_extra_args(tx)
         if "value_fn" not in self.candidate.extra:
             return tx
 

@@ -5,9 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from .. import _checks, _trees
+from .._extra_args import as_float32
 from .._norms import LARGEST
 from ..granularity._groups import Granularity, check_granularity
 
@@ -63,14 +63,7 @@ def scalar_signal(name: str, value) -> jax.Array:
             f"`{name}` must be a real scalar, got {given}. Of `(loss, aux)`, pass the "
             "loss alone."
         )
-    if isinstance(value, int | float | np.ndarray | np.generic):
-        value = np.asarray(value)
-        whole = np.issubdtype(value.dtype, np.integer) or value.dtype == object
-        value = value.astype(np.float64) if whole else value  # Beyond int32.
-    if isinstance(value, np.ndarray) and value.dtype == np.float64:
-        # A number of the host beyond float32 is finite all the same.
-        value = np.where(np.isfinite(value), np.clip(value, -LARGEST, LARGEST), value)
-    value = jnp.asarray(value)
+    value = jnp.asarray(as_float32(value))
     if value.ndim != 0 or jnp.iscomplexobj(value):
         raise ValueError(
             f"`{name}` must be a real scalar, got shape {value.shape} and dtype "

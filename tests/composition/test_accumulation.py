@@ -99,11 +99,27 @@ def test_a_clip_before_the_accumulator_judges_every_micro_batch():
     assert moved(run).sum() == STEPS // K  # A nan counts as a micro-batch of zeros.
 
 
-def test_multi_steps_passes_the_loss_on_only_as_a_transformation_with_extra_args():
+def test_multi_steps_passes_the_loss_on_unless_it_is_a_plain_transformation():
     tx = several(sg.guard(ADAM, sg.skip(sg.nonfinite(of="value"))))
     params = start()
     step = lambda tx: sg.apply(tx, params, tx.init(params), params, value=1.0)
-    jax.eval_shape(lambda: step(open_to_extra(tx)))
-    for deaf in (tx, tx.gradient_transformation()):
-        with pytest.raises(ValueError, match="the step got no `value=`"):
-            jax.eval_shape(lambda deaf=deaf: step(deaf))
+    for open_one in (tx, open_to_extra(tx)):
+        jax.eval_shape(lambda open_one=open_one: step(open_one))
+    with pytest.raises(ValueError, match="the step got no `value=`"):
+        jax.eval_shape(lambda: step(tx.gradient_transformation()))
+
+
+def test_an_optimizer_within_multi_steps_within_a_guard_gets_the_loss():
+    seen = []
+
+    def update(updates, state, params=None, *, value, **extra):
+        seen.append(extra)
+        return jax.tree.map(lambda g: -value * g, updates), state
+
+    asks = optax.GradientTransformationExtraArgs(lambda params: (), update)
+    tx = sg.stabilize(optax.MultiSteps(asks, 1))
+    params = start()
+    updates, _ = tx.update(params, tx.init(params), params, value=2.0, other=1.0)
+    expected = jax.tree.map(lambda p: -2.0 * p, params)
+    chex.assert_trees_all_close(updates, expected)
+    assert "other" in seen[0]

@@ -65,7 +65,7 @@ class Late:
         """Take the writers."""
         _checks.require_count("interval", interval)
         for writer in writers:
-            if not callable(getattr(writer, "write", None)):
+            if isinstance(writer, type) or not callable(getattr(writer, "write", None)):
                 raise TypeError(
                     "`Late` takes writers, such as `CSV('run.csv')`, got "
                     f"{_checks.short_repr(writer)}."
@@ -94,7 +94,9 @@ class Late:
         if step % self._interval:
             return
         own = {name: _own(name, number) for name, number in (numbers or {}).items()}
-        columns, packed = _set_aside(_trees.without_variables(state))
+        arrays = lambda x: x if _trees.is_array(x) else None  # Not a model's functions.
+        state = jax.tree.map(arrays, _trees.without_variables(state))
+        columns, packed = _set_aside(state)
         for array in jax.tree.leaves((packed, own)):
             if isinstance(array, jax.Array):
                 array.copy_to_host_async()

@@ -28,7 +28,7 @@ def roll_back(
 
         bad_t: rejected, above a threshold, or with elements that were kept out
         b_t = b_{t-1} + 1 if bad_t, else 0
-        restore if b_t >= after, or if the parameters themselves are not finite,
+        restore if b_t >= after, or if parameters and gradient are not finite,
         or if a snapshot is due and |theta| > 100 k |theta_s| or |m| > 10^5 |m_s|
 
     What a guard does about trouble, in this order:
