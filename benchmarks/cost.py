@@ -24,7 +24,7 @@ from _cost import pytorch, report
 from _cost.measuring import Cost, Stepper, compare, compiled, in_turn, ratios
 from _cost.problems import Problem, optimizer_alone, training_step
 from _cost.steps import BARE, steps
-from options import Parser, file, number, whole
+from options import Parser, file, finish, number, whole
 
 SIZES, LEAVES = [1e6, 2e7, 1e8], [8, 200]
 # In a whole training step, of which the optimizer is a part.
@@ -68,7 +68,7 @@ def main(argv=None) -> int:
     """Prints the tables, and writes them where asked."""
     names = [step.name for step in steps() if step.name != BARE]
     parser = Parser(description=__doc__.splitlines()[0])
-    size = number(float, lambda x: x >= 64, "a number >= 64")
+    size = number(float, lambda x: 64 <= x <= 1e12, "a number from 64 to 1e12")
     parser.add_argument("--sizes", type=size, nargs="*", default=SIZES, metavar="N")
     parser.add_argument("--leaves", type=whole(1), nargs="+", default=LEAVES)
     parser.add_argument("--rounds", type=whole(1), default=15, help="counted rounds")
@@ -101,4 +101,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    finish(main)

@@ -31,7 +31,7 @@ from _critical_lr import report
 from _critical_lr.report import Row
 from _critical_lr.spikes import LOWEST, first_spike, spikes_at
 from _critical_lr.tasks import Task, make, tasks
-from options import Parser, file, whole
+from options import Parser, file, finish, whole
 
 SHORT = 5  # Steps of the shorter probe.
 
@@ -127,4 +127,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    finish(main)

@@ -30,7 +30,7 @@ from _diagnose.cost import ratio
 from _diagnose.faults import cases
 from _diagnose.models import BUILDERS
 from _diagnose.trial import Data, Result, run
-from options import Parser, file, whole
+from options import Parser, file, finish, whole
 
 
 def measured(wanted, remedies: bool) -> list[Result]:
@@ -103,4 +103,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    finish(main)

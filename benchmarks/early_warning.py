@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from _early_warning.runs import kinds, train
 from _early_warning.scores import NOTHING, Score, score
-from options import Parser, file, whole
+from options import Parser, command, file, finish, whole
 
 MARGINS = tuple(2 ** (k / 8) for k in range(13))
 MOST_FALSE = 0.75  # In 1,000 steps; 1 is the aim on other runs.
@@ -103,7 +103,7 @@ def report(options, margin, tuning, judging, seconds) -> str:
         )
     return (
         "# Early warning\n\n"
-        f"`python benchmarks/early_warning.py`, {options.steps} steps a run, "
+        f"`{options.command}`, {options.steps} steps a run, "
         f"{platform.system()}, jax {jax.__version__}, {date.today()}, "
         f"{seconds:.0f} s.\n\n{__doc__.split('expected:')[1].split(chr(10), 2)[2]}\n"
         f"Margin chosen: {margin:.2f}. Two rates and four seeds of each kind.\n\n"
@@ -121,6 +121,7 @@ def main(argv=None) -> int:
     parser.add_argument("--quick", action="store_true", help="two kinds alone")
     parser.add_argument("--out", type=file, help="file for the report")
     options = parser.parse_args(argv)
+    options.command = command("benchmarks/early_warning.py", argv)
     console, started = Console(stderr=True), time.perf_counter()
     known = kinds()
     if options.quick:
@@ -146,4 +147,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    finish(main)

@@ -32,7 +32,7 @@ from rich.progress import Progress
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from _faults import problem, report, runs, schedules
-from options import Parser, folder, whole
+from options import Parser, finish, folder, whole
 
 PRESET, ROLLING = "stabilize", "stabilize + roll_back"
 WATCHING = "stabilize, update_norm watched"
@@ -117,4 +117,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    finish(main)

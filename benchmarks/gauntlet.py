@@ -34,7 +34,7 @@ from _gauntlet.methods import Method, methods
 from _gauntlet.rates import measure
 from _gauntlet.rows import Row, rows
 from _gauntlet.simulate import Runs
-from options import Parser, folder, whole
+from options import Parser, finish, folder, whole
 
 QUICK_METHODS = ("stabilize", "stabilize per leaf", "none", "ZClip")
 QUICK_STEPS = 1000
@@ -201,4 +201,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    finish(main)

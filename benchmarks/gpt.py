@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from _cost.measuring import in_turn, ratios
 from _cost.report import machine
 from models import Transformer
-from options import Parser, file, whole
+from options import Parser, command, file, finish, whole
 
 BARE = "adamw"
 LOOKS = "stabilize, trust region"
@@ -154,7 +154,8 @@ def main(argv=None) -> int:
         table.add_row(*row)
     Console().print(table, machine(), highlight=False)
     if options.out:
-        lines = [f"# {title}", "", f"`python benchmarks/gpt.py`: {machine()}.", ""]
+        told = command("benchmarks/gpt.py", argv)
+        lines = [f"# {title}", "", f"`{told}`: {machine()}.", ""]
         lines += [f"| {' | '.join(columns)} |", "|---" + "|---:" * 5 + "|"]
         lines += [f"| {' | '.join(row)} |" for row in rows]
         options.out.write_text("\n".join(lines) + "\n")
@@ -162,4 +163,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    finish(main)

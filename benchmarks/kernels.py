@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from _cost.steps import Step, steps
 from _kernels.count import Kernels, count
 from markdown_table import table
-from options import Parser, file, whole
+from options import Parser, file, finish, whole
 
 TARGET = Path(__file__).parent / "_kernels" / "h100.txtpb"
 SIDE = 1581  # 8 such leaves are 20 million parameters.
@@ -118,4 +118,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    finish(main)

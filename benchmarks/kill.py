@@ -27,7 +27,7 @@ from rich.progress import Progress
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from _kill import training, trial
-from options import Parser, folder, whole
+from options import Parser, finish, folder, whole
 
 EACH = 5  # Kills of one run.
 
@@ -110,4 +110,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    finish(main)

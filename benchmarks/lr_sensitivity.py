@@ -39,7 +39,7 @@ from _lr_sensitivity.rows import Row, Table
 from _lr_sensitivity.store import Store, place
 from _lr_sensitivity.tasks import Task, curve_task, digits_task, text_task
 from _lr_sensitivity.timing import Clock
-from options import Parser, whole
+from options import Parser, finish, folder, whole
 
 from stablegrad.sweep._scores import score
 
@@ -226,7 +226,7 @@ def parsed(argv) -> tuple[Plan, bool]:
         "--rounds", type=whole(0), default=15, help="of step times, 0 for none"
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/lr_sensitivity"), help="folder"
+        "--out", type=folder, default="runs/lr_sensitivity", help="folder"
     )
     parser.add_argument(
         "--fresh", action="store_true", help="discard what is there of these methods"
@@ -242,6 +242,10 @@ def parsed(argv) -> tuple[Plan, bool]:
             text.load(options.data_dir)
         except ValueError as error:
             parser.error(str(error))
+    for key in options.tasks or ():
+        rows = [method.name for method in methods() if ENTRIES[key].rows(method)]
+        if not set(rows) & set(options.only):
+            parser.error(f"task {key} has the methods {', '.join(rows)}")
     plan = Plan(
         keys=[key for key in ENTRIES if key in (options.tasks or ENTRIES)],
         wanted=set(options.only),
@@ -287,4 +291,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    finish(main)

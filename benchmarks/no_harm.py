@@ -26,8 +26,6 @@ import sys
 import time
 from pathlib import Path
 
-import jax
-import optax
 from rich.console import Console
 from rich.progress import Progress
 
@@ -46,7 +44,7 @@ from _no_harm.methods import (
 )
 from _no_harm.task import EVALUATIONS, Runs, Task
 from _no_harm.tasks import QUICK, every_task
-from options import Parser, folder, whole
+from options import Parser, file, finish, folder, whole
 
 
 def measured(
@@ -105,15 +103,19 @@ def main(argv=None) -> int:
         "--steps", type=whole(1), help="in place of each task's own, to try it out"
     )
     parser.add_argument(
-        "--jsonl", type=Path, metavar="FILE", help="append each task's record"
+        "--jsonl", type=file, metavar="FILE", help="append each task's record"
     )
     parser.add_argument(
         "--read", type=Path, metavar="FILE", help="the tables of such a file; no runs"
     )
     parser.add_argument("--out", type=folder, default="runs/no_harm", help="folder")
     options = parser.parse_args(argv)
-    if options.read and not options.read.is_file():
-        parser.error(f"argument --read: there is no file {options.read}")
+    found = []
+    if options.read:
+        try:
+            found = records.stored(options.read)
+        except (OSError, ValueError) as error:
+            parser.error(f"argument --read: {options.read}: {error}")
 
     wanted = {BARE, OURS}
     wanted |= set(PEERS) if options.full else set()
@@ -124,28 +126,30 @@ def main(argv=None) -> int:
     chosen = options.tasks or (QUICK if options.quick else None)
     seeds = range(options.first_seed, options.first_seed + options.seeds)
 
-    started, found = time.perf_counter(), []
-    if options.read:
-        found = records.stored(options.read)
-    else:
+    started, interrupted = time.perf_counter(), False
+    if not options.read:
         tasks = [task for task in tasks if chosen is None or task.name in chosen]
-        with Progress(console=Console(stderr=True), transient=True) as progress:
-            for task in progress.track(tasks):
-                record = measured(task, columns, seeds, options.steps)
-                records.append(record, options.jsonl)
-                found.append(record)
-                progress.console.print(report.line(record), soft_wrap=True)
-    about = (
-        f"{found[0]['seeds']} seeds, on {jax.default_backend()}, jax {jax.__version__},"
-        f" optax {optax.__version__}"
-    )
+        try:
+            with Progress(console=Console(stderr=True), transient=True) as progress:
+                for task in progress.track(tasks):
+                    record = measured(task, columns, seeds, options.steps)
+                    records.append(record, options.jsonl)
+                    found.append(record)
+                    progress.console.print(report.line(record), soft_wrap=True)
+        except KeyboardInterrupt:
+            if not found:
+                raise
+            interrupted = True
+    about = records.about(found)
     if not options.read:
         about += f"; {time.perf_counter() - started:.0f} s in all"
+    if interrupted:
+        about += f"; interrupted after {len(found)} of {len(tasks)} runs"
     text = report.whole(found, about + ".")
     (options.out / "no_harm.md").write_text(text, encoding="utf-8")
     print(text)
-    return 0
+    return 130 if interrupted else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    finish(main)

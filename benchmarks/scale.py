@@ -34,7 +34,7 @@ import stablegrad as sg
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from _scale.collectives import collectives, executed, payload
-from options import Parser, above, whole
+from options import Parser, above, finish, whole
 
 WARM_UP = 30  # Steps until every threshold judges.
 # Compiles faster; the collectives are there before LLVM optimizes.
@@ -144,7 +144,8 @@ def extrapolate(counted: list[Counted], options) -> list[str]:
         rows = [row for row in counted if row.step == name and row.devices > 1]
         sizes = {row.payload for row in rows}
         if len(sizes) != 1:
-            lines.append(f"{name}: no extrapolation, bytes differ between devices")
+            why = "bytes differ between devices" if rows else "one device sends nothing"
+            lines.append(f"{name}: no extrapolation, {why}")
             continue
         size, times = sizes.pop(), max(row.collectives for row in rows)
         waiting = 1e-3 * options.latency * times
@@ -206,4 +207,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    finish(main)

@@ -30,7 +30,6 @@ run is in a checkpoint, guard included, and `--resume` goes on from there.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import cifar
@@ -40,7 +39,7 @@ import resnet_runs
 from checkpoints import Checkpoints
 from flax import nnx
 from jax.sharding import AxisType
-from options import Parser, above, whole
+from options import Parser, above, finish, whole
 from ranking import draw, ranked
 from rich.console import Console
 from rich.progress import Progress
@@ -142,11 +141,11 @@ def main(argv=None) -> int:
     evaluate = classifiers.make_evaluate(nnx.graphdef(resnet_runs.build(options)))
     with Telemetry(options.out, append=options.resume) as log:
         try:
-            with Progress(console=console) as progress:
+            with Progress(console=Console(stderr=True)) as progress:
                 setting = resnet_runs.Setting(
                     options, mesh, options.checkpoints, log, progress
                 )
-                for name in options.runs:
+                for name in dict.fromkeys(options.runs):
                     resnet_runs.train_one(name, setting, evaluate, results)
         except KeyboardInterrupt:
             interrupted = True
@@ -168,4 +167,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    finish(main)

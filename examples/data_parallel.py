@@ -25,7 +25,6 @@ every device rejects the same step. The guard needs no setting for any of this.
 import argparse
 import itertools
 import os
-import sys
 import time
 
 import digits
@@ -35,7 +34,7 @@ import numpy as np
 import optax
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from options import Parser, above, whole
+from options import Parser, above, finish, whole
 
 import stablegrad as sg
 
@@ -213,4 +212,4 @@ def report(options, state, accuracy, skips, started) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    finish(main)

@@ -20,7 +20,9 @@ class Split(NamedTuple):
     labels: np.ndarray
 
 
-def parse_args(parser: argparse.ArgumentParser, argv, name: str) -> argparse.Namespace:
+def parse_args(
+    parser: argparse.ArgumentParser, argv, name: str, log: str = "telemetry"
+) -> argparse.Namespace:
     """A command line that ends in --seed, --data-dir and --out, and its digits.
 
     `options.train` and `options.test` are loaded, the folder of `options.out` is there.
@@ -37,7 +39,7 @@ def parse_args(parser: argparse.ArgumentParser, argv, name: str) -> argparse.Nam
         "--out",
         type=Path,
         default=Path("runs") / name,
-        help=f"folder for {name}.png and telemetry.jsonl (null stands for nan and inf)",
+        help=f"folder for {name}.png and {log}.jsonl (null stands for nan and inf)",
     )
     options = parser.parse_args(argv)
     try:

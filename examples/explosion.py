@@ -13,7 +13,6 @@ norms of all layers, and is told the id of each batch.
 """
 
 import argparse
-import sys
 
 import digits
 import jax
@@ -21,7 +20,7 @@ import numpy as np
 import optax
 from flax import nnx
 from models import MLP
-from options import Parser, above, whole
+from options import Parser, above, finish, whole
 
 import stablegrad as sg
 
@@ -33,12 +32,12 @@ def parse_args(argv) -> argparse.Namespace:
     parser = Parser(
         description="Trains a deep network until it explodes, and shows where."
     )
-    parser.add_argument("--steps", type=whole(40), default=400)
+    parser.add_argument("--steps", type=whole(40), default=400, help="of training")
     parser.add_argument("--batch-size", type=whole(1), default=64, help="images a step")
     parser.add_argument(
         "--learning-rate", type=above(0), default=2e-3, help="at the first step"
     )
-    return digits.parse_args(parser, argv, "explosion")
+    return digits.parse_args(parser, argv, "explosion", "events")
 
 
 def train(options):
@@ -89,4 +88,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    finish(main)

@@ -69,7 +69,7 @@ def draw(
         10,
         6,
         rows=2,
-        title="Five runs, the same faults: the guarded one ends as if there were none",
+        title="Four runs under the same faults, and one without",
         sharex=True,
         height_ratios=(4, 1),
     )

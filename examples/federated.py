@@ -341,7 +341,7 @@ def main(argv=None) -> int:
     options = parse_args(argv)
     console, started, status = Console(), time.perf_counter(), 0
     outcomes: dict[str, Outcome] = {}
-    with Telemetry(options.out) as log, Progress(console=console) as progress:
+    with Telemetry(options.out) as log, Progress(console=Console(stderr=True)) as progress:
         bar = progress.add_task("rounds", total=len(RUNS) * options.rounds)
         try:
             for name in RUNS:

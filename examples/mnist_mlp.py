@@ -213,7 +213,7 @@ def main(argv=None) -> int:
     runs: list[Run] = []
     with Telemetry(options.out) as log:
         try:
-            with Progress(console=console) as progress:
+            with Progress(console=Console(stderr=True)) as progress:
                 train(options, runs, log, progress)
         except KeyboardInterrupt:
             interrupted = True

@@ -28,7 +28,7 @@ import numpy as np
 import optax
 from flax import nnx
 from models import MLP
-from options import Parser, whole
+from options import Parser, finish, whole
 from rich.console import Console
 
 import stablegrad as sg
@@ -179,10 +179,10 @@ def main(argv=None) -> int:
         except (ValueError, TypeError) as error:
             print(f"optimizers.py: error: {error}", file=sys.stderr)
             return 2
-        console.print(f"{name}\n\n{result}\n", markup=False)
         (options.out / f"{name}.txt").write_text(f"{result}\n")
         result.figure().savefig(options.out / f"{name}.png", dpi=150)
         result.save(options.out / f"{name}.json")
+        console.print(f"{name}\n\n{result}\n", markup=False)
         if result.interrupted:
             console.print(f"interrupted; what was done so far is in {options.out}")
             return 130
@@ -191,4 +191,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    finish(main)

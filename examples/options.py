@@ -2,7 +2,12 @@
 
 import argparse
 import math
+import shlex
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+MOST = 2**31 - 1  # Of a seed, and of steps, which are counted in int32.
 
 
 class Parser(argparse.ArgumentParser):
@@ -35,7 +40,15 @@ def number(kind, holds, expected: str):
 
 def whole(least: int):
     """An option's type: an integer of at least `least`."""
-    return number(int, lambda x: x >= least, f"an integer >= {least}")
+    integer = number(int, lambda x: x >= least, f"an integer >= {least}")
+
+    def parse(text: str) -> int:
+        value = integer(text)
+        if value > MOST:
+            raise argparse.ArgumentTypeError(f"must be at most {MOST}, got {text!r}")
+        return value
+
+    return parse
 
 
 def above(low: float):
@@ -58,3 +71,19 @@ def file(text: str) -> Path:
     if Path(text).is_dir():
         raise argparse.ArgumentTypeError(f"is a folder, not a file: {text!r}")
     return Path(text)
+
+
+def command(script: str, argv: Sequence[str] | None = None) -> str:
+    """The command line of a run, to be written beside its figures."""
+    given = sys.argv[1:] if argv is None else argv
+    return shlex.join(["python", script, *map(str, given)])
+
+
+def finish(main: Callable[[], int]) -> None:
+    """Runs a script, and exits: with 130 and one line if Ctrl-C stops it."""
+    try:
+        status = main()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = 130
+    sys.exit(status)

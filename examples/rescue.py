@@ -203,7 +203,7 @@ def main(argv=None) -> int:
     histories, rows, events = {}, [], []
     telemetry = options.out / "telemetry.jsonl"
     try:
-        with telemetry.open("w") as log, Progress(console=console) as progress:
+        with telemetry.open("w") as log, Progress(console=Console(stderr=True)) as progress:
             for run in runs(options, plan):
                 model, opt_state, history = train_one(
                     run, options.train, options, plan, progress, log

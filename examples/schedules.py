@@ -232,7 +232,7 @@ def main(argv=None) -> int:
     options = parse_args(argv)
     console, started, status = Console(), time.perf_counter(), 0
     outcomes, chosen = {}, runs(options.learning_rate, options.steps)
-    with Telemetry(options.out) as log, Progress(console=console) as progress:
+    with Telemetry(options.out) as log, Progress(console=Console(stderr=True)) as progress:
         try:
             for run in chosen:
                 bar = progress.add_task(run.name, total=options.steps)

@@ -270,7 +270,7 @@ def main(argv=None) -> int:
     ]
     outcomes: dict[str, dict[str, Outcome]] = {}
     console.print(theory())
-    with Telemetry(options.out) as log, Progress(console=console) as progress:
+    with Telemetry(options.out) as log, Progress(console=Console(stderr=True)) as progress:
         bar = progress.add_task("networks", total=len(wanted) * options.epochs)
         try:
             for title, *which in wanted:

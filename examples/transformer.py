@@ -245,7 +245,7 @@ def main(argv=None) -> int:
         run = None
         try:
             run = Run(options, log)
-            with Progress(console=console) as progress:
+            with Progress(console=Console(stderr=True)) as progress:
                 run.train(progress)
             say(f"a text of its own:\n{run.sample()}\n")
         except KeyboardInterrupt:

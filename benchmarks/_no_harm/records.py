@@ -4,13 +4,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+import optax
 
 from .methods import BARE
 from .paired import gain, judge
 from .task import EVALUATIONS, Outcome, Task
 
 MOST_STEPS_LISTED = 40
+FIELDS = {"task", "kind", "metric", "higher", "goal", "steps", "seeds", "start"}
+FIELDS |= {"gain", "healthy", "methods"}
 
 
 def steps_where(counter: np.ndarray) -> list[list[int]]:
@@ -67,6 +71,9 @@ def of_task(
         "steps": steps,
         "first_seed": seeds.start,
         "seeds": len(seeds),
+        "on": (
+            f"{jax.default_backend()}, jax {jax.__version__}, optax {optax.__version__}"
+        ),
         "start": float(bare.start.mean()),
         "gain": gain(bare.start, bare.results, task.higher),
         "healthy": task.reached(float(bare.results.mean())),
@@ -86,6 +93,29 @@ def append(record: dict, path: Path | None) -> None:
 
 
 def stored(path: Path) -> list[dict]:
-    """The records of a file, the last of each task."""
+    """The records of a file, the last of each task.
+
+    Raises OSError or ValueError if it cannot be read, and says which line is wrong.
+    """
+    found = {}
     lines = path.read_text(encoding="utf-8").splitlines()
-    return list({r["task"]: r for r in map(json.loads, lines)}.values())
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            missing = sorted(FIELDS - record.keys())
+        except (ValueError, AttributeError):
+            missing = ["an object of JSON"]
+        if missing:
+            raise ValueError(f"line {number} is no record: it lacks {missing[0]}")
+        found[record["task"]] = record
+    if not found:
+        raise ValueError("it holds no records")
+    return list(found.values())
+
+
+def about(found: list[dict]) -> str:
+    """How many seeds, and where the runs were made; files before had no place."""
+    counts = sorted({record["seeds"] for record in found})
+    places = sorted({record.get("on", "an unnamed machine") for record in found})
+    seeds = " or ".join(map(str, counts))
+    return f"{seeds} seeds, on {' and '.join(places)}"

@@ -7,13 +7,18 @@ The function takes nothing and returns the arguments of `stablegrad.diagnose`: a
 import argparse
 import importlib
 import inspect
+import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from .._figure import new_figure
 from . import diagnose
+
+# Files of installed packages, of Python itself and of JAX's wrappers.
+OTHERS = r"site-packages|dist-packages|[/\\]lib[/\\]python3|^<"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for path in filter(None, (options.html, options.json, options.figure)):
             _prepare(path)
+        written = [x for x in (options.html, options.json, options.figure) if x]
+        if len({x.resolve() for x in written}) < len(written):
+            raise ValueError("--html, --json and --figure must be different files")
         if options.figure:
             _require_format(options.figure)
         function = _function(options.target)
@@ -42,17 +50,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.steps is not None:
             arguments["steps"] = options.steps
         report = diagnose(**arguments)
-        print(report)
         if options.html:
             report.to_html(options.html)
         if options.json:
             report.to_json(options.json)
         if options.figure:
             report.figure().savefig(options.figure, dpi=150)
-    except (ImportError, AttributeError, TypeError, ValueError, OSError) as error:
-        message = str(error) or type(error).__name__
-        parser.exit(2, f"{parser.prog}: error: {message}\n")
+    except Exception as error:  # A status of 1 means a critical finding.
+        parser.exit(2, f"{parser.prog}: error: {_told(error)}\n")
+    print(report)
     return int(report.severity == "critical")
+
+
+def _told(error: Exception) -> str:
+    """Return an error in words, with its place if that is in the user's files."""
+    own = str(Path(__file__).parents[1])
+    frames = traceback.extract_tb(error.__traceback__)
+    users = [x for x in frames if not re.search(OTHERS, x.filename)]
+    users = [x for x in users if not x.filename.startswith(own)]
+    where = f" ({users[-1].filename}, line {users[-1].lineno})" if users else ""
+    expected = isinstance(error, ImportError | ValueError | OSError | TypeError)
+    name = "" if expected and str(error) else f"{type(error).__name__}: "
+    return f"{name}{error}{where}"
 
 
 def _prepare(path: Path) -> None:

@@ -121,10 +121,55 @@ def test_the_report_counts_harmed_runs_and_marks_sick_ones():
 
 def test_a_file_keeps_the_last_record_of_each_task(tmp_path):
     path = tmp_path / "new" / "runs.jsonl"
+    some = dict.fromkeys(records.FIELDS, 0.0)
     for seeds in (1, 2):
-        records.append({"task": "a", "seeds": seeds}, path)
-    records.append({"task": "b", "seeds": 3}, path)
-    assert [r["seeds"] for r in records.stored(path)] == [2, 3]
+        records.append({**some, "task": "a", "seeds": seeds, "on": "cpu"}, path)
+    records.append({**some, "task": "b", "seeds": 3}, path)
+    found = records.stored(path)
+    assert [r["seeds"] for r in found] == [2, 3]
+    assert records.about(found) == "2 or 3 seeds, on an unnamed machine and cpu"
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "it holds no records"),
+        (b'{"task": "a"}', "line 1 is no record: it lacks gain"),
+        (b"[1, 2]", "line 1 is no record: it lacks an object of JSON"),
+        (b'{"task": ', "line 1 is no record: it lacks an object of JSON"),
+        (b"\xff\xfe", "utf-8"),
+        (None, "No such file"),
+    ],
+)
+def test_a_foreign_file_of_records_is_one_line_and_status_2(
+    no_harm, tmp_path, content, message, capsys
+):
+    path = tmp_path / "runs.jsonl"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(SystemExit) as stopped:
+        no_harm.main(["--read", str(path), "--out", str(tmp_path)])
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line and str(path) in line
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_reports_what_is_done(no_harm, tmp_path, monkeypatch):
+    done, measured = [], no_harm.measured
+
+    def once(*arguments):
+        if done:
+            raise KeyboardInterrupt
+        done.append(None)
+        return measured(*arguments)
+
+    monkeypatch.setattr(no_harm, "measured", once)
+    few = ["--tasks", "digits,digits-whole", "--seeds", "2", "--steps", "20"]
+    with jax.numpy_rank_promotion("allow"):
+        assert no_harm.main([*few, "--out", str(tmp_path)]) == 130
+    text = (tmp_path / "no_harm.md").read_text()
+    assert "interrupted after 1 of 2 runs" in text and "| digits " in text
 
 
 @pytest.fixture(scope="module")

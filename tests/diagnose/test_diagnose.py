@@ -462,6 +462,39 @@ def test_the_command_prints_a_report_and_fails_if_it_is_critical(
     assert "must be module:function" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "body, message",
+    [
+        ('params["wrong"]', "KeyError: 'wrong'"),
+        ('params["w"] @ jnp.ones(7)', "dot_general requires contracting"),
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+    ],
+)
+def test_the_command_names_the_line_of_an_error_in_the_users_file(
+    body, message, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "users_training.py").write_text(
+        "import jax.numpy as jnp\n"
+        "def loss_fn(params, x):\n"
+        f"    return jnp.mean({body})\n"
+        "def setup():\n"
+        '    return loss_fn, {"w": jnp.ones((2, 3))}, jnp.ones((4, 2))\n'
+    )
+    monkeypatch.delitem(sys.modules, "users_training", raising=False)
+    page = tmp_path / "page.html"
+    with pytest.raises(SystemExit) as stopped:
+        main(["users_training:setup", "--html", str(page)])
+    told = capsys.readouterr()
+    assert stopped.value.code == 2 and told.out == "" and not page.exists()
+    assert message in told.err
+    assert f"({tmp_path / 'users_training.py'}, line 3)" in told.err
+    with pytest.raises(SystemExit) as stopped:
+        main(["users_training:setup", "--html", str(page), "--json", str(page)])
+    assert stopped.value.code == 2
+    assert "must be different files" in capsys.readouterr().err
+
+
 def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match="`steps` must be 0 without `tx`, got 3"):
         sg.diagnose(tanh_net, plain_params(), X, steps=3)

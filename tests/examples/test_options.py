@@ -1,11 +1,13 @@
 """What the examples say of a bad option."""
 
+import argparse
 import sys
 
 import cifar_resnet
 import federated
 import mnist_mlp
 import optimizers
+import options
 import pytest
 import rescue
 import schedules
@@ -143,3 +145,25 @@ def test_a_bad_option_is_one_line_and_status_2(
     (line,) = printed.err.splitlines()
     assert status == 2 and printed.out == ""
     assert line.startswith(f"{script.__name__}.py: error: ") and message in line
+
+
+def test_numbers_are_bounded_where_steps_and_seeds_are_counted():
+    assert options.whole(0)("2147483647") == 2147483647
+    with pytest.raises(argparse.ArgumentTypeError, match="at most 2147483647, got"):
+        options.whole(0)("2147483648")
+
+
+def test_ctrl_c_ends_a_script_in_one_line(capsys):
+    def stopped():
+        raise KeyboardInterrupt
+
+    for main, status in ((stopped, 130), (lambda: 0, 0), (lambda: 2, 2)):
+        with pytest.raises(SystemExit) as ended:
+            options.finish(main)
+        assert ended.value.code == status
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_report_tells_its_own_command_line():
+    told = options.command("benchmarks/gpt.py", ["--out", "a b.md", "--layers", 1])
+    assert told == "python benchmarks/gpt.py --out 'a b.md' --layers 1"
