@@ -69,7 +69,8 @@ def draw(
         10,
         6,
         rows=2,
-        title="Four runs under the same faults, and one without",
+        title=f"Same faults: AdamW {scores['plain']}, guarded {scores['guarded']}; "
+        f"no faults: {scores['reference']}",
         sharex=True,
         height_ratios=(4, 1),
     )

@@ -341,7 +341,8 @@ def main(argv=None) -> int:
     options = parse_args(argv)
     console, started, status = Console(), time.perf_counter(), 0
     outcomes: dict[str, Outcome] = {}
-    with Telemetry(options.out) as log, Progress(console=Console(stderr=True)) as progress:
+    telling = Console(stderr=True)  # What is written is not mixed with it.
+    with Telemetry(options.out) as log, Progress(console=telling) as progress:
         bar = progress.add_task("rounds", total=len(RUNS) * options.rounds)
         try:
             for name in RUNS:

@@ -202,8 +202,9 @@ def main(argv=None) -> int:
     console, started = Console(), time.perf_counter()
     histories, rows, events = {}, [], []
     telemetry = options.out / "telemetry.jsonl"
+    telling = Console(stderr=True)  # What is written is not mixed with it.
     try:
-        with telemetry.open("w") as log, Progress(console=Console(stderr=True)) as progress:
+        with telemetry.open("w") as log, Progress(console=telling) as progress:
             for run in runs(options, plan):
                 model, opt_state, history = train_one(
                     run, options.train, options, plan, progress, log

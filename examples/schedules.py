@@ -232,7 +232,8 @@ def main(argv=None) -> int:
     options = parse_args(argv)
     console, started, status = Console(), time.perf_counter(), 0
     outcomes, chosen = {}, runs(options.learning_rate, options.steps)
-    with Telemetry(options.out) as log, Progress(console=Console(stderr=True)) as progress:
+    telling = Console(stderr=True)  # What is written is not mixed with it.
+    with Telemetry(options.out) as log, Progress(console=telling) as progress:
         try:
             for run in chosen:
                 bar = progress.add_task(run.name, total=options.steps)

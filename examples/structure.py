@@ -270,7 +270,8 @@ def main(argv=None) -> int:
     ]
     outcomes: dict[str, dict[str, Outcome]] = {}
     console.print(theory())
-    with Telemetry(options.out) as log, Progress(console=Console(stderr=True)) as progress:
+    telling = Console(stderr=True)  # What is written is not mixed with it.
+    with Telemetry(options.out) as log, Progress(console=telling) as progress:
         bar = progress.add_task("networks", total=len(wanted) * options.epochs)
         try:
             for title, *which in wanted:
