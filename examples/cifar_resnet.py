@@ -141,7 +141,7 @@ def main(argv=None) -> int:
     evaluate = classifiers.make_evaluate(nnx.graphdef(resnet_runs.build(options)))
     with Telemetry(options.out, append=options.resume) as log:
         try:
-            with Progress(console=Console(stderr=True)) as progress:
+            with Progress(console=console) as progress:
                 setting = resnet_runs.Setting(
                     options, mesh, options.checkpoints, log, progress
                 )

@@ -21,8 +21,11 @@ def factors(judgement: Judgement) -> jax.Array:
 
 
 def unclipped(threshold: Threshold, judgement: Judgement) -> jax.Array:
-    """Return the int32 reason to reject an update that has no finite norm to shrink."""
-    infinite = judgement.nonfinite & ~(judgement.signal < jnp.inf)
+    """Return the int32 reason to reject an update whose norm is too large to shrink.
+
+    Elements that are nan are kept out by the guard, and do not stop the others.
+    """
+    infinite = judgement.nonfinite & (judgement.signal == jnp.inf)
     return reason_code(threshold.of, jnp.any(infinite), jnp.zeros((), bool))
 
 
@@ -42,7 +45,9 @@ def clip(threshold: Threshold) -> Response:
 
     Returns:
         A response for `guard`. A nan or inf is not shrunk, so clipping cannot spread
-        it; the guard rejects the step.
+        it. The guard rejects a gradient that is not finite, and this an update whose
+        norm is inf; an element of the update that is nan is kept out, and the others
+        are taken as they are.
 
     Raises:
         TypeError: If `threshold` is not a threshold.
