@@ -8,7 +8,7 @@ import numpy as np
 from jax.core import Tracer
 
 from ._checks import completed, matching_params
-from ._extra_args import as_float32
+from ._extra_args import host_float32
 
 NUMBERS = (jax.Array, np.ndarray, np.generic, bool, int, float, complex)
 
@@ -39,7 +39,7 @@ def compiled(
         check_extra(extra)
         whole, params = params, matching_params(params, updates)
         if "value" in extra:
-            extra["value"] = as_float32(extra["value"])  # Before JAX makes it narrow.
+            extra["value"] = host_float32(extra["value"])  # Before JAX makes it narrow.
         value_fn = extra.get("value_fn")
         if callable(value_fn) and jax.tree.structure(whole) != jax.tree.structure(
             params

@@ -26,7 +26,7 @@ def takes_all(update: Any) -> bool:
     return any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 
-def as_float32(number: Any) -> Any:
+def host_float32(number: Any) -> Any:
     """Return a number of the host as float32; one beyond its range stays finite.
 
     What is on a device, or no real number, is returned as it is.

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from .. import _checks, _trees
-from .._extra_args import as_float32
+from .._extra_args import host_float32
 from .._norms import LARGEST
 from ..granularity._groups import Granularity, check_granularity
 
@@ -63,7 +63,7 @@ def scalar_signal(name: str, value) -> jax.Array:
             f"`{name}` must be a real scalar, got {given}. Of `(loss, aux)`, pass the "
             "loss alone."
         )
-    value = jnp.asarray(as_float32(value))
+    value = jnp.asarray(host_float32(value))
     if value.ndim != 0 or jnp.iscomplexobj(value):
         raise ValueError(
             f"`{name}` must be a real scalar, got shape {value.shape} and dtype "
